@@ -1,0 +1,403 @@
+"""
+What every stage script needs and no paper is about: options, devices and processes, the learning rate, checkpoints
+that survive a kill at any moment, and the log. No algorithm maths lives here.
+
+Import this module before torch: it sets how torch's CPU threads wait (see below).
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+
+# Two OpenMP threads that spin while they wait starve each other as soon as any other process is busy.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+import torch
+import torch.distributed as dist
+
+# ----------------------------------------------------------------------------------------------------------------
+# options and errors
+
+def fail(message):
+    """The user's input is wrong: say so in one line and leave with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(cls, argv=None):
+    """
+    Build the dataclass `cls`:  its defaults  <  config files, left to right  <  --key=value flags
+
+        python dpo.py config/toy/dpo.py --beta=0.2 --resume=True
+
+    A config file is `name = literal` lines and comments. It is parsed, never executed. Fields are str, int, float or
+    bool. An unknown key, a wrong type or (through the dataclass's own __post_init__) an impossible value stops the
+    program with one line and exit code 2.
+    """
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    values, origin = {}, {}
+
+    def put(key, value, where):
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; the options are {', '.join(types)}"
+            fail(f"{where}: unknown option {key}{hint}")
+        if types[key] is float and type(value) is int:
+            value = float(value) # --lr=1 means 1.0
+        if type(value) is not types[key]: # exact, so True is no int and 1 is no bool
+            fail(f"{where}: {key} must be {types[key].__name__}, got {value!r}")
+        values[key], origin[key] = value, where
+
+    for arg in sys.argv[1:] if argv is None else argv:
+        if arg in ('-h', '--help'):
+            print_help(cls)
+            raise SystemExit(0)
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=') # split at the first '=' only
+            if not equals:
+                fail(f"{arg}: expected --key=value")
+            try:
+                value = text if types.get(key, str) is str else ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text # reported by put as a value of the wrong type
+            put(key, value, arg)
+            continue
+        try:
+            with open(arg, encoding='utf-8') as f:
+                nodes = ast.parse(f.read(), arg).body
+        except (OSError, UnicodeDecodeError) as e:
+            fail(f"{arg}: no such config file ({getattr(e, 'strerror', None) or e}); options are written --key=value")
+        except SyntaxError as e:
+            fail(f"{arg}:{e.lineno}: expected a file of `name = literal` lines")
+        for node in nodes:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                continue # a docstring
+            try:
+                (target,), value = node.targets, ast.literal_eval(node.value)
+                key = target.id
+            except (ValueError, AttributeError):
+                fail(f"{arg}:{node.lineno}: expected `name = literal`")
+            put(key, value, f"{arg}:{node.lineno}")
+    try:
+        return cls(**values)
+    except ValueError as e: # __post_init__ raises it as "key must be ..., got ..."
+        where = origin.get(str(e).split()[0])
+        fail(f"{where}: {e}" if where else str(e))
+
+
+def print_help(cls):
+    """The options of a script are the lines of its Config, comments included: show those."""
+    import inspect
+    module = inspect.getmodule(cls)
+    print((module.__doc__ or '').strip() + '\n\noptions, as --key=value or as lines of a config file:\n')
+    for line in inspect.getsource(cls).splitlines():
+        if ': ' in line and '=' in line and line.startswith('    ') and not line.startswith('     '):
+            print(line)
+
+
+def require(cfg, **wishes):
+    """require(cfg, lr=(cfg.lr > 0, 'above 0')): used in __post_init__, names the key, the value and the wish."""
+    for key, (holds, wish) in wishes.items():
+        if not holds:
+            raise ValueError(f"{key} must be {wish}, got {getattr(cfg, key)!r}")
+
+
+def check_common(cfg):
+    """The range checks of the options that all stages share; a script's __post_init__ adds its own with require."""
+    at_least = dict(max_steps=0, batch_size=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0, weight_decay=0,
+                    eval_every=0, save_every=0, log_every=1, n_layer=1, n_head=1, n_embd=1, block_size=2,
+                    max_new_tokens=1, seed=0)
+    for key, low in at_least.items():
+        if hasattr(cfg, key):
+            require(cfg, **{key: (getattr(cfg, key) >= low, f"at least {low}")})
+    one_of = dict(device=('auto', 'cpu', 'cuda', 'mps'), dtype=('auto', 'float32', 'bfloat16'),
+                  lr_schedule=('constant', 'linear', 'cosine'))
+    for key, choices in one_of.items():
+        if hasattr(cfg, key):
+            name = getattr(cfg, key)
+            holds = name in choices or (key == 'device' and name.startswith('cuda:'))
+            require(cfg, **{key: (holds, f"one of {', '.join(choices)}")})
+
+
+def launch(main, Config):
+    """What a script's guard calls: parse the options, run, and turn Ctrl-C into exit code 130."""
+    try:
+        main(parse_config(Config))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130)
+
+# ----------------------------------------------------------------------------------------------------------------
+# device, precision, processes
+
+@dataclasses.dataclass
+class Run:
+    """Where and how a script runs: device, autocast type, and its place among the processes started by torchrun."""
+    device: str
+    dtype: str
+    rank: int = 0
+    world_size: int = 1
+    interrupted: bool = False # set by the first Ctrl-C, read by `stop_requested` between two steps
+
+    @property
+    def is_master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Matrix products in bfloat16 where dtype asks for it; weights, losses and log-softmax stay in float32."""
+        if self.dtype == 'float32':
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(':')[0], dtype=torch.bfloat16)
+
+    def sum(self, x):
+        """Sum of a number or tensor over all processes."""
+        x = torch.as_tensor(x, dtype=torch.float32, device=self.device)
+        if self.world_size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def rows(self, batch):
+        """This process's share of the rows of a batch."""
+        return batch[self.rank::self.world_size]
+
+    def parallel(self, model, compile=False):
+        """
+        A callable `net('method', *args)` for the model's methods, with gradients averaged over the processes.
+        DistributedDataParallel sees only what passes through its forward, so every method goes through it.
+        """
+        net = Methods(model)
+        if compile:
+            net.compile()
+        if self.world_size > 1:
+            ids = [int(self.device.split(':')[1])] if self.device.startswith('cuda') else None
+            net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        return net
+
+    def stop_requested(self):
+        """True on every process once any of them was sent Ctrl-C."""
+        return bool(self.sum(float(self.interrupted)) > 0) if self.world_size > 1 else self.interrupted
+
+
+class Methods(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, method, *args):
+        return getattr(self.model, method)(*args)
+
+
+def start(cfg):
+    """Choose the device, join the other processes, seed the generators; returns the Run."""
+    device = cfg.device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        fail(f"--device={cfg.device}: torch sees no CUDA device; use --device=cpu or auto")
+    if device == 'mps' and not torch.backends.mps.is_available():
+        fail("--device=mps: torch sees no Apple GPU; use --device=cpu or auto")
+    dtype = cfg.dtype
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.startswith('cuda') and torch.cuda.is_bf16_supported() else 'float32'
+    run = Run(device, dtype, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+    if run.world_size > 1:
+        if device == 'cuda':
+            run.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(run.device)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high') # TF32 where a product stays in float32
+    torch.manual_seed(cfg.seed + run.rank) # each process samples its own answers; weights are shared by DDP
+
+    def on_interrupt(signum, frame):
+        if run.interrupted:
+            raise KeyboardInterrupt # the second Ctrl-C does not wait for the end of the step
+        run.interrupted = True
+        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    return run
+
+
+def stop(run):
+    """The counterpart of start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if run.world_size > 1:
+        dist.destroy_process_group()
+
+# ----------------------------------------------------------------------------------------------------------------
+# optimisation
+
+def lr_at(step, cfg):
+    """Learning rate of step 0, 1, …: linear warmup, then constant, linear to 0, or cosine to a tenth of lr."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps) # 0 … 1
+    if cfg.lr_schedule == 'linear':
+        return cfg.lr * (1 - done)
+    if cfg.lr_schedule == 'cosine':
+        return cfg.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    return cfg.lr
+
+
+def make_optimizer(model, cfg, betas=(0.9, 0.999), eps=1e-8):
+    """AdamW; weight decay on matrices only, as in GPT-2's descendants (gains, biases and heads' vectors are left)."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    fused = params[0].device.type in ('cpu', 'cuda') # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=eps, fused=fused)
+
+
+def optimizer_step(optimizer, model, lr, grad_clip):
+    """Clip (after backward, 0 = no clipping), step, clear; returns the gradient norm before clipping."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def check_finite(name, value, step, out_dir):
+    """A loss that is not a number never becomes one again: stop, and leave the last checkpoint as it is."""
+    if not math.isfinite(value):
+        print(f"error: {name} is {value} at step {step}; nothing was saved since the last checkpoint in {out_dir}; "
+              "a lower --lr usually helps", file=sys.stderr)
+        raise SystemExit(1)
+
+# ----------------------------------------------------------------------------------------------------------------
+# checkpoints and log
+
+def write_atomic(path, text):
+    """Write a text file so that a reader, or a kill, finds the old content or the new one, never half of it."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.write(text)
+    os.replace(path + '.tmp', path)
+
+
+def prepare_out_dir(run, cfg):
+    """
+    Called before any work is done: the folder must be writable, and a checkpoint in it is only ever replaced when the
+    user said so. Returns nothing; starts an empty log unless the run is resumed.
+    """
+    if run.is_master:
+        try:
+            os.makedirs(cfg.out_dir, exist_ok=True)
+            finish_save(cfg.out_dir)
+            here = os.path.exists(os.path.join(cfg.out_dir, 'config.json'))
+            if here and not cfg.resume and not cfg.overwrite:
+                fail(f"--out_dir={cfg.out_dir}: holds a checkpoint; go on with it by --resume=True, replace it by "
+                     "--overwrite=True, or choose another folder")
+            if not cfg.resume:
+                for name in ('state.pt', 'config.json', 'model.safetensors'):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.path.join(cfg.out_dir, name))
+                open(os.path.join(cfg.out_dir, 'log.jsonl'), 'w').close()
+        except OSError as e:
+            fail(f"--out_dir={cfg.out_dir}: {e.strerror}; wanted a folder that can be written to")
+    if run.world_size > 1:
+        dist.barrier()
+
+
+def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
+    """
+    Write a checkpoint folder: weights in the Hugging Face layout, the tokenizer, and state.pt to go on from.
+
+    step: the number of finished steps. optimizers: {name: optimizer}. more: further state, tensors and plain values.
+    All files are first written to out_dir/.saving; the rename to .saved is the moment at which the new checkpoint
+    counts, and what a kill interrupts after it is finished by `finish_save` at the next start.
+    """
+    if not run.is_master:
+        return
+    new = os.path.join(cfg.out_dir, '.saving')
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        os.makedirs(new)
+        model.save_pretrained(new)
+        tokenizer.save(new)
+        rng = {'cpu': torch.get_rng_state()}
+        if run.device.startswith('cuda'):
+            rng['cuda'] = torch.cuda.get_rng_state(run.device)
+        torch.save(dict(step=step, options=dataclasses.asdict(cfg), rng=rng,
+                        optimizers={k: o.state_dict() for k, o in optimizers.items()}, **more),
+                   os.path.join(new, 'state.pt'))
+        os.rename(new, os.path.join(cfg.out_dir, '.saved'))
+        finish_save(cfg.out_dir)
+    except (OSError, RuntimeError) as e: # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(new, ignore_errors=True)
+        print(f"error: {cfg.out_dir}: the checkpoint of step {step} could not be written ({e}); "
+              "the last one is intact", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def finish_save(out_dir):
+    """Move the files of a completely written checkpoint into place; also what is left to do after a kill."""
+    done = os.path.join(out_dir, '.saved')
+    if os.path.isdir(done):
+        for name in sorted(os.listdir(done)):
+            os.replace(os.path.join(done, name), os.path.join(out_dir, name))
+        os.rmdir(done)
+
+
+def load_checkpoint(run, cfg, model, optimizers):
+    """
+    Put the weights, optimizers and random generators of cfg.out_dir's checkpoint back; returns its state (with
+    'step'), or None when the run is not resumed. Called once everything else is built, just before the loop.
+    """
+    if not cfg.resume:
+        return None
+    path = os.path.join(cfg.out_dir, 'state.pt')
+    if not os.path.exists(path):
+        fail(f"--resume=True: {path} is missing, there is no checkpoint to go on from")
+    saved = type(model).from_pretrained(cfg.out_dir)
+    for f in dataclasses.fields(model.config):
+        old, new = getattr(saved.config, f.name), getattr(model.config, f.name)
+        if f.name != 'dropout' and old != new:
+            fail(f"--resume=True: {f.name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
+    model.load_state_dict(saved.state_dict())
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state['optimizers'][name])
+    except (KeyError, ValueError, RuntimeError, EOFError, OSError) as e:
+        fail(f"{path}: not a state to go on from ({str(e).splitlines()[0]})")
+    torch.set_rng_state(state['rng']['cpu'])
+    if run.rank: # the saved generator is the first process's; the others get streams of their own
+        torch.manual_seed(cfg.seed + run.rank + 1000 * state['step'])
+    elif 'cuda' in state['rng'] and run.device.startswith('cuda'):
+        torch.cuda.set_rng_state(state['rng']['cuda'], run.device)
+    if run.is_master:
+        log = os.path.join(cfg.out_dir, 'log.jsonl') # forget what was logged after the checkpoint
+        lines = read_log(log)
+        write_atomic(log, ''.join(json.dumps(line) + '\n' for line in lines if line['step'] <= state['step']))
+        print(f"resumed from {cfg.out_dir} at step {state['step']}")
+    return state
+
+
+def log(run, cfg, step, **metrics):
+    """Append one line to out_dir/log.jsonl; step counts finished optimizer steps (iterations in the RL scripts)."""
+    if run.is_master:
+        line = dict(step=step, **{k: round(float(v), 6) for k, v in metrics.items()}, time=round(time.time(), 2))
+        with open(os.path.join(cfg.out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
+            f.write(json.dumps(line) + '\n')
+
+
+def read_log(path):
+    """The lines of a log.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            for text in f:
+                with contextlib.suppress(json.JSONDecodeError):
+                    lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,420 @@
+"""
+GPT-2 in one file (Radford et al. 2019), with an optional value head and an optional reward head, and generation with
+a key/value cache. Weights are read and written in the Hugging Face layout, so that other tools open what this writes.
+
+Letters for shapes, here and everywhere: B sequences, T positions, V vocabulary, C channels, K answers per prompt,
+nh heads, hs head size. () is a scalar.
+
+Two conventions hold in the whole code base:
+1. Sequences are right-padded. A causal model never looks at what comes later, so pads need no attention mask.
+2. Position t of any per-token array speaks of token t+1: such arrays are (B, T-1).
+"""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+
+from common import fail
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024 # longest sequence, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True # False: no bias in linear layers and layer norms
+    value_head: bool = False # V(s_t) for every position, for PPO's critic
+    reward_head: bool = False # one score per sequence, for the reward model
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, x, cache=None):
+        B, T, C = x.size()
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4) # (3, B, nh, T, hs)
+        q, k, v, mask = *qkv, None # (B, nh, T, hs) each
+        if cache is not None:
+            k, v, mask = cache.extend(self.layer, qkv[1:]) # S keys and values: (B, nh, S, hs) each, (B, 1, 1, S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0) # (B, nh, T, hs)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C)) # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')) # (B, T, C)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class KVCache:
+    """
+    Keys and values of the tokens seen so far, for B rows of different lengths. The first pass stores whole prompts,
+    right-padded; every later pass adds one token per row at that row's own position, over what padding lies there.
+    """
+
+    def __init__(self, config, lengths, max_length):
+        self.lengths = lengths # (B,) tokens stored per row
+        self.longest = int(lengths.max())
+        self.max_length = max_length
+        self.kv = [None] * config.n_layer # (2, B, nh, max_length, hs) each
+        self.mask = None # (B, 1, 1, S), 0 where a row may look, -inf elsewhere; None in the first pass
+
+    def next(self):
+        """Make room for one more token per row; returns the positions (B,) that it takes."""
+        positions = self.lengths
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        hidden = torch.arange(self.longest, device=positions.device) >= self.lengths[:, None] # (B, S)
+        self.mask = torch.zeros(hidden.shape, dtype=self.kv[0].dtype, device=positions.device)
+        self.mask = self.mask.masked_fill_(hidden, -math.inf)[:, None, None, :]
+        self.rows = torch.arange(len(positions), device=positions.device)
+        return positions
+
+    def extend(self, layer, kv):
+        """Store the new keys and values, (2, B, nh, T, hs); returns all keys, all values and the mask to use."""
+        if self.mask is None:
+            _, B, nh, T, hs = kv.size()
+            self.kv[layer] = kv.new_zeros(2, B, nh, self.max_length, hs)
+            self.kv[layer][:, :, :, :T] = kv
+            return *kv, None
+        self.kv[layer][:, self.rows, :, self.lengths - 1] = kv[:, :, :, 0].transpose(0, 1) # the indices come first
+        return *self.kv[layer][:, :, :, :self.longest], self.mask
+
+    def keep(self, rows):
+        """Drop all but the given rows, (n,) indices."""
+        self.kv = [kv[:, rows] for kv in self.kv]
+        self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max())
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            fail(f"n_embd must be a multiple of n_head, got n_embd={config.n_embd}, n_head={config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd) # also the output projection
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        # the reward model's normalisation needs the final bias, see normalise_rewards
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias or config.reward_head)
+        self.value_head = nn.Linear(config.n_embd, 1) if config.value_head else None
+        self.reward_head = nn.Linear(config.n_embd, 1, bias=False) if config.reward_head else None
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters(): # 2 * n_layer residual branches add up: keep their sum's variance at 1
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+        if self.value_head is not None:
+            nn.init.zeros_(self.value_head.weight)
+        if self.reward_head is not None: # Stiennon et al. 2020, appendix B.1
+            nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(config.n_embd + 1))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, 'bias', None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def embed(self, idx, positions, cache=None):
+        x = self.wte(idx) + self.wpe(positions) # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x, cache)
+        return self.ln_f(x)
+
+    def hidden(self, idx, cache=None):
+        """The last layer's output, (B, T) tokens -> (B, T, C)."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.config.block_size}")
+        return self.embed(idx, torch.arange(T, device=idx.device), cache)
+
+    def forward(self, idx, targets=None):
+        """
+        idx: (B, T) tokens. targets: (B, T) next tokens, already shifted, -100 = ignored.
+        Returns logits (B, T, V) and the mean cross-entropy () over counted targets, or None without targets.
+        """
+        logits = F.linear(self.hidden(idx), self.wte.weight) # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def masked_logits(self, idx, mask):
+        """
+        Logits (N, V), float32, that predict the N tokens counted by mask (B, T-1), in row order.
+        The projection onto the vocabulary is a third of GPT-2 small's work: it is done for these N positions only.
+        """
+        x = self.hidden(idx[:, :-1])[mask > 0] # (N, C)
+        return F.linear(x, self.wte.weight).float()
+
+    def logp(self, idx, mask):
+        """Log-probabilities (B, T-1) of the tokens counted by mask (B, T-1), 0 elsewhere; idx: (B, T)."""
+        return self.logp_and_entropy(idx, mask)[0]
+
+    def logp_and_entropy(self, idx, mask, with_entropy=False):
+        """logp as above, and the entropy in nats of the same distributions, (B, T-1), or None."""
+        logits = self.masked_logits(idx, mask) # (N, V)
+        counted = mask > 0
+        picked = -F.cross_entropy(logits, idx[:, 1:][counted], reduction='none') # (N,)
+        logp = torch.zeros_like(mask).masked_scatter(counted, picked) # (B, T-1)
+        if not with_entropy:
+            return logp, None
+        log_q = logits.log_softmax(-1) # (N, V)
+        return logp, torch.zeros_like(mask).masked_scatter(counted, -(log_q.exp() * log_q).sum(-1))
+
+    def values(self, idx):
+        """V(s_t), (B, T): the value head at position t has seen the tokens up to t, before token t+1 is chosen."""
+        return self.value_head(self.hidden(idx)).squeeze(-1).float() # (B, T)
+
+    def rewards(self, idx, lengths):
+        """Scores (B,) of right-padded rows idx (B, T): the reward head on each row's last real token; lengths (B,)."""
+        x = self.hidden(idx) # (B, T, C)
+        last = x[torch.arange(len(x), device=x.device), lengths - 1] # (B, C)
+        return self.reward_head(last).squeeze(-1).float() # (B,)
+
+    @torch.no_grad()
+    def normalise_rewards(self, mean, std):
+        """
+        Make rewards() return (score - mean) / std from now on. The gain goes into the reward head. The shift goes into
+        the final layer norm's bias along the head's direction w: w·(shift w / w·w) = shift. So the checkpoint needs no
+        extra numbers, and other tools that open it compute the same scores.
+        """
+        w = self.reward_head.weight[0] # (C,)
+        w /= std
+        self.ln_f.bias -= (mean / std) * w / w.dot(w)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # generation
+
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None):
+        """
+        Continue ragged prompts (lists of token ids, none empty) token by token. Yields per step: rows (n,) indices of
+        the prompts that are still being continued, their new tokens (n,), and the log-probabilities (n,) under the
+        distribution that was sampled from. A row ends with eos, which is yielded, or after max_new_tokens.
+        temperature 0 takes the likeliest token. top_k=0 and top_p=1 leave the distribution as it is.
+        """
+        device, longest = self.wte.weight.device, max(len(p) for p in prompts)
+        if min(len(p) for p in prompts) == 0:
+            raise ValueError("an empty prompt cannot be continued")
+        if longest + max_new_tokens > self.config.block_size:
+            raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's "
+                             f"context of {self.config.block_size}")
+        idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device) # (B, T)
+        lengths = torch.tensor([len(p) for p in prompts], device=device) # (B,)
+        rows = torch.arange(len(prompts), device=device) # (n,)
+        cache = KVCache(self.config, lengths, longest + max_new_tokens)
+        x = self.hidden(idx, cache)[rows, lengths - 1] # (n, C)
+        alive = torch.ones_like(rows, dtype=torch.bool) # ended rows stay in the batch until enough have ended
+        for step in range(max_new_tokens):
+            logits = F.linear(x, self.wte.weight).float() # (n, V)
+            tokens, logp = sample_token(logits, temperature, top_k, top_p) # (n,), (n,)
+            yield rows[alive], tokens[alive], logp[alive]
+            if eos is not None:
+                alive = alive & (tokens != eos)
+                n = int(alive.sum())
+                if n == 0:
+                    return
+                if n <= 0.8 * len(alive): # moving the cache costs about a step: not at every single end
+                    cache.keep(alive.nonzero()[:, 0])
+                    rows, tokens, alive = rows[alive], tokens[alive], alive[alive]
+            if step + 1 < max_new_tokens:
+                positions = cache.next() # (n,)
+                x = self.embed(tokens[:, None], positions[:, None], cache)[:, 0] # (n, C)
+
+    def generate_with_logp(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None):
+        """Responses (lists of token ids, eos kept) and the log-probabilities recorded while sampling them."""
+        was_training = self.training
+        self.eval()
+        steps = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, eos))
+        self.train(was_training)
+        responses, logps = [[] for _ in prompts], [[] for _ in prompts]
+        for rows, tokens, logp in steps:
+            for row, token, lp in zip(rows.tolist(), tokens.tolist(), logp.tolist()):
+                responses[row].append(token)
+                logps[row].append(lp)
+        return responses, logps
+
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None):
+        """Responses alone, as lists of token ids, eos kept; temperature 0 = greedy."""
+        return self.generate_with_logp(prompts, max_new_tokens, temperature, top_k, top_p, eos)[0]
+
+    # ------------------------------------------------------------------------------------------------------------
+    # weights in and out
+
+    @classmethod
+    def from_pretrained(cls, folder, **overrides):
+        """
+        Read a GPT-2 folder in the Hugging Face layout (config.json, model.safetensors). `overrides` replace fields of
+        GPTConfig: dropout, or value_head=True / reward_head=True to add a fresh head. A value head added to a reward
+        model starts as its reward head. Whatever is wrong with the folder is said in one line, exit code 2.
+        """
+        hf = read_json(os.path.join(folder, 'config.json'))
+        missing = [k for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd') if not isinstance(hf.get(k), int)]
+        if hf.get('model_type') != 'gpt2' or missing:
+            fail(f"{folder}/config.json: not a GPT-2 checkpoint (model_type {hf.get('model_type')!r}"
+                 + (f", without {', '.join(missing)})" if missing else ')'))
+        if hf.get('activation_function', 'gelu_new') != 'gelu_new' or hf.get('scale_attn_by_inverse_layer_idx'):
+            fail(f"{folder}/config.json: a variant of GPT-2 (activation_function, scale_attn_by_inverse_layer_idx)")
+        path = os.path.join(folder, 'model.safetensors')
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as e:
+            fail(f"{path}: not a readable safetensors file ({e})")
+        tensors = {k.removeprefix('transformer.'): v for k, v in tensors.items()}
+        config = GPTConfig(
+            block_size=hf.get('n_positions', 1024), vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
+            n_head=hf['n_head'], n_embd=hf['n_embd'], bias=hf.get('bias', True),
+            value_head='value_head.weight' in tensors, reward_head='score.weight' in tensors)
+        model = cls(dataclasses.replace(config, **overrides))
+        if model.value_head is not None and not config.value_head and config.reward_head:
+            tensors['value_head.weight'] = tensors['score.weight']
+            tensors['value_head.bias'] = torch.zeros(1)
+        model._load(tensors, path)
+        return model
+
+    def _load(self, tensors, path):
+        fresh = {'value_head.weight', 'value_head.bias', 'score.weight'} # may be absent: then they stay as initialised
+        for name, p, transpose in self._hf_parameters():
+            if name not in tensors:
+                if name in fresh or (name == 'ln_f.bias' and not self.config.bias):
+                    continue
+                fail(f"{path}: tensor {name} is missing, not the weights of this config.json")
+            t = tensors[name].t() if transpose else tensors[name]
+            if t.shape != p.shape:
+                fail(f"{path}: tensor {name} is {tuple(t.shape)}, config.json says {tuple(p.shape)}")
+            with torch.no_grad():
+                p.copy_(t)
+
+    def _hf_parameters(self):
+        """(name in the Hugging Face layout, parameter, transposed there) of every parameter."""
+        for name, p in self.named_parameters():
+            # GPT-2 was released with linear weights as (in, out), torch keeps them as (out, in)
+            transpose = name.startswith('h.') and name.endswith('weight') and p.dim() == 2
+            yield name.replace('reward_head', 'score'), p, transpose
+
+    def save_pretrained(self, folder):
+        """
+        Write config.json and model.safetensors: a GPT2LMHeadModel, or with a reward head a
+        GPT2ForSequenceClassification with one label. A reward model's config.json names no pad token: GPT-2 has none,
+        and a pad equal to the end-of-text token would move the score off the last real token. Other tools then score
+        one row at a time.
+        """
+        os.makedirs(folder, exist_ok=True)
+        c = self.config
+        tensors = {}
+        for name, p, transpose in self._hf_parameters():
+            prefix = '' if name.startswith(('score', 'value_head')) else 'transformer.'
+            tensors[prefix + name] = (p.detach().t() if transpose else p.detach()).contiguous().cpu()
+        if not c.bias: # the layout has biases everywhere: zeros say the same
+            for name, p in self.named_parameters():
+                name = 'transformer.' + name.removesuffix('weight') + 'bias'
+                if not name.startswith(('transformer.wte', 'transformer.wpe')) and 'head' not in name:
+                    tensors.setdefault(name, torch.zeros(p.size(0)))
+        save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+        hf = dict(
+            architectures=['GPT2ForSequenceClassification' if c.reward_head else 'GPT2LMHeadModel'], model_type='gpt2',
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+            n_head=c.n_head, activation_function='gelu_new', layer_norm_epsilon=1e-5, resid_pdrop=c.dropout,
+            embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=True, bias=c.bias,
+            bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
+        if c.reward_head:
+            hf.update(id2label={'0': 'reward'}, label2id={'reward': 0}, pad_token_id=None)
+        with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
+            json.dump(hf, f, indent=2)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            value = json.load(f)
+    except OSError as e:
+        fail(f"{path}: {e.strerror}; wanted a checkpoint folder with config.json and model.safetensors")
+    except ValueError as e:
+        fail(f"{path}: not JSON ({e})")
+    if not isinstance(value, dict):
+        fail(f"{path}: not a checkpoint's configuration")
+    return value
+
+
+def load_policy(folder, option='policy', **overrides):
+    """from_pretrained for a language model; a reward model is refused, naming the option that gave it."""
+    model = GPT.from_pretrained(folder, **overrides)
+    if model.reward_head is not None:
+        fail(f"--{option}={folder}: is a reward model, wanted a language model")
+    return model
+
+
+def load_reward_model(folder, option='reward_model', **overrides):
+    """from_pretrained for a reward model; a language model is refused, naming the option that gave it."""
+    model = GPT.from_pretrained(folder, **overrides)
+    if model.reward_head is None:
+        fail(f"--{option}={folder}: is a language model, wanted a reward model (made by reward.py)")
+    return model
+
+
+def token_logp(logits, idx):
+    """
+    Log-probabilities that logits (B, T, V) give to the tokens idx (B, T): (B, T-1).
+    Position t speaks of token t+1. This is the one place where the shift is made for whole logits.
+    """
+    logp = logits[:, :-1].float().log_softmax(-1) # (B, T-1, V)
+    return logp.gather(-1, idx[:, 1:, None]).squeeze(-1) # (B, T-1)
+
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """One token (B,) per row of logits (B, V) and its log-probability (B,) under the distribution sampled from."""
+    if temperature == 0:
+        logp, tokens = logits.log_softmax(-1).max(-1)
+        return tokens, logp
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:] # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        order = logits.argsort(-1, descending=True) # (B, V)
+        p = logits.softmax(-1).gather(-1, order)
+        cut = p.cumsum(-1) - p >= top_p # the likeliest tokens that together reach top_p stay
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
+    logp = logits.log_softmax(-1) # (B, V)
+    # inverse transform sampling, one random number per row: torch.multinomial draws one per row and word, which at
+    # V = 50257 takes 15 times as long. In float64, so that no word of probability 0 is ever hit by rounding
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64) # (B, V)
+    u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device) * cdf[:, -1:] # (B, 1)
+    tokens = torch.searchsorted(cdf, u, right=True) # (B, 1), the first word whose cdf exceeds u
+    return tokens[:, 0], logp.gather(-1, tokens)[:, 0]
