@@ -22,6 +22,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------
 # options and errors
@@ -56,7 +57,8 @@ def parse_config(cls, argv=None):
             fail(f"{where}: {key} must be {types[key].__name__}, got {value!r}")
         values[key], origin[key] = value, where
 
-    for arg in sys.argv[1:] if argv is None else argv:
+    args = sys.argv[1:] if argv is None else argv
+    for arg in sorted(args, key=lambda arg: arg.startswith('--')): # files first: a flag wins wherever it stands
         if arg in ('-h', '--help'):
             print_help(cls)
             raise SystemExit(0)
@@ -66,14 +68,14 @@ def parse_config(cls, argv=None):
                 fail(f"{arg}: expected --key=value")
             try:
                 value = text if types.get(key, str) is str else ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError):
                 value = text # reported by put as a value of the wrong type
             put(key, value, arg)
             continue
         try:
             with open(arg, encoding='utf-8') as f:
                 nodes = ast.parse(f.read(), arg).body
-        except (OSError, UnicodeDecodeError) as e:
+        except (OSError, ValueError) as e:
             fail(f"{arg}: no such config file ({getattr(e, 'strerror', None) or e}); options are written --key=value")
         except SyntaxError as e:
             fail(f"{arg}:{e.lineno}: expected a file of `name = literal` lines")
@@ -83,7 +85,7 @@ def parse_config(cls, argv=None):
             try:
                 (target,), value = node.targets, ast.literal_eval(node.value)
                 key = target.id
-            except (ValueError, AttributeError):
+            except (ValueError, TypeError, AttributeError):
                 fail(f"{arg}:{node.lineno}: expected `name = literal`")
             put(key, value, f"{arg}:{node.lineno}")
     try:
@@ -209,6 +211,9 @@ def start(cfg):
     if dtype == 'auto':
         dtype = 'bfloat16' if device.startswith('cuda') and torch.cuda.is_bf16_supported() else 'float32'
     run = Run(device, dtype, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+    pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
+    if getattr(cfg, 'batch_size', pieces) % pieces:
+        fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
     if run.world_size > 1:
         if device == 'cuda':
             run.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -234,19 +239,30 @@ def stop(run):
     if run.world_size > 1:
         dist.destroy_process_group()
 
+def progress(iterable=None, **kwargs):
+    """A tqdm bar; where the output goes to a file, a line every ten seconds and not ten a second."""
+    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
+
+
+def training_bar(run, cfg, first):
+    """The bar over the steps first, first + 1, … of a training run."""
+    return progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
+                    disable=not run.is_master)
+
 # ----------------------------------------------------------------------------------------------------------------
 # optimisation
 
-def lr_at(step, cfg):
-    """Learning rate of step 0, 1, …: linear warmup, then constant, linear to 0, or cosine to a tenth of lr."""
+def lr_at(step, cfg, peak=None):
+    """Learning rate of step 0, 1, …: linear warmup to peak (cfg.lr), then constant, linear to 0, or cosine to a tenth."""
+    peak = cfg.lr if peak is None else peak
     if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
+        return peak * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps) # 0 … 1
     if cfg.lr_schedule == 'linear':
-        return cfg.lr * (1 - done)
+        return peak * (1 - done)
     if cfg.lr_schedule == 'cosine':
-        return cfg.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-    return cfg.lr
+        return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak
 
 
 def make_optimizer(model, cfg, betas=(0.9, 0.999), eps=1e-8):
@@ -266,6 +282,12 @@ def optimizer_step(optimizer, model, lr, grad_clip):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
+
+
+def split(rows, parts):
+    """A list in `parts` parts of like size, in order: the micro-batches of a batch."""
+    size = math.ceil(len(rows) / parts)
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
 def check_finite(name, value, step, out_dir):
@@ -298,8 +320,10 @@ def prepare_out_dir(run, cfg):
             if here and not cfg.resume and not cfg.overwrite:
                 fail(f"--out_dir={cfg.out_dir}: holds a checkpoint; go on with it by --resume=True, replace it by "
                      "--overwrite=True, or choose another folder")
+            if not os.access(cfg.out_dir, os.W_OK):
+                fail(f"--out_dir={cfg.out_dir}: no permission; wanted a folder that can be written to")
             if not cfg.resume:
-                for name in ('state.pt', 'config.json', 'model.safetensors'):
+                for name in ('state.pt', 'config.json', 'model.safetensors', 'tokenizer.tiktoken', 'tokenizer_name'):
                     with contextlib.suppress(FileNotFoundError):
                         os.remove(os.path.join(cfg.out_dir, name))
                 open(os.path.join(cfg.out_dir, 'log.jsonl'), 'w').close()
@@ -340,6 +364,20 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
         raise SystemExit(1)
 
 
+def save_if_due(run, cfg, step, save):
+    """
+    At the end of every step: call save(step) when it is due, at the end, and on Ctrl-C, which then ends the program.
+    step: the number of finished steps.
+    """
+    stopping = run.stop_requested()
+    if stopping or step == cfg.max_steps or (cfg.save_every and step % cfg.save_every == 0):
+        save(step)
+    if stopping:
+        if run.is_master:
+            print(f"saved {cfg.out_dir} at step {step}; --resume=True goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
 def finish_save(out_dir):
     """Move the files of a completely written checkpoint into place; also what is left to do after a kill."""
     done = os.path.join(out_dir, '.saved')
@@ -369,9 +407,9 @@ def load_checkpoint(run, cfg, model, optimizers):
         state = torch.load(path, map_location='cpu', weights_only=True)
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state['optimizers'][name])
-    except (KeyError, ValueError, RuntimeError, EOFError, OSError) as e:
-        fail(f"{path}: not a state to go on from ({str(e).splitlines()[0]})")
-    torch.set_rng_state(state['rng']['cpu'])
+        torch.set_rng_state(state['rng']['cpu'])
+    except Exception as e: # a damaged file makes torch.load raise nearly anything, some of it without a message
+        fail(f"{path}: not a state to go on from ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
     if run.rank: # the saved generator is the first process's; the others get streams of their own
         torch.manual_seed(cfg.seed + run.rank + 1000 * state['step'])
     elif 'cuda' in state['rng'] and run.device.startswith('cuda'):
@@ -387,7 +425,7 @@ def load_checkpoint(run, cfg, model, optimizers):
 def log(run, cfg, step, **metrics):
     """Append one line to out_dir/log.jsonl; step counts finished optimizer steps (iterations in the RL scripts)."""
     if run.is_master:
-        line = dict(step=step, **{k: round(float(v), 6) for k, v in metrics.items()}, time=round(time.time(), 2))
+        line = dict(step=step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}, time=round(time.time(), 2))
         with open(os.path.join(cfg.out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
             f.write(json.dumps(line) + '\n')
 

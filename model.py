@@ -131,8 +131,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd) # also the output projection
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
-        # the reward model's normalisation needs the final bias, see normalise_rewards
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias or config.reward_head)
+        # the reward model's normalisation needs the final bias, see normalise_rewards, and so does a critic made of it
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias or config.reward_head or config.value_head)
         self.value_head = nn.Linear(config.n_embd, 1) if config.value_head else None
         self.reward_head = nn.Linear(config.n_embd, 1, bias=False) if config.reward_head else None
         self.apply(self._init_weights)
@@ -179,8 +179,7 @@ class GPT(nn.Module):
         Logits (N, V), float32, that predict the N tokens counted by mask (B, T-1), in row order.
         The projection onto the vocabulary is a third of GPT-2 small's work: it is done for these N positions only.
         """
-        x = self.hidden(idx[:, :-1])[mask > 0] # (N, C)
-        return F.linear(x, self.wte.weight).float()
+        return F.linear(self.hidden(idx[:, :-1])[mask > 0], self.wte.weight).float()
 
     def logp(self, idx, mask):
         """Log-probabilities (B, T-1) of the tokens counted by mask (B, T-1), 0 elsewhere; idx: (B, T)."""
@@ -188,7 +187,20 @@ class GPT(nn.Module):
 
     def logp_and_entropy(self, idx, mask, with_entropy=False):
         """logp as above, and the entropy in nats of the same distributions, (B, T-1), or None."""
-        logits = self.masked_logits(idx, mask) # (N, V)
+        return self._token_stats(self.masked_logits(idx, mask), idx, mask, with_entropy)
+
+    def masked_values(self, idx, mask):
+        """V(s_t) (B, T-1) where mask (B, T-1) counts, 0 elsewhere; position t is the state before token t+1."""
+        x = self.hidden(idx[:, :-1])[mask > 0] # (N, C)
+        return torch.zeros_like(mask).masked_scatter(mask > 0, self.value_head(x).float())
+
+    def logp_entropy_values(self, idx, mask, with_entropy=False):
+        """For a policy that carries its critic, all three in one pass: logp, entropy and masked values."""
+        x = self.hidden(idx[:, :-1])[mask > 0] # (N, C)
+        values = torch.zeros_like(mask).masked_scatter(mask > 0, self.value_head(x).float()) # (B, T-1)
+        return *self._token_stats(F.linear(x, self.wte.weight).float(), idx, mask, with_entropy), values
+
+    def _token_stats(self, logits, idx, mask, with_entropy):
         counted = mask > 0
         picked = -F.cross_entropy(logits, idx[:, 1:][counted], reduction='none') # (N,)
         logp = torch.zeros_like(mask).masked_scatter(counted, picked) # (B, T-1)
@@ -261,8 +273,10 @@ class GPT(nn.Module):
         """Responses (lists of token ids, eos kept) and the log-probabilities recorded while sampling them."""
         was_training = self.training
         self.eval()
-        steps = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, eos))
-        self.train(was_training)
+        try:
+            steps = list(self.stream(prompts, max_new_tokens, temperature, top_k, top_p, eos))
+        finally:
+            self.train(was_training)
         responses, logps = [[] for _ in prompts], [[] for _ in prompts]
         for rows, tokens, logp in steps:
             for row, token, lp in zip(rows.tolist(), tokens.tolist(), logp.tolist()):
@@ -285,12 +299,17 @@ class GPT(nn.Module):
         model starts as its reward head. Whatever is wrong with the folder is said in one line, exit code 2.
         """
         hf = read_json(os.path.join(folder, 'config.json'))
-        missing = [k for k in ('vocab_size', 'n_layer', 'n_head', 'n_embd') if not isinstance(hf.get(k), int)]
+        hf.setdefault('n_positions', 1024)
+        missing = [k for k in ('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd')
+                   if type(hf.get(k)) is not int or hf[k] < 1]
         if hf.get('model_type') != 'gpt2' or missing:
             fail(f"{folder}/config.json: not a GPT-2 checkpoint (model_type {hf.get('model_type')!r}"
                  + (f", without {', '.join(missing)})" if missing else ')'))
-        if hf.get('activation_function', 'gelu_new') != 'gelu_new' or hf.get('scale_attn_by_inverse_layer_idx'):
-            fail(f"{folder}/config.json: a variant of GPT-2 (activation_function, scale_attn_by_inverse_layer_idx)")
+        ours = dict(activation_function='gelu_new', layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                    scale_attn_by_inverse_layer_idx=False)
+        for key, value in ours.items():
+            if hf.get(key, value) != value:
+                fail(f"{folder}/config.json: a variant of GPT-2, {key} must be {value!r}, got {hf[key]!r}")
         path = os.path.join(folder, 'model.safetensors')
         try:
             tensors = load_file(path)
@@ -298,7 +317,7 @@ class GPT(nn.Module):
             fail(f"{path}: not a readable safetensors file ({e})")
         tensors = {k.removeprefix('transformer.'): v for k, v in tensors.items()}
         config = GPTConfig(
-            block_size=hf.get('n_positions', 1024), vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
+            block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
             n_head=hf['n_head'], n_embd=hf['n_embd'], bias=hf.get('bias', True),
             value_head='value_head.weight' in tensors, reward_head='score.weight' in tensors)
         model = cls(dataclasses.replace(config, **overrides))
@@ -306,6 +325,7 @@ class GPT(nn.Module):
             tensors['value_head.weight'] = tensors['score.weight']
             tensors['value_head.bias'] = torch.zeros(1)
         model._load(tensors, path)
+        model.was_reward_model = config.reward_head # what the folder held, whatever the overrides made of it
         return model
 
     def _load(self, tensors, path):
@@ -320,6 +340,9 @@ class GPT(nn.Module):
                 fail(f"{path}: tensor {name} is {tuple(t.shape)}, config.json says {tuple(p.shape)}")
             with torch.no_grad():
                 p.copy_(t)
+        head = tensors.get('lm_head.weight') # in most files it is left out: the embedding's own weights
+        if head is not None and not torch.equal(head.to(self.wte.weight.dtype), self.wte.weight):
+            fail(f"{path}: tensor lm_head.weight differs from wte.weight; wanted the output projection tied to it")
 
     def _hf_parameters(self):
         """(name in the Hugging Face layout, parameter, transposed there) of every parameter."""
@@ -343,10 +366,13 @@ class GPT(nn.Module):
             tensors[prefix + name] = (p.detach().t() if transpose else p.detach()).contiguous().cpu()
         if not c.bias: # the layout has biases everywhere: zeros say the same
             for name, p in self.named_parameters():
-                name = 'transformer.' + name.removesuffix('weight') + 'bias'
-                if not name.startswith(('transformer.wte', 'transformer.wpe')) and 'head' not in name:
-                    tensors.setdefault(name, torch.zeros(p.size(0)))
-        save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+                if name.startswith(('h.', 'ln_f')) and name.endswith('weight'):
+                    tensors.setdefault('transformer.' + name.removesuffix('weight') + 'bias', torch.zeros(p.size(0)))
+        path = os.path.join(folder, 'model.safetensors')
+        try:
+            save_file(tensors, path, metadata={'format': 'pt'})
+        except SafetensorError as e: # a full disk
+            raise OSError(f"{path}: {e}")
         hf = dict(
             architectures=['GPT2ForSequenceClassification' if c.reward_head else 'GPT2LMHeadModel'], model_type='gpt2',
             vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
@@ -375,7 +401,7 @@ def read_json(path):
 def load_policy(folder, option='policy', **overrides):
     """from_pretrained for a language model; a reward model is refused, naming the option that gave it."""
     model = GPT.from_pretrained(folder, **overrides)
-    if model.reward_head is not None:
+    if model.was_reward_model:
         fail(f"--{option}={folder}: is a reward model, wanted a language model")
     return model
 
@@ -383,7 +409,7 @@ def load_policy(folder, option='policy', **overrides):
 def load_reward_model(folder, option='reward_model', **overrides):
     """from_pretrained for a reward model; a language model is refused, naming the option that gave it."""
     model = GPT.from_pretrained(folder, **overrides)
-    if model.reward_head is None:
+    if not model.was_reward_model:
         fail(f"--{option}={folder}: is a language model, wanted a reward model (made by reward.py)")
     return model
 

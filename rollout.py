@@ -7,11 +7,11 @@ All per-token arrays are (B, T-1) and follow the convention that position t spea
 
 from dataclasses import dataclass
 
+import common
 from common import fail
 
 import torch
 from tokens import pad
-from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------
 # masked statistics
@@ -65,7 +65,7 @@ def sample_answers(model, prompts, tok, max_new_tokens, temperature=1.0, rows=25
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers, logps = [None] * len(prompts), [None] * len(prompts)
-    bar = tqdm(total=len(prompts), desc=progress, unit="answers", disable=progress is None)
+    bar = common.progress(total=len(prompts), desc=progress, unit="answers", disable=progress is None)
     for start in range(0, len(order), rows):
         chunk = order[start:start + rows]
         out = model.generate_with_logp([prompts[i] for i in chunk], max_new_tokens, temperature, eos=tok.eos)
@@ -115,8 +115,7 @@ def frozen_logp(model, idx, mask, lengths, rows=64):
 @torch.no_grad()
 def frozen_values(model, idx, mask, lengths, rows=64):
     """Values (B, T-1) of a critic, 0 where mask is 0."""
-    values = in_chunks(lambda c, T: model.values(idx[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
-    return values * mask
+    return in_chunks(lambda c, T: model.masked_values(idx[c, :T], mask[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
 
 
 @torch.no_grad()
@@ -134,6 +133,13 @@ def score_answers(reward_model, prompts, answers, device, rows=64):
     return frozen_rewards(reward_model, idx, lengths, rows)
 
 # ----------------------------------------------------------------------------------------------------------------
+# measuring
+
+def gold_scores(questions, answers, tok):
+    """The toy world's gold scores, a list, of answers (lists of ids) to the prompts of its records."""
+    from data.toy import world
+    return [world.gold(q, tok.decode(a).removeprefix(' ')) for q, a in zip(questions, answers)]
+
 
 def pair_agreement(scores, ranks):
     """

@@ -288,8 +288,19 @@ def read_records(path, kind):
     return rows
 
 
+def is_text_file(path):
+    """Whether a file holds plain text (.txt, or rows with `text`) and not demonstrations."""
+    if str(path).endswith((".txt", ".txt.gz")):
+        return True
+    return b'"text"' in next((line for _, line in read_lines(path) if line.strip()), b"")
+
+
+def to_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_records(path, rows):
-    write_atomic(str(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(str(path), to_lines(rows))
 
 # -----------------------------------------------------------------------------
 # the chat template
@@ -391,6 +402,15 @@ def encode_rankings(tok, records, block_size, name="rankings"):
     return report(name, rows, cut, left_out, block_size)
 
 
+def read_preferences(path):
+    """A file of rankings or of comparisons, as ranking records: a comparison is a ranking of two (its margin is kept)."""
+    _, first = next(((n, line) for n, line in read_lines(path) if line.strip()), (0, b""))
+    if b'"chosen"' in first:
+        return [r | {"responses": [r["chosen"], r["rejected"]], "ranks": [0, 1]}
+                for r in read_records(path, "comparisons")]
+    return read_records(path, "rankings")
+
+
 def encode_comparisons(tok, records, block_size, name="comparisons"):
     """-> list of (prompt ids, chosen ids, rejected ids, margin); both answers follow the same prompt, cut alike."""
     as_rankings = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]], "ranks": r.get("margin", 0.0)}
@@ -426,6 +446,21 @@ def collate(examples):
     return pad([ids for ids, _ in examples]), pad([mask for _, mask in examples])[:, 1:].float()
 
 
+def collate_answers(rows):
+    """
+    Rows (prompt ids, [answers' ids], ranks), one per prompt, to tensors with one line per answer, N in all:
+    idx (N, T) long, mask (N, T-1) float, lengths (N,), and pairs (M, 2): the indices of the better and the worse answer
+    of every pair of different rank of one prompt. An answer shared by several pairs is there once.
+    """
+    lines = [(prompt + a, [0] * len(prompt) + [1] * len(a)) for prompt, answers, _ in rows for a in answers]
+    pairs, first = [], 0
+    for _, _, ranks in rows:
+        pairs += [(first + i, first + j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
+        first += len(ranks)
+    lengths = torch.tensor([len(ids) for ids, _ in lines])
+    return *collate(lines), lengths, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
 class Batches:
     """
     Which rows make up the batch of an optimizer step: `.at(step)`, a list of batch_size row indices, a pure function of
@@ -452,3 +487,63 @@ class Batches:
             batches = order.reshape(self.epoch_steps, self.batch_size)
             self.epoch, self.batches = epoch, batches[rng.permutation(self.epoch_steps)]
         return self.batches[i].tolist()
+
+
+class Rows:
+    """Demonstrations as (ids, mask), in batches of like length."""
+
+    def __init__(self, rows, batch_size, seed):
+        self.rows, self.batch_size = rows, batch_size
+        self.batches = Batches([len(ids) for ids, _ in rows], batch_size, seed)
+        self.epoch_steps = self.batches.epoch_steps
+
+    def at(self, step):
+        """The (ids, mask) of an optimizer step."""
+        return [self.rows[i] for i in self.batches.at(step)]
+
+    def in_order(self, n_batches):
+        """The first n_batches batches (0 = all), every row once: for measuring."""
+        rows = self.rows[:n_batches * self.batch_size] if n_batches else self.rows
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        return [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
+
+class Stream:
+    """Plain text as one stream of tokens; a row is a window of block_size + 1 of them, at a random place."""
+
+    def __init__(self, stream, block_size, batch_size, seed):
+        self.stream, self.batch_size, self.seed = stream, batch_size, seed
+        self.T = min(block_size, len(stream) - 1) # a window holds T inputs and T targets
+        self.epoch_steps = math.ceil((len(stream) - 1) / (self.T * batch_size))
+
+    def window(self, i):
+        ids = self.stream[i:i + self.T + 1]
+        return ids, [1] * len(ids)
+
+    def at(self, step):
+        rng = np.random.default_rng([self.seed, step]) # a pure function of the step: resuming needs no cursor
+        return [self.window(i) for i in rng.integers(len(self.stream) - self.T, size=self.batch_size)]
+
+    def in_order(self, n_batches):
+        """The first n_batches batches of neighbouring windows (0 = all), every token predicted once: for measuring."""
+        rows = [self.window(i) for i in range(0, len(self.stream) - 1, self.T)]
+        batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        return batches[:n_batches or None]
+
+
+def load_training_set(path, tok, block_size, batch_size, seed, loss_on="response", name="train", val_fraction=0.0):
+    """
+    A file of demonstrations or of text, ready for cross-entropy: Rows or a Stream, and with val_fraction its last part
+    as a second one (else None).
+    """
+    if is_text_file(path):
+        data = encode_text(tok, read_records(path, "text")) # (N,)
+        print(f"{name}: {len(data)} tokens of text")
+        wrap = lambda part: Stream(part, block_size, batch_size, seed)
+    else:
+        data = encode_demonstrations(tok, read_records(path, "demonstrations"), block_size, loss_on, name)
+        wrap = lambda part: Rows(part, batch_size, seed)
+    cut = math.ceil(len(data) * (1 - val_fraction))
+    if len(data[:cut]) < 2 or 0 < len(data[cut:]) < 2:
+        fail(f"{path}: wanted at least two tokens or rows on either side of val_fraction={val_fraction}")
+    return wrap(data[:cut]), wrap(data[cut:]) if cut < len(data) else None

@@ -1,0 +1,284 @@
+"""
+Throughput: how fast this machine samples and trains with the functions of these scripts. One JSON line per shape.
+
+    python bench.py --workload=sft --preset=small --threads=1
+    python bench.py --workload=dpo --init_from=out/hh/sft --data=data/hh_rlhf/comparisons_train.jsonl --dtype=bfloat16
+
+workload   what is timed                                                            tokens counted
+generate   model.generate: 16 and then 64 prompts of 64 tokens, 128 new, no EOS     new ones
+lm         sft.py's step on plain text: windows of 256 tokens                       all
+sft        sft.py's step on the better answers                                      prompts and answers
+rm         reward.py's step on pairs                                                prompts and answers of both texts
+dpo        dpo.py's step on pairs, and the reference's single pass over them        prompts and answers of both texts
+ppo        an iteration of ppo.py: 64 prompts of 32 tokens, 32 new, 4 epochs        new ones
+
+Rows are at most 256 tokens long and come in the batches of like length that the scripts make; padding is not counted.
+Without --data the pairs are random ids: prompts of 16 to 127 tokens, answers of 8 to 127. A lap is `steps` optimizer
+steps, from lists of ids to updated weights; of generate one call, of ppo one iteration. Every lap has the same batches.
+The first one warms up; the line tells of the one of median speed among the others.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+os.environ.setdefault('TQDM_DISABLE', '1') # no progress bars among the lines; read when tqdm is imported
+
+import common
+from common import fail, launch, require
+
+import numpy as np
+import torch
+
+import dpo
+import ppo
+import reward
+import sft
+from model import GPT, GPTConfig, load_policy
+from tokens import (Batches, Rows, Stream, Tokenizer, collate, collate_answers, encode_rankings, load_tokenizer,
+                    read_preferences, train_bpe)
+
+PRESETS = dict(tiny=(4, 4, 128, 512), small=(6, 6, 384, 50257), gpt2=(12, 12, 768, 50257)) # n_layer, n_head, n_embd, V
+LONGEST = 256 # tokens in a row
+DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), ppo=(64,))
+
+
+@dataclass
+class Config:
+    workload: str = '' # generate, lm, sft, rm, dpo or ppo
+    preset: str = 'tiny' # tiny, small or gpt2: random weights of that shape
+    init_from: str = '' # a language model's folder instead of random weights; then its shape counts
+    data: str = '' # comparisons or rankings; without: random ids
+    batch_size: int = 0 # rows, pairs or prompts at a time; 0 = as above, 8 in the training steps
+    steps: int = 4 # optimizer steps in a lap
+    repeats: int = 3 # laps that count
+    threads: int = 0 # 0 = as many as torch takes
+    seed: int = 1
+    device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
+    dtype: str = 'float32' # float32, bfloat16 (autocast)
+
+    def __post_init__(self):
+        at_least = dict(batch_size=0, steps=1, repeats=1, threads=0, seed=0)
+        one_of = dict(workload=DEFAULT_BATCHES, preset=PRESETS, dtype=('float32', 'bfloat16'))
+        require(self, **{k: (getattr(self, k) >= low, f"at least {low}") for k, low in at_least.items()})
+        require(self, **{k: (getattr(self, k) in these, f"one of {', '.join(these)}") for k, these in one_of.items()})
+
+# ----------------------------------------------------------------------------------------------------------------
+# models and rows
+
+
+def make_model(cfg, run, **heads):
+    """The weights of init_from, or random ones of the preset's shape, with the heads asked for."""
+    if cfg.init_from:
+        return load_policy(cfg.init_from, 'init_from', **heads).to(run.device)
+    n_layer, n_head, n_embd, vocab_size = PRESETS[cfg.preset]
+    return GPT(GPTConfig(LONGEST + 1, vocab_size, n_layer, n_head, n_embd, **heads)).to(run.device)
+
+
+def choose_tokenizer(cfg, records, vocab_size):
+    """The tokenizer beside the weights; else one of the model's size: gpt2, bytes, or a BPE trained on the data."""
+    if cfg.init_from and any(name.startswith('tokenizer') for name in os.listdir(cfg.init_from)):
+        return load_tokenizer(cfg.init_from)
+    if vocab_size in (50257, 257):
+        return load_tokenizer('gpt2' if vocab_size == 50257 else 'bytes')
+    if vocab_size < 257:
+        fail(f"--data={cfg.data}: wanted a model of 257 tokens or more, got {vocab_size}")
+    return Tokenizer('tiktoken', train_bpe([text for r in records for text in r['responses']], vocab_size))
+
+
+def make_rows(cfg, model):
+    """Rows (prompt ids, [answers' ids], ranks), best answer first, as reward.py and dpo.py read them."""
+    V, longest = model.config.vocab_size, min(LONGEST, model.config.block_size)
+    if cfg.data:
+        records = [r for r in read_preferences(cfg.data) if len(set(r['ranks'])) > 1]
+        with contextlib.redirect_stdout(sys.stderr): # the encoder reports what it cut
+            return encode_rankings(choose_tokenizer(cfg, records, V), records, longest, cfg.data)
+    rng = np.random.default_rng(cfg.seed)
+    text = lambda shortest: rng.integers(V, size=rng.integers(shortest, longest // 2)).tolist()
+    return [(text(16), [text(8), text(8)], [0, 1]) for _ in range(1000)]
+
+
+def best(answers, ranks):
+    return answers[ranks.index(min(ranks))]
+
+
+def make_prompts(cfg, model, rows, n, new):
+    """batch_size prompts of n tokens: the beginnings of the rows that are long enough, over and over."""
+    if model.config.block_size < n + new:
+        fail(f"--init_from={cfg.init_from}: wanted a context of {n + new} tokens, got {model.config.block_size}")
+    prompts = [ids[:n] for ids in (p + best(a, ranks) for p, a, ranks in rows) if len(ids) >= n]
+    if not prompts:
+        fail(f"--data={cfg.data}: wanted a row of {n} tokens or more for the prompts")
+    return [prompts[i % len(prompts)] for i in range(cfg.batch_size)]
+
+# ----------------------------------------------------------------------------------------------------------------
+# workloads: each returns a function that runs one lap and gives back the tokens that count, and those with padding
+
+
+def generate(cfg, run, model, rows):
+    prompts = make_prompts(cfg, model, rows, 64, 128)
+
+    def lap():
+        with run.autocast():
+            n = sum(len(answer) for answer in model.generate(prompts, 128))
+        return n, n
+
+    return lap
+
+
+def training(cfg, run, model, step_loss, begin=None):
+    """Laps of optimizer steps; step_loss(step) -> the loss, its tokens, and those with padding."""
+    model.train()
+    optimizer = common.make_optimizer(model, SimpleNamespace(lr=1e-4, weight_decay=0.0))
+
+    def lap():
+        if begin:
+            begin()
+        tokens = padded = 0
+        for step in range(cfg.steps):
+            loss, n, n_padded = step_loss(step)
+            loss.backward()
+            common.optimizer_step(optimizer, model, lr=1e-4, grad_clip=1.0)
+            tokens, padded = tokens + n, padded + n_padded
+        return tokens, padded
+
+    return lap
+
+
+def supervised(cfg, run, model, data, extra):
+    """sft.py's step; a window of text holds `extra` = 1 token more than the model is given."""
+    def step_loss(step):
+        examples = data.at(step)
+        idx, mask = (x.to(run.device) for x in collate(examples)) # (B, T), (B, T-1)
+        with run.autocast():
+            logp = model.logp(idx, mask) # (B, T-1)
+        return sft.sft_loss(logp, mask), sum(len(ids) - extra for ids, _ in examples), idx.numel() - extra * len(idx)
+
+    return training(cfg, run, model, step_loss)
+
+
+def lm(cfg, run, model, rows):
+    text = np.concatenate([p + best(a, ranks) for p, a, ranks in rows])
+    return supervised(cfg, run, model, Stream(text, min(LONGEST, model.config.block_size), cfg.batch_size, cfg.seed), 1)
+
+
+def sft_(cfg, run, model, rows):
+    examples = [(p + best(a, ranks), [0] * len(p) + [1] * len(best(a, ranks))) for p, a, ranks in rows]
+    return supervised(cfg, run, model, Rows(examples, cfg.batch_size, cfg.seed), 0)
+
+
+def pair_batches(cfg, rows):
+    return Batches([len(p) + max(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
+
+
+def rm(cfg, run, model, rows):
+    batches = pair_batches(cfg, rows)
+
+    def step_loss(step):
+        some = [rows[i] for i in batches.at(step)]
+        idx, _, lengths, _ = (x.to(run.device) for x in collate_answers(some)) # N answers to B prompts
+        with run.autocast():
+            scores = model.rewards(idx, lengths) # (N,)
+        ranks = torch.tensor([r for _, _, ranks in some for r in ranks], device=run.device) # (N,)
+        loss = reward.ranking_loss(reward.to_table(scores, some, 0.0), reward.to_table(ranks, some, -1)) # (B, K) each
+        return loss, int(lengths.sum()), idx.numel()
+
+    return training(cfg, run, model, step_loss)
+
+
+def dpo_(cfg, run, model, rows):
+    batches, options = pair_batches(cfg, rows), dpo.Config(train_data='rows')
+    ref = {} # row -> (K,) log-probabilities of the reference
+
+    def begin(): # an epoch's worth: each row of the lap once
+        used = sorted({i for step in range(cfg.steps) for i in batches.at(step)})
+        ref.update(zip(used, dpo.reference_logp(model, [rows[i] for i in used], options, run, 'rows')))
+
+    def step_loss(step):
+        batch = batches.at(step)
+        idx, mask, lengths, pairs = (x.to(run.device) for x in collate_answers([rows[i] for i in batch]))
+        ref_logp = torch.cat([ref[i] for i in batch]).to(run.device) # (N,)
+        with run.autocast():
+            logp = model.logp(idx, mask) # (N, T-1)
+        loss, _ = dpo.pair_loss(dpo.answer_logp(logp, mask, options.loss), ref_logp, pairs, options)
+        return loss, int(lengths.sum()), idx.numel()
+
+    return training(cfg, run, model, step_loss, begin)
+
+
+def ppo_(cfg, run, model, rows):
+    options = ppo.Config(prompts='rows', max_new_tokens=32, batch_size=cfg.batch_size)
+    prompts, tok = make_prompts(cfg, model, rows, 32, 32), SimpleNamespace(eos=-1) # an id that is never sampled
+    frozen = lambda **heads: make_model(cfg, run, **heads).requires_grad_(False)
+    models = ppo.Models(model, make_model(cfg, run, value_head=True), frozen(reward_head=True), frozen())
+    optimizers = {name: common.make_optimizer(getattr(models, name), options, eps=1e-5) for name in ('policy', 'critic')}
+    nets = {name: run.parallel(getattr(models, name)) for name in ('policy', 'critic')}
+
+    def lap():
+        batch, lengths, _ = ppo.roll_out(models, prompts, prompts, tok, options, options.kl_coef, run)
+        ppo.update(models, nets, optimizers, batch, lengths, options, run, 0, None)
+        return int(batch['mask'].sum()), int(batch['mask'].sum())
+
+    return lap
+
+
+WORKLOADS = dict(generate=generate, lm=lm, sft=sft_, rm=rm, dpo=dpo_, ppo=ppo_)
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def timed(lap, device):
+    """One lap: its tokens, those with padding, wall seconds and this process's CPU seconds."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    tokens, padded = lap()
+    if device.startswith('cuda'):
+        torch.cuda.synchronize()
+    return tokens, padded, time.perf_counter() - start, time.process_time() - cpu_start
+
+
+def peak_rss_mb():
+    """The most memory this process has held so far, in MB of 2^20 bytes."""
+    import resource # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+def measure(cfg, run):
+    torch.manual_seed(cfg.seed)
+    model = make_model(cfg, run, reward_head=cfg.workload == 'rm')
+    rows = make_rows(cfg, model)
+    lap = WORKLOADS[cfg.workload](cfg, run, model, rows)
+    laps = [timed(lap, run.device) for _ in range(1 + cfg.repeats)][1:]
+    laps.sort(key=lambda x: x[2] / x[0])
+    tokens, padded, seconds, cpu_seconds = laps[len(laps) // 2]
+    c = model.config
+    shape = (c.n_layer, c.n_head, c.n_embd, c.vocab_size)
+    line = dict(
+        workload=cfg.workload, preset=next((name for name, these in PRESETS.items() if these == shape), 'other'),
+        tokens=tokens, seconds=round(seconds, 4), tokens_per_s=round(tokens / seconds, 1),
+        peak_rss_mb=round(peak_rss_mb()), cpu_seconds=round(cpu_seconds, 4),
+        tokens_per_cpu_s=round(tokens / cpu_seconds, 1), padding_share=round(1 - tokens / padded, 3),
+        fastest=round(laps[0][0] / laps[0][2], 1), slowest=round(laps[-1][0] / laps[-1][2], 1),
+        batch_size=cfg.batch_size, steps=1 if cfg.workload in ('generate', 'ppo') else cfg.steps, repeats=cfg.repeats,
+        model=dict(zip(('n_layer', 'n_head', 'n_embd', 'vocab_size'), shape)), init_from=cfg.init_from, data=cfg.data,
+        device=run.device, dtype=run.dtype, threads=torch.get_num_threads(), torch=torch.__version__)
+    if run.device.startswith('cuda'):
+        line['peak_gpu_mb'] = round(torch.cuda.max_memory_allocated(run.device) / 2**20)
+    print(json.dumps(line), flush=True)
+
+
+def main(cfg):
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    run = common.start(cfg)
+    common.stop(run) # nothing to save: Ctrl-C ends the program at once
+    for batch_size in (cfg.batch_size,) if cfg.batch_size else DEFAULT_BATCHES[cfg.workload]:
+        measure(dataclasses.replace(cfg, batch_size=batch_size), run)
+
+
+if __name__ == '__main__':
+    launch(main, Config)

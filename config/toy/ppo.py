@@ -1,0 +1,14 @@
+policy = "out/toy/sft"
+reward_model = "out/toy/reward"
+prompts = "data/toy/prompts_train.jsonl"
+max_new_tokens = 32
+max_steps = 40
+batch_size = 128
+minibatches = 2
+epochs = 2
+grad_accum = 2
+lr = 5e-4
+critic_lr = 5e-4
+kl_coef = 0.05
+gold = "toy"
+out_dir = "out/toy/ppo"

@@ -1,0 +1,14 @@
+init_from = "scratch"
+tokenizer = "data/toy/toy.tiktoken"
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 96
+train_data = "data/toy/text_train.jsonl"
+val_data = "data/toy/text_val.jsonl"
+loss_on = "all"
+max_steps = 1200
+batch_size = 12
+lr = 3e-3
+warmup_steps = 50
+out_dir = "out/toy/base"

@@ -1,0 +1,215 @@
+"""
+Direct preference optimisation: learn from preferences with a classification loss, without a reward model and without
+sampling.
+
+DPO: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290. Label smoothing (conservative DPO): Mitchell 2023,
+https://ericmitchell.ai/cdpo.pdf. IPO: Azar et al. 2023, https://arxiv.org/abs/2310.12036.
+
+    python dpo.py config/toy/dpo.py
+    python dpo.py config/toy/dpo.py --loss=ipo --beta=0.1
+
+Differs from the paper: a ranking of K answers makes all its pairs, and each answer passes through the model once,
+however many pairs it is in. The reference is the model that training starts from, its log-probabilities are computed
+once. AdamW instead of RMSprop.
+"""
+
+from dataclasses import dataclass
+
+import common
+from common import check_common, launch, require
+
+import torch
+import torch.nn.functional as F
+
+from model import load_policy
+from rollout import frozen_logp
+from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_preferences
+
+
+@dataclass
+class Config:
+    out_dir: str = 'out/dpo' # the checkpoint
+    init_from: str = 'out/sft' # the SFT model; also the reference
+    train_data: str = '' # comparisons or rankings
+    val_data: str = '' # the same, held out
+    loss: str = 'dpo' # dpo or ipo
+    beta: float = 0.1 # strength of the pull towards the reference
+    label_smoothing: float = 0.0 # dpo: share of the preferences assumed to be the wrong way round
+    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
+    epochs: int = 1 # with max_steps=0
+    batch_size: int = 32 # prompts per optimizer step, each with all its answers
+    grad_accum: int = 1 # micro-batches a batch is split into
+    lr: float = 5e-6
+    lr_schedule: str = 'linear' # after warmup: constant, linear (to 0), cosine (to a tenth)
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    beta2: float = 0.99 # AdamW
+    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
+    eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
+    save_every: int = 500 # steps between checkpoints; 0 = only at the end
+    log_every: int = 10
+    seed: int = 1
+    device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
+    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    compile: bool = False # torch.compile: pays off after minutes
+    resume: bool = False # go on from the checkpoint in out_dir
+    overwrite: bool = False # replace the checkpoint in out_dir
+
+    def __post_init__(self):
+        check_common(self)
+        require(self, train_data=(self.train_data != '', 'a file of comparisons or rankings'),
+                loss=(self.loss in ('dpo', 'ipo'), 'dpo or ipo'), beta=(self.beta > 0, 'above 0'),
+                label_smoothing=(0 <= self.label_smoothing < 0.5, 'at least 0 and below 0.5'))
+
+
+def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
+    """
+    Rafailov et al. 2023, equation 7, with w = chosen and l = rejected:
+
+        h = beta * [(pi_w - ref_w) - (pi_l - ref_l)]         L = -log sigmoid(h)
+
+    and with label smoothing e (Mitchell 2023, equation 3):  L = -(1 - e) log sigmoid(h) - e log sigmoid(-h)
+
+    All four are (B,): log-probabilities log pi(y|x) SUMMED over the answer's tokens, EOS included.
+    Returns the loss () and the implicit rewards beta * (pi - ref) of chosen and rejected, (B,) each, detached.
+    """
+    chosen_rewards = beta * (pi_chosen - ref_chosen) # (B,)
+    rejected_rewards = beta * (pi_rejected - ref_rejected) # (B,)
+    h = chosen_rewards - rejected_rewards # (B,)
+    losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    return losses.mean(), chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def ipo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
+    """
+    Azar et al. 2023, equation 17 (their tau is beta):
+
+        h = (pi_w - ref_w) - (pi_l - ref_l)                  L = (h - 1 / (2 beta))^2
+
+    All four are (B,): here the MEAN log-probability per token of the answer, as the authors' own implementation has it,
+    so that the target 1 / (2 beta) does not depend on the answers' lengths. Returns as dpo_loss.
+    """
+    chosen_rewards = beta * (pi_chosen - ref_chosen) # (B,)
+    rejected_rewards = beta * (pi_rejected - ref_rejected) # (B,)
+    h = (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected) # (B,)
+    return ((h - 1 / (2 * beta)) ** 2).mean(), chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def answer_logp(logp, mask, loss):
+    """Per-token log-probabilities (N, T-1) to one number per answer (N,): their sum, or for IPO their mean."""
+    total = (logp * mask).sum(1)
+    return total / mask.sum(1) if loss == 'ipo' else total
+
+
+def pair_loss(pi, ref, pairs, cfg):
+    """The loss () over pairs (M, 2) of answers with log-probabilities pi, ref (N,), and what is logged about them."""
+    w, l = pairs.unbind(1) # (M,) each, indices of the better and the worse answer
+    args = pi[w], pi[l], ref[w], ref[l], cfg.beta
+    out = ipo_loss(*args) if cfg.loss == 'ipo' else dpo_loss(*args, cfg.label_smoothing)
+    loss, chosen_rewards, rejected_rewards = out
+    pi = pi.detach()
+    metrics = dict(accuracy=(chosen_rewards > rejected_rewards).float().mean(),
+                   margin=(chosen_rewards - rejected_rewards).mean(), chosen_reward=chosen_rewards.mean(),
+                   rejected_reward=rejected_rewards.mean(), chosen_logp=pi[w].mean(), rejected_logp=pi[l].mean())
+    return loss, metrics
+
+
+def reference_logp(model, rows, cfg, run, name):
+    """
+    The reference's log-probability of every answer, computed once: a list of (K,) tensors, one per prompt.
+    rows: (prompt, [answers], ranks). Prompts of like length share a batch.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + max(map(len, rows[i][1])))
+    out = [None] * len(rows)
+    for part in common.progress(common.split(order, max(1, len(order) // 32)), desc=f"reference, {name}", disable=not run.is_master):
+        idx, mask, lengths, _ = (x.to(run.device) for x in collate_answers([rows[i] for i in part]))
+        with run.autocast():
+            logp = answer_logp(frozen_logp(model, idx, mask, lengths), mask, cfg.loss).cpu() # (N,)
+        for i, values in zip(part, logp.split([len(rows[i][1]) for i in part])):
+            out[i] = values
+    return out
+
+
+def load_data(path, tok, block_size, name):
+    """Encoded rows (prompt, [answers], ranks); a prompt whose answers all tie teaches nothing and is left out."""
+    records = [r for r in read_preferences(path) if len(set(r['ranks'])) > 1]
+    return encode_rankings(tok, records, block_size, name)
+
+
+@torch.no_grad()
+def evaluate(model, rows, ref, cfg, run):
+    """The loss and the logged metrics, mean over the pairs of held-out rows."""
+    totals, n = {}, 0
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + max(map(len, rows[i][1])))
+    for part in run.rows(common.split(order, max(1, len(order) // cfg.batch_size))):
+        idx, mask, _, pairs = (x.to(run.device) for x in collate_answers([rows[i] for i in part]))
+        with run.autocast():
+            pi = answer_logp(model.logp(idx, mask), mask, cfg.loss) # (N,)
+        loss, metrics = pair_loss(pi, torch.cat([ref[i] for i in part]).to(run.device), pairs, cfg)
+        for k, v in (metrics | dict(loss=loss)).items():
+            totals[k] = totals.get(k, 0.0) + v.item() * len(pairs)
+        n += len(pairs)
+    model.train()
+    return {'val_' + k: (run.sum(v) / run.sum(n)).item() for k, v in totals.items()}
+
+
+def main(cfg):
+    run = common.start(cfg)
+    common.prepare_out_dir(run, cfg)
+    tok = load_tokenizer(cfg.init_from)
+    model = load_policy(cfg.init_from, 'init_from').to(run.device)
+
+    rows = load_data(cfg.train_data, tok, model.config.block_size, 'train')
+    val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
+    batches = Batches([len(p) + max(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
+    cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    ref = reference_logp(model, rows, cfg, run, 'train') # before the first update the model is the reference
+    val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
+
+    optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
+    state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
+    first = state['step'] if state else 0
+    net = run.parallel(model, cfg.compile)
+
+    def save(step):
+        common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
+
+    bar = common.training_bar(run, cfg, first)
+    for step in bar:
+        if val and cfg.eval_every and step % cfg.eval_every == 0:
+            common.log(run, cfg, step, **evaluate(model, val, val_ref, cfg, run))
+
+        # every pair of the whole batch weighs the same, whatever micro-batch or process it lies in
+        micro = [run.rows(part) for part in common.split(batches.at(step), cfg.grad_accum)]
+        micro = [(collate_answers([rows[i] for i in part]), torch.cat([ref[i] for i in part])) for part in micro]
+        n_pairs = run.sum(sum(len(pairs) for (_, _, _, pairs), _ in micro)) # ()
+        loss, metrics = 0.0, {}
+        for (idx, mask, _, pairs), ref_logp in micro: # (N, T), (N, T-1), (M, 2), (N,)
+            idx, mask, pairs, ref_logp = (x.to(run.device) for x in (idx, mask, pairs, ref_logp))
+            with run.autocast():
+                logp = net('logp', idx, mask) # (N, T-1)
+            part, measured = pair_loss(answer_logp(logp, mask, cfg.loss), ref_logp, pairs, cfg)
+            share = len(pairs) / n_pairs # ()
+            (part * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            loss += part.detach() * share
+            metrics = {k: metrics.get(k, 0.0) + v * share for k, v in measured.items()}
+        loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
+        common.check_finite('the loss', loss, step + 1, cfg.out_dir)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.max_steps:
+            metrics = {k: run.sum(v).item() for k, v in metrics.items()}
+            common.log(run, cfg, done, loss=loss, **metrics, lr=lr, grad_norm=grad_norm)
+            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{metrics['accuracy']:.3f}", margin=f"{metrics['margin']:.3f}")
+        if done == cfg.max_steps and val:
+            measured = evaluate(model, val, val_ref, cfg, run)
+            common.log(run, cfg, done, **measured)
+            bar.write("held-out: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in measured.items()))
+        common.save_if_due(run, cfg, done, save)
+    common.stop(run)
+
+
+if __name__ == '__main__':
+    launch(main, Config)

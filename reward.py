@@ -1,0 +1,205 @@
+"""
+The reward model: a language model whose head gives one score to a prompt and its answer, read off the last token, and
+trained so that the answer that people preferred scores higher.
+
+Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, and Ouyang et al. 2022 (InstructGPT),
+https://arxiv.org/abs/2203.02155, equation 1: K ranked answers make all their K(K-1)/2 pairs, in one batch.
+
+    python reward.py config/toy/reward.py
+    python reward.py --init_from=out/hh/sft --train_data=data/hh_rlhf/comparisons_train.jsonl
+
+Differs from InstructGPT: ties make no pair; the final shift and gain (mean 0, standard deviation 1 on the training
+answers, which the SFT model wrote; Ziegler et al. 2019) are folded into the weights.
+"""
+
+from dataclasses import dataclass
+
+import common
+from common import check_common, launch, require
+
+import torch
+import torch.nn.functional as F
+
+from model import load_policy
+from rollout import pair_agreement, score_answers
+from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_preferences
+
+
+@dataclass
+class Config:
+    out_dir: str = 'out/reward' # the checkpoint
+    init_from: str = 'out/sft' # the SFT model
+    dropout: float = 0.0
+    train_data: str = '' # rankings or comparisons
+    val_data: str = '' # the same, held out
+    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
+    epochs: int = 1 # with max_steps=0; reward models overfit after one or two
+    batch_size: int = 32 # prompts per optimizer step, each with all its answers
+    grad_accum: int = 1 # micro-batches a batch is split into
+    lr: float = 1e-5
+    lr_schedule: str = 'cosine' # after warmup: constant, linear (to 0), cosine (to a tenth)
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    beta2: float = 0.99 # AdamW
+    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
+    eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
+    save_every: int = 500 # steps between checkpoints; 0 = only at the end
+    log_every: int = 10
+    normalise_on: int = 1000 # training answers that are to score mean 0 and standard deviation 1 in the end
+    seed: int = 1
+    device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
+    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    compile: bool = False # torch.compile: pays off after minutes
+    resume: bool = False # go on from the checkpoint in out_dir
+    overwrite: bool = False # replace the checkpoint in out_dir
+
+    def __post_init__(self):
+        check_common(self)
+        require(self, train_data=(self.train_data != '', 'a file of rankings or comparisons'),
+                normalise_on=(self.normalise_on >= 2, 'at least 2'),
+                dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'))
+
+
+def bradley_terry_loss(chosen, rejected, margin=None):
+    """
+    Bradley and Terry 1952: P(chosen is preferred) = sigmoid(chosen - rejected). Returns -log of it, the mean ().
+
+    chosen, rejected: (B,) scores. margin: (B,) or None; how much better the chosen one was found, which then has to
+    be exceeded (Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288, equation 2).
+    """
+    difference = chosen - rejected # (B,)
+    if margin is not None:
+        difference = difference - margin
+    return -F.logsigmoid(difference).mean()
+
+
+def ranking_loss(scores, ranks):
+    """
+    InstructGPT, equation 1: the mean over the pairs of each prompt of -log sigmoid(score_w - score_l), w ranked above l;
+    then the mean () over the prompts that have a pair.
+
+    scores: (B, K). ranks: (B, K) integers, 0 = best; ties make no pair; -1 marks an answer that is not there.
+    """
+    there = ranks >= 0
+    better = ((ranks[:, :, None] < ranks[:, None, :]) & there[:, :, None] & there[:, None, :]).float() # (B, K, K)
+    losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :]) # (B, K, K), [b, w, l]
+    n_pairs = better.sum((1, 2)) # (B,)
+    per_prompt = (losses * better).sum((1, 2)) / n_pairs.clamp(min=1) # (B,)
+    return per_prompt.sum() / (n_pairs > 0).sum().clamp(min=1)
+
+
+def to_table(values, rows, fill):
+    """One value per answer, (N,) in the order of collate_answers, as (B, K) with `fill` where a prompt has fewer."""
+    sizes = torch.tensor([len(answers) for _, answers, _ in rows], device=values.device) # (B,)
+    there = torch.arange(int(sizes.max()), device=values.device) < sizes[:, None] # (B, K)
+    return torch.full(there.shape, fill, dtype=values.dtype, device=values.device).masked_scatter(there, values)
+
+
+def evaluate(model, rows, records, run):
+    """
+    Held-out agreement with the preferences, of the model and of two references: {name: share of pairs}.
+
+    ceiling: the annotator's own noise-free scores, where the records have them. shorter_wins: prefer the shorter answer.
+    """
+    model.eval()
+    prompts = [p for p, answers, _ in rows for _ in answers]
+    with run.autocast():
+        flat = score_answers(model, prompts, [a for _, answers, _ in rows for a in answers], run.device).tolist()
+    model.train()
+    points, start = {}, 0
+    for (_, answers, ranks), record in zip(rows, records):
+        guesses = {'accuracy': flat[start:start + len(answers)], 'ceiling': record.get('scores'),
+                   'shorter_wins': [-len(text) for text in record['responses']]}
+        start += len(answers)
+        for name, scores in guesses.items():
+            if scores is not None:
+                right, n = pair_agreement(scores, ranks)
+                total = points.setdefault(name, [0, 0])
+                total[0], total[1] = total[0] + right, total[1] + n
+    return {name: right / max(1, n) for name, (right, n) in points.items()}
+
+
+def load_data(path, tok, block_size, name):
+    """Encoded rows (prompt, [answers], ranks) and the records they come from, those left out by length excepted."""
+    records = [r for r in read_preferences(path) if len(set(r['ranks'])) > 1] # all tied: nothing to learn
+    numbered = [r | {'ranks': i} for i, r in enumerate(records)] # the encoder passes them through
+    rows = encode_rankings(tok, numbered, block_size, name)
+    return [(p, answers, records[i]['ranks']) for p, answers, i in rows], [records[i] for _, _, i in rows]
+
+
+def main(cfg):
+    run = common.start(cfg)
+    common.prepare_out_dir(run, cfg)
+    tok = load_tokenizer(cfg.init_from)
+    model = load_policy(cfg.init_from, 'init_from', reward_head=True, dropout=cfg.dropout).to(run.device)
+    block_size = model.config.block_size
+
+    rows, records = load_data(cfg.train_data, tok, block_size, 'train')
+    val = load_data(cfg.val_data, tok, block_size, 'val') if cfg.val_data else None
+    margins = [float(r.get('margin', 0.0)) for r in records]
+    batches = Batches([len(p) + max(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
+    cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+
+    optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
+    state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
+    if state and state['before_normalising']: # the run had come to its end: go on from the scores it trained
+        model.load_state_dict(state['before_normalising'], strict=False)
+    first = state['step'] if state else 0
+    net = run.parallel(model, cfg.compile)
+
+    def save(step):
+        before = {}
+        if step == cfg.max_steps:
+            changed = ('reward_head.weight', 'ln_f.bias')
+            before = {k: v.clone() for k, v in model.state_dict().items() if k in changed}
+            some = rows[:cfg.normalise_on]
+            flat = [(p, a) for p, answers, _ in some for a in answers][:cfg.normalise_on]
+            model.eval()
+            with run.autocast():
+                scores = score_answers(model, *zip(*flat), run.device) # (N,)
+            model.normalise_rewards(scores.mean(), scores.std())
+        common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer), before_normalising=before)
+
+    bar = common.training_bar(run, cfg, first)
+    for step in bar:
+        if val and cfg.eval_every and step % cfg.eval_every == 0:
+            common.log(run, cfg, step, val_accuracy=evaluate(model, *val, run)['accuracy'])
+
+        batch = batches.at(step)
+        loss = right = 0.0
+        for part in common.split(batch, cfg.grad_accum):
+            part = run.rows(part)
+            some = [rows[i] for i in part]
+            idx, _, lengths, pairs = (x.to(run.device) for x in collate_answers(some)) # N answers to B prompts
+            with run.autocast():
+                scores = net('rewards', idx, lengths) # (N,)
+            better, worse = scores[pairs].unbind(1) # (M,) each
+            if any(margins):
+                margin = torch.tensor([margins[i] for i in part], device=run.device) # (B,), comparisons: one pair each
+                loss_part = bradley_terry_loss(better, worse, margin)
+            else:
+                ranks = torch.tensor([r for _, _, ranks in some for r in ranks], device=run.device) # (N,)
+                loss_part = ranking_loss(to_table(scores, some, 0.0), to_table(ranks, some, -1)) # (B, K) each
+            share = len(part) / len(batch) # every prompt of the batch weighs the same
+            (loss_part * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            loss += loss_part.detach() * share
+            right += (better > worse).float().mean().detach() * share
+        loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
+        common.check_finite('the loss', loss, step + 1, cfg.out_dir)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.max_steps:
+            accuracy = run.sum(right).item()
+            common.log(run, cfg, done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=grad_norm)
+            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
+        if done == cfg.max_steps and val:
+            measured = evaluate(model, *val, run)
+            common.log(run, cfg, done, **{'val_' + k: v for k, v in measured.items()})
+            bar.write("held-out pairs ordered as preferred: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
+        common.save_if_due(run, cfg, done, save)
+    common.stop(run)
+
+
+if __name__ == '__main__':
+    launch(main, Config)

@@ -1,0 +1,156 @@
+"""
+Supervised training with cross-entropy: a base model from plain text, or an assistant from demonstrations.
+
+On demonstrations the loss counts the tokens of the responses, end of text included, so that the model learns to stop
+(Ouyang et al. 2022, InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5, step 1). With --loss_on=all every
+token counts; on plain text that is ordinary language modelling (Radford et al. 2019).
+
+    python sft.py config/toy/pretrain.py
+    python sft.py config/toy/sft.py --lr=1e-3
+
+Differs from InstructGPT: no dropout, a few epochs at most, and the loss is a mean over the tokens of the whole batch,
+whatever micro-batch or process they lie in.
+"""
+
+import math
+from dataclasses import dataclass
+
+import common
+from common import check_common, launch, require
+
+import torch
+
+from model import GPT, GPTConfig, load_policy
+from rollout import masked_mean
+from tokens import collate, load_tokenizer, load_training_set
+
+
+@dataclass
+class Config:
+    out_dir: str = 'out/sft' # the checkpoint
+    init_from: str = 'scratch' # scratch, or a checkpoint folder
+    tokenizer: str = 'gpt2' # with scratch: gpt2, bytes or a .tiktoken file
+    n_layer: int = 12 # with scratch: the model's shape
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024 # with scratch: the model's context; rows are at most this long
+    dropout: float = 0.0
+    train_data: str = '' # demonstrations (.jsonl), or text (.jsonl or .txt)
+    val_data: str = '' # the same, held out
+    val_fraction: float = 0.0 # without val_data: hold out this last part of train_data
+    loss_on: str = 'response' # response, or all tokens; text always counts all
+    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
+    epochs: int = 1 # with max_steps=0, demonstrations only
+    batch_size: int = 32 # rows per optimizer step, over all processes and micro-batches
+    grad_accum: int = 1 # micro-batches a batch is split into
+    lr: float = 1e-4
+    lr_schedule: str = 'cosine' # after warmup: constant, linear (to 0), cosine (to a tenth)
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    beta2: float = 0.99 # AdamW
+    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
+    eval_every: int = 200 # steps between measurements on val_data; 0 = only at the end
+    eval_batches: int = 50 # batches of val_data per measurement; 0 = all of it
+    save_every: int = 500 # steps between checkpoints; 0 = only at the end
+    log_every: int = 10
+    seed: int = 1
+    device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
+    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    compile: bool = False # torch.compile: pays off after minutes
+    resume: bool = False # go on from the checkpoint in out_dir
+    overwrite: bool = False # replace the checkpoint in out_dir
+
+    def __post_init__(self):
+        check_common(self)
+        require(self, loss_on=(self.loss_on in ('response', 'all'), 'response or all'),
+                train_data=(self.train_data != '', 'a file of demonstrations or text'),
+                val_fraction=(0 <= self.val_fraction < 1, 'at least 0 and below 1'),
+                dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'))
+
+
+def sft_loss(logp, mask):
+    """
+    Cross-entropy () in nats per counted token: -sum(mask * logp) / sum(mask).
+
+    logp: (B, T-1) log-probabilities of tokens 1 … T-1. mask: (B, T-1), 1 = counted.
+    """
+    return -masked_mean(logp, mask)
+
+
+@torch.no_grad()
+def evaluate(model, data, run, cfg):
+    """Mean cross-entropy in nats per counted token over the first eval_batches batches of held-out data."""
+    total = counted = 0.0
+    model.eval()
+    for batch in run.rows(data.in_order(cfg.eval_batches)): # each process takes its share of the batches
+        idx, mask = (x.to(run.device) for x in collate(batch))
+        with run.autocast():
+            logp = model.logp(idx, mask) # (B, T-1)
+        total, counted = total + (logp * mask).sum().item(), counted + mask.sum().item()
+    model.train()
+    return -(run.sum(total) / run.sum(counted)).item()
+
+
+def main(cfg):
+    run = common.start(cfg)
+    common.prepare_out_dir(run, cfg)
+
+    # model
+    if cfg.init_from == 'scratch':
+        tok = load_tokenizer(cfg.tokenizer)
+        model = GPT(GPTConfig(cfg.block_size, tok.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout))
+    else:
+        tok = load_tokenizer(cfg.init_from)
+        model = load_policy(cfg.init_from, 'init_from', dropout=cfg.dropout)
+    model.to(run.device)
+    block_size = model.config.block_size
+
+    # data
+    train, val = load_training_set(cfg.train_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, 'train',
+                                   0.0 if cfg.val_data else cfg.val_fraction)
+    if cfg.val_data:
+        val, _ = load_training_set(cfg.val_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, 'val')
+    cfg.max_steps = cfg.max_steps or cfg.epochs * train.epoch_steps
+
+    optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
+    state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
+    first = state['step'] if state else 0
+    net = run.parallel(model, cfg.compile)
+
+    def save(step):
+        common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
+
+    bar = common.training_bar(run, cfg, first)
+    for step in bar:
+        if val and cfg.eval_every and step % cfg.eval_every == 0:
+            common.log(run, cfg, step, val_loss=evaluate(model, val, run, cfg))
+
+        # every counted token of the whole batch weighs the same, whatever micro-batch or process it lands in
+        micro = [collate(run.rows(rows)) for rows in common.split(train.at(step), cfg.grad_accum)]
+        n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
+        loss = 0.0
+        for idx, mask in micro: # (B, T), (B, T-1)
+            idx, mask = idx.to(run.device), mask.to(run.device)
+            with run.autocast():
+                logp = net('logp', idx, mask) # (B, T-1)
+            part = sft_loss(logp, mask) * mask.sum() / n_tokens # this micro-batch's share of the mean, ()
+            (part * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            loss += part.detach()
+        loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
+        common.check_finite('the loss', loss, step + 1, cfg.out_dir)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.max_steps:
+            common.log(run, cfg, done, loss=loss, lr=lr, grad_norm=grad_norm)
+            bar.set_postfix(loss=f"{loss:.4f}")
+        if done == cfg.max_steps and val:
+            val_loss = evaluate(model, val, run, cfg)
+            common.log(run, cfg, done, val_loss=val_loss)
+            bar.write(f"held-out loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
+        common.save_if_due(run, cfg, done, save)
+    common.stop(run)
+
+
+if __name__ == '__main__':
+    launch(main, Config)

@@ -1,0 +1,254 @@
+"""Numbers by hand for every statistic of evaluate.py, and one small evaluation of the toy world from end to end."""
+import json
+import math
+
+import pytest
+
+import common # before torch: it sets how torch's threads wait
+
+import torch
+
+import evaluate as ev
+from data.toy import world
+from model import GPT, GPTConfig
+from rollout import pack
+from tokens import Tokenizer, load_tokenizer, save_bpe, train_bpe, write_records
+
+T = torch.tensor
+
+# ----------------------------------------------------------------------------------------------------------------
+# texts
+
+
+def test_distinct_by_hand():
+    # 1-grams: a b a b | a c = 6, of which a b c are distinct; 2-grams: ab ba ab | ac = 4, of which ab ba ac
+    assert ev.distinct(["a b a b", "a c"], 1) == pytest.approx(0.5)
+    assert ev.distinct(["a b a b", "a c"], 2) == pytest.approx(0.75)
+    assert ev.distinct(["a", ""], 2) == 0.0 # no pair of words at all
+
+
+def test_self_bleu_by_hand():
+    # "a b c d e" against the others: p = 4/5, 3/4, 2/3, 1/2, product 1/5, fourth root 0.668740, closest reference as
+    # long; "a b c d f" the same; "a b": p = 1, 1 and no longer n-grams, closest reference 5: e^(1 - 5/2) = 0.223130
+    assert ev.self_bleu(["a b c d e", "a b c d f", "a b"]) == pytest.approx((2 * 0.668740 + 0.223130) / 3, abs=1e-6)
+
+
+def test_self_bleu_counts_at_most_as_often_as_one_reference():
+    # "x x x" has two references with one x each: p_1 = 1/3, not 2/3 or 1; xx is found nowhere, 0.1 of 2; xxx 0.1 of 1
+    # (1/3 * 0.05 * 0.1)^(1/3) = 0.118563, and both references are 2 long, so no brevity penalty
+    # "x y" against "x x x" (3) and "x z" (2): p = 1/2 and 0.1 of 1: sqrt(0.05) = 0.223607; "x z" the same
+    assert ev.self_bleu(["x x x", "x y", "x z"]) == pytest.approx((0.118563 + 2 * 0.223607) / 3, abs=1e-6)
+
+
+def test_self_bleu_leaves_each_text_out_of_its_own_references():
+    assert ev.self_bleu(["a b c d", "a b c d"]) == pytest.approx(1.0)
+    # nothing in common: p_n = 0.1/4, 0.1/3, 0.1/2, 0.1/1, product 0.0001/24, fourth root 0.045180
+    assert ev.self_bleu(["a b c d", "e f g h"]) == pytest.approx(0.045180, abs=1e-6)
+    assert ev.self_bleu(["a b"]) == 0.0 and ev.self_bleu(["", "a b"]) == 0.0 # nothing to compare with
+    assert ev.self_bleu(["a b c d", "a b c d", "x y"], at_most=2) == pytest.approx(1.0)
+
+# ----------------------------------------------------------------------------------------------------------------
+# comparisons
+
+
+def test_win_rate_counts_a_tie_as_half():
+    assert ev.win_rate([1.0, 0.2, 0.5, 0.9], [0.8, 0.8, 0.5, 0.1]) == 0.625 # win, loss, tie, win
+
+
+def test_wilson_interval_by_hand():
+    # p = .8, n = 10, z^2 = 3.841459: centre (.8 + .192073) / 1.384146 = .716740,
+    # half 1.959964 * sqrt(.016 + .009604) / 1.384146 = .226577
+    assert ev.wilson(0.8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-5)
+    assert ev.wilson(1.0, 10) == pytest.approx([0.722467, 1.0], abs=1e-5) # 1 / 1.384146: not a point
+
+
+def test_calibration_by_hand():
+    # sigmoid(ln 3) = .75, three times, a preferred twice (the third pair is told the other way round: b has the higher
+    # score and was preferred); a difference of 0 predicts a half and is half right
+    pairs = [(math.log(3), 1.0), (math.log(3), 0.0), (-math.log(3), 0.0), (0.0, 1.0)]
+    table, error = ev.calibration(pairs)
+    assert [row[2] for row in table] == [1, 3]
+    assert table[0][:2] == pytest.approx([0.5, 0.5]) and table[1][:2] == pytest.approx([0.75, 2 / 3])
+    assert error == pytest.approx(0.0625) # 3/4 of .75 - 2/3
+
+# ----------------------------------------------------------------------------------------------------------------
+# models
+
+
+class Fixed:
+    """A fake model: the same distribution p over three words everywhere, and absurd ones where mask is 0."""
+
+    def __init__(self, p):
+        self.p = T(p)
+
+    def masked_logits(self, idx, mask):
+        assert mask.shape == (idx.size(0), idx.size(1) - 1)
+        return (self.p.log() + 5.0).expand(int(mask.sum()), 3) # logits may be shifted by any constant
+
+    def logp(self, idx, mask):
+        logp = self.p.log()[idx[:, 1:].clamp(max=2)]
+        return torch.where(mask > 0, logp, T(-1e9))
+
+
+def test_kl_is_exact_and_sums_over_the_answer():
+    # .7 ln(.7/.4) + .2 ln(.2/.4) + .1 ln(.1/.2) = .391731 - .138629 - .069315 = .183787 a token; pads hold word 99999
+    p, q = Fixed([.7, .2, .1]), Fixed([.4, .4, .2])
+    r = pack([[0, 1], [0]], [[1, 2, 0], [2]], [[0.0] * 3, [0.0]], eos=2)
+    r.idx[1, 2:] = 99999
+    assert ev.answer_kl(p, q, r, rows=1).tolist() == pytest.approx([3 * 0.183787, 0.183787], abs=1e-5)
+    assert ev.answer_kl(p, q, r, rows=64).tolist() == pytest.approx([3 * 0.183787, 0.183787], abs=1e-5)
+    assert ev.answer_kl(p, p, r, rows=64).tolist() == [0.0, 0.0]
+    # the other direction is another number: .4 ln(.4/.7) + .4 ln(.4/.2) + .2 ln(.2/.1) = .192042
+    assert ev.answer_kl(q, p, r, rows=64).tolist() == pytest.approx([3 * 0.192042, 0.192042], abs=1e-5)
+
+
+def test_kl_of_a_model_reads_the_right_positions():
+    torch.manual_seed(0)
+    model, reference = (GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8)) for _ in range(2))
+    for m in (model, reference):
+        torch.nn.init.normal_(m.wte.weight) # far from uniform
+    r = pack([[1, 2, 3]], [[0, 4]], [[0.0, 0.0]], eos=4)
+    expected = 0.0
+    for position in (2, 3): # the logits after tokens 0 … 2 choose the answer's first token, after 0 … 3 its EOS
+        p, q = (m(r.idx)[0][0, position].softmax(-1) for m in (model, reference))
+        expected += sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist()))
+    assert ev.answer_kl(model, reference, r, rows=4).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_perplexity_by_hand():
+    # counted tokens: word 0 (.5) twice and word 1 (.125): 2 ln 2 + ln 8 = 5 ln 2 over 3 tokens: 2^(5/3) = 3.174802
+    batches = [[([2, 0, 0], [0, 1, 1])], [([2, 2, 1], [0, 0, 1]), ([2, 0], [0, 0])]]
+    assert ev.perplexity(Fixed([.5, .125, .375]), batches, 'cpu') == pytest.approx(3.174802, abs=1e-5)
+
+# ----------------------------------------------------------------------------------------------------------------
+# end to end
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    """Three tiny untrained models, a reward model, records and logs, all of the toy world."""
+    folder = tmp_path_factory.mktemp('toy')
+    save_bpe(train_bpe(world.corpus(300, 1), 400, 2), folder / 'toy.tiktoken')
+    tok = load_tokenizer(str(folder / 'toy.tiktoken'))
+    for seed, name in enumerate(('base', 'sft', 'ppo', 'reward')):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(96, tok.n_vocab, 1, 2, 16, reward_head=name == 'reward'))
+        torch.nn.init.normal_(model.wte.weight, std=0.1 * (seed + 1))
+        model.save_pretrained(folder / name)
+        tok.save(folder / name)
+        (folder / name / 'log.jsonl').write_text(''.join(json.dumps(
+            dict(step=i, loss=1 / i, kl=0.1 * i, reward=0.1 * i, gold=0.5 - 0.01 * i)) + '\n' for i in range(1, 5)))
+    write_records(folder / 'prompts.jsonl', world.prompts('val', 20, 1))
+    write_records(folder / 'demonstrations.jsonl', world.demonstrations(10, 1, 'val'))
+    write_records(folder / 'text.jsonl', [{'text': t} for t in world.corpus(10, 1, 'val')])
+    write_records(folder / 'pairs.jsonl', world.controlled_pairs('val', 2, 1))
+    write_records(folder / 'rankings.jsonl', [
+        {'prompt': 'Where does the fox live?', 'responses': ['In a den.', 'In a barn. My aunt says so too.', 'Red.'],
+         'ranks': [0, 1, 1], 'scores': [0.9, 0.0, 0.1]}] * 3)
+    return folder
+
+
+def options(toy, out_dir, **more):
+    return ev.Config(**dict(
+        models=','.join(f"{n}={toy}/{n}" for n in ('base', 'sft', 'ppo')), reward_model=f"{toy}/reward", best_of=2,
+        prompts=f"{toy}/prompts.jsonl", text=f"{toy}/demonstrations.jsonl", rankings=f"{toy}/rankings.jsonl",
+        comparisons=f"{toy}/pairs.jsonl", gold='toy', max_new_tokens=6, device='cpu', out_dir=str(out_dir)) | more)
+
+
+@pytest.fixture(scope='module')
+def evaluated(toy, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp('evaluated')
+    ev.main(options(toy, out_dir, figure_runs=f"beta=0.1={toy}/ppo,again={toy}/sft"))
+    return out_dir
+
+
+def read(out_dir):
+    return json.loads((out_dir / 'results.json').read_text())
+
+
+def test_results_hold_what_was_asked_for(evaluated):
+    results = read(evaluated)
+    for decoding in ('models', 'greedy'):
+        assert list(results[decoding]) == ['base', 'sft', 'ppo', 'best_of_n']
+        for name, row in results[decoding].items():
+            assert {'gold', 'helpful', 'honest', 'harmless', 'win_rate_vs_sft', 'win_rate_interval', 'kl', 'perplexity',
+                    'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended', 'reward', 'by_category'} == set(row)
+        assert results[decoding]['sft']['kl'] == 0 and results[decoding]['sft']['win_rate_vs_sft'] == 0.5
+        assert results[decoding]['ppo']['kl'] > 0.1
+        assert results[decoding]['base']['perplexity'] == results['models']['base']['perplexity'] > 1
+    best = results['models']['best_of_n']
+    assert best['kl'] == pytest.approx(0.193147, abs=1e-6) and best['perplexity'] is None # ln 2 - 1/2
+    assert best['reward'] > results['models']['sft']['reward']
+    assert results['greedy']['best_of_n'] == results['greedy']['sft']
+    judge = results['reward_model']
+    assert set(judge['by_category']) == set(world.PAIR_CATEGORIES) and 0 <= judge['accuracy'] <= 1
+    assert judge['ceiling'] == 1.0 and judge['shorter_wins'] == 0.5 # 0.9 beats both; of the two worse, one is shorter
+    assert sum(n for _, _, n in judge['calibration']) == 6 # three records, two pairs each
+    assert results['seed'] == 1 and results['seconds']['evaluate'] > 0
+
+
+def test_samples_and_figures_are_written(evaluated):
+    rows = [json.loads(line) for line in (evaluated / 'samples.jsonl').read_text().splitlines()]
+    assert len(rows) == 20 * 4
+    for row in rows:
+        assert row['sampled_gold'] == world.gold(row['prompt'], row['sampled'])
+    for name in ('learning_curves', 'calibration', 'reward_kl', 'overoptimisation'):
+        assert (evaluated / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
+    assert not list(evaluated.glob('*.tmp'))
+
+
+def test_same_seed_same_numbers_whatever_else_is_in_the_list(toy, evaluated, tmp_path):
+    ev.main(options(toy, tmp_path, models=f"sft={toy}/sft,ppo={toy}/ppo", best_of=0, figures=False))
+    few, all_ = read(tmp_path), read(evaluated)
+    for decoding in ('models', 'greedy'):
+        assert few[decoding] == {name: all_[decoding][name] for name in ('sft', 'ppo')}
+    assert few['reward_model'] == all_['reward_model'] and not list(tmp_path.glob('*.png'))
+
+
+def test_wins_go_by_reward_without_gold_and_are_left_out_without_either(toy, tmp_path):
+    ev.main(options(toy, tmp_path, gold='', max_prompts=5, comparisons='', rankings='', text=f"{toy}/text.jsonl",
+                    figures=False))
+    row = read(tmp_path)['models']['ppo']
+    assert 'gold' not in row and 'win_rate_vs_sft' in row and read(tmp_path)['reward_model'] == {}
+    ev.main(options(toy, tmp_path, gold='', max_prompts=5, comparisons='', rankings='', text='', reward_model='',
+                    best_of=0, baseline='base', reference='sft'))
+    results = read(tmp_path)
+    assert set(results['models']['ppo']) == {'kl', 'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended'}
+    assert results['models']['sft']['kl'] == 0 < results['models']['base']['kl']
+
+
+def test_over_optimisation_alone(toy, tmp_path):
+    ev.main(ev.Config(figure_runs=f"beta 0={toy}/ppo", out_dir=str(tmp_path)))
+    assert [p.name for p in tmp_path.iterdir()] == ['overoptimisation.png']
+
+
+@pytest.mark.parametrize('more, words', [
+    (dict(baseline='nobody'), '--baseline=nobody: wanted one of the names in --models: base, sft, ppo'),
+    (dict(reference='nobody'), '--reference=nobody'),
+    (dict(models='sft'), 'wanted name=folder'),
+    (dict(models='sft=TOY/sft,sft=TOY/ppo'), 'each name once'),
+    (dict(models='sft=TOY/reward'), 'is a reward model'),
+    (dict(models='sft=TOY/sft,x=TOY/other'), 'vocabulary'),
+    (dict(reward_model='TOY/sft'), 'is a language model'),
+    (dict(models='sft=TOY/sft,best_of_n=TOY/ppo'), 'another name'),
+    (dict(max_new_tokens=96), 'room'),
+    (dict(figure_runs='a=TOY/nowhere', models=''), 'wanted lines with `kl`'),
+])
+def test_bad_input_is_one_line(toy, tmp_path, capsys, more, words):
+    other = toy / 'other'
+    if not other.exists():
+        GPT(GPTConfig(96, 257, 1, 2, 16)).save_pretrained(other)
+        load_tokenizer('bytes').save(other)
+    more = {k: v.replace('TOY', str(toy)) if isinstance(v, str) else v for k, v in more.items()}
+    with pytest.raises(SystemExit) as stopped:
+        ev.main(options(toy, tmp_path, **more))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and words in lines[-1] and len(lines) == 1
+
+
+@pytest.mark.parametrize('flags', [['--best_of=2', '--models=a=b', '--prompts=p'], ['--best_of=1'], ['--models=a=b'],
+                                   ['--gold=real', '--models=a=b', '--prompts=p'], []])
+def test_impossible_options(flags):
+    with pytest.raises(SystemExit) as stopped:
+        common.parse_config(ev.Config, flags)
+    assert stopped.value.code == 2

@@ -1,0 +1,203 @@
+"""rollout.py against values by hand: masks typed out, padding that holds absurd numbers, and an enumerated KL."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, token_logp
+from rollout import (check_same_vocabulary, frozen_logp, frozen_rewards, frozen_values, kl_k1, kl_k3, masked_mean, pack,
+                     pair_agreement, sample_answers, score_answers, whiten)
+
+EOS = 9
+
+
+def by_hand(values):
+    return pytest.approx(values, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masked statistics
+
+X = torch.tensor([[1., 2., -1e6], [777., 6., 3.]])
+MASK = torch.tensor([[1., 1., 0.], [0., 1., 1.]])
+
+
+def test_masked_mean_by_hand():
+    assert masked_mean(X, MASK).item() == by_hand(3.0) # (1 + 2 + 6 + 3) / 4
+    assert masked_mean(X, torch.zeros(2, 3)).item() == 0.0
+
+
+def test_masked_mean_gradient_by_hand():
+    x = X.clone().requires_grad_()
+    masked_mean(x, MASK).backward()
+    assert x.grad.tolist() == [[0.25, 0.25, 0.0], [0.0, 0.25, 0.25]]
+
+
+def test_whiten_by_hand():
+    # mean 3, deviations -2 -1 3 0, variance (4 + 1 + 9 + 0) / 4 = 3.5, root 1.870829
+    white = whiten(X, MASK)
+    assert white.flatten().tolist() == by_hand([-1.069045, -0.534522, 0.0, 0.0, 1.603567, 0.0])
+    assert white.sum().item() == by_hand(0.0) # masked mean 0 ...
+    assert (white ** 2).sum().item() / 4 == by_hand(1.0) # ... and variance 1
+
+
+def test_whiten_of_equal_numbers_is_zero():
+    assert whiten(torch.full((2, 3), 5.0), MASK).tolist() == [[0.0] * 3] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KL: pi = (.7, .2, .1), ref = (.4, .4, .2)
+#     KL(pi || ref) = .7 ln 1.75 + .2 ln .5 + .1 ln .5 = .391731 - .207944 = 0.183787, enumerated, no sampling noise
+
+PI, REF = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
+
+
+@pytest.mark.parametrize('estimator', [kl_k1, kl_k3])
+def test_the_expected_estimate_is_the_kl(estimator):
+    assert (PI * estimator(PI.log(), REF.log())).sum().item() == by_hand(0.183787)
+    # the other way round: .4 ln(4/7) + .6 ln 2 = -.223846 + .415888 = 0.192042
+    assert (REF * estimator(REF.log(), PI.log())).sum().item() == by_hand(0.192042)
+
+
+def test_kl_estimates_by_hand():
+    assert kl_k1(PI.log(), REF.log()).tolist() == by_hand([0.559616, -0.693147, -0.693147]) # ln 1.75, ln .5, ln .5
+    # q/p - 1 - ln q/p: 4/7 - 1 + .559616 = .131044; 2 - 1 - .693147 = .306853; never negative, whatever the sign of k1
+    assert kl_k3(PI.log(), REF.log()).tolist() == by_hand([0.131044, 0.306853, 0.306853])
+    assert kl_k3(PI.log(), PI.log()).tolist() == kl_k1(PI.log(), PI.log()).tolist() == [0.0] * 3
+
+
+def test_kl_gradients_by_hand():
+    logp = torch.tensor([0.5, 0.25]).log().requires_grad_()
+    ref_logp = torch.tensor([0.25, 0.5]).log()
+    # d/dlogp (q/p - 1 - ln q/p) = 1 - q/p: 1 - 1/2, 1 - 2
+    assert torch.autograd.grad(kl_k3(logp, ref_logp).sum(), logp)[0].tolist() == by_hand([0.5, -1.0])
+    assert torch.autograd.grad(kl_k1(logp, ref_logp).sum(), logp)[0].tolist() == by_hand([1.0, 1.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rollouts
+
+def test_pack_by_hand():
+    # the middle prompt holds the EOS id, its answer ends with it; the last answer fills its room and never ends
+    rollouts = pack([[1, 2, 3], [5, EOS], [4]], [[6, EOS], [EOS], [7, 8, 7]],
+                    [[-0.5, -0.25], [-2.0], [-1.0, -1.5, -3.0]], EOS)
+    lengths, (row0, row1, row2) = rollouts.lengths.tolist(), rollouts.idx.tolist()
+    assert lengths == [5, 3, 4] and rollouts.prompt_lengths.tolist() == [3, 2, 1]
+    assert (row0, row1[:3], row2[:4]) == ([1, 2, 3, 6, EOS], [5, EOS, EOS], [4, 7, 8, 7])
+    # position t speaks of token t+1
+    assert rollouts.mask.tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]]
+    assert rollouts.logp.tolist() == [[0, 0, -0.5, -0.25], [0, -2.0, 0, 0], [-1.0, -1.5, -3.0, 0]]
+    assert rollouts.ended.tolist() == [1.0, 1.0, 0.0]
+    assert rollouts.idx.dtype == torch.long and rollouts.mask.dtype == rollouts.logp.dtype == torch.float32
+    assert [x.tolist() for x in vars(rollouts.to('cpu')).values()] == [x.tolist() for x in vars(rollouts).values()]
+
+
+class Scripted:
+    """A policy whose answer is the prompt's first word as often as the prompt is long, then EOS; notes its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def generate_with_logp(self, prompts, max_new_tokens, temperature, eos):
+        self.batches.append([len(p) for p in prompts])
+        answers = [([p[0]] * len(p) + [eos])[:max_new_tokens] for p in prompts]
+        return answers, [[-float(p[0])] * len(a) for p, a in zip(prompts, answers)]
+
+
+def test_sample_answers_keeps_the_order_of_the_prompts():
+    model = Scripted()
+    prompts = [[3, 3, 3, 3], [1], [2, 2, 2], [4], [5, 5]]
+    answers, logps = sample_answers(model, prompts, SimpleNamespace(eos=EOS), max_new_tokens=4, rows=2)
+    assert answers == [[3, 3, 3, 3], [1, EOS], [2, 2, 2, EOS], [4, EOS], [5, 5, EOS]]
+    assert logps == [[-3.0] * 4, [-1.0] * 2, [-2.0] * 4, [-4.0] * 2, [-5.0] * 3]
+    assert model.batches == [[1, 1], [2, 3], [4]] # like lengths together
+
+
+def random_model(**more):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=8, **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.4 * torch.randn(p.shape))
+    return model
+
+
+def test_recorded_logp_equals_the_recomputed_one():
+    """Sampled, packed, recomputed: a ratio of 1 before the first update."""
+    model = random_model()
+    prompts = [[1, 2, 3], [4], [EOS, 6], [7, 8, 10, 0, 1]] * 3
+    answers, logps = sample_answers(model, prompts, SimpleNamespace(eos=EOS), max_new_tokens=8, rows=5)
+    rollouts = pack(prompts, answers, logps, EOS)
+    again = frozen_logp(model, rollouts.idx, rollouts.mask, rollouts.lengths, rows=5)
+    torch.testing.assert_close(again, rollouts.logp, rtol=0, atol=1e-5)
+    assert rollouts.mask.sum().item() == sum(map(len, answers)) # every sampled token counts, EOS included
+    assert 0 < rollouts.ended.mean().item() < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# frozen models
+
+ROWS = [([1, 2, 3], [4, 5, EOS]), ([6], [EOS]), ([7, 7, 7, 7], [8, 10, 0, 1, 2]), ([3, 1], [2, EOS]), ([5], [0, 0, 0])]
+
+
+@pytest.mark.parametrize('fill', [0, 10])
+@pytest.mark.parametrize('rows', [1, 2, 64])
+def test_frozen_models_in_chunks_equal_each_row_alone(fill, rows):
+    model = random_model(value_head=True, reward_head=True)
+    r = pack([p for p, _ in ROWS], [a for _, a in ROWS], [[0.0] * len(a) for _, a in ROWS], EOS)
+    for b, length in enumerate(r.lengths.tolist()):
+        r.idx[b, length:] = fill
+    logp = frozen_logp(model, r.idx, r.mask, r.lengths, rows)
+    values = frozen_values(model, r.idx, r.mask, r.lengths, rows)
+    rewards = frozen_rewards(model, r.idx, r.lengths, rows)
+    scores = score_answers(model, [p for p, _ in ROWS], [a for _, a in ROWS], 'cpu', rows)
+    assert not (logp.requires_grad or values.requires_grad or rewards.requires_grad)
+    assert logp.shape == values.shape == (5, 8) and rewards.shape == scores.shape == (5,)
+    for b, (prompt, answer) in enumerate(ROWS):
+        one, P, L = torch.tensor([prompt + answer]), len(prompt), len(prompt) + len(answer)
+        expected = torch.zeros(2, 8) # logp and values; 0 in the prompt and after the end
+        expected[0, P - 1:L - 1] = token_logp(model(one)[0], one)[0, P - 1:]
+        expected[1, P - 1:L - 1] = model.values(one)[0, P - 1:L - 1]
+        torch.testing.assert_close(torch.stack([logp[b], values[b]]), expected, rtol=0, atol=1e-5)
+        reward = model.rewards(one, torch.tensor([L])).item()
+        assert [rewards[b].item(), scores[b].item()] == pytest.approx([reward, reward], abs=1e-5)
+
+
+def test_chunks_are_as_long_as_their_longest_row(monkeypatch):
+    model, seen, hidden = random_model(reward_head=True), [], GPT.hidden
+    monkeypatch.setattr(GPT, 'hidden', lambda self, idx, *a: (seen.append(tuple(idx.shape)), hidden(self, idx, *a))[1])
+    score_answers(model, [p for p, _ in ROWS], [a for _, a in ROWS], 'cpu', rows=2)
+    assert seen == [(2, 4), (2, 6), (1, 9)] # rows of 2 4 4 6 9 tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('scores, ranks, points, pairs', [
+    ([3.0, 2.0, 1.0], [0, 1, 2], 3.0, 3),
+    ([1.0, 2.0, 3.0], [0, 1, 2], 0.0, 3),
+    ([2.0, 3.0, 1.0], [0, 1, 2], 2.0, 3), # only the best two are swapped
+    ([1.0, 1.0, 0.0], [0, 1, 2], 2.5, 3), # a tie in the scores is half a point
+    ([5.0, 1.0, 0.0], [0, 0, 1], 2.0, 2), # a tie in the ranks is no pair
+    ([5.0, 1.0], [3, 3], 0.0, 0),
+])
+def test_pair_agreement_by_hand(scores, ranks, points, pairs):
+    assert pair_agreement(scores, ranks) == (points, pairs)
+    assert pair_agreement(torch.tensor(scores), torch.tensor(ranks)) == (points, pairs)
+
+
+def test_another_vocabulary_is_told_in_one_line(capsys):
+    def model(n):
+        return SimpleNamespace(config=SimpleNamespace(vocab_size=n))
+    check_same_vocabulary(model(11), model(11), 'reward_model', 'out/rm')
+    with pytest.raises(SystemExit) as stopped:
+        check_same_vocabulary(model(11), model(50257), 'reward_model', 'out/rm')
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count('\n') == 1
+    assert '--reward_model=out/rm' in err and '50257' in err and '11' in err
+
+
+def test_hand_numbers_above():
+    """The derivations in the comments, once more by math alone."""
+    assert 0.7 * math.log(0.7 / 0.4) + 0.2 * math.log(0.2 / 0.4) + 0.1 * math.log(0.1 / 0.2) == by_hand(0.183787)
+    assert [d / math.sqrt(3.5) for d in (-2, -1, 3)] == by_hand([-1.069045, -0.534522, 1.603567])
