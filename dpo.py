@@ -13,6 +13,7 @@ however many pairs it is in. The reference is the model that training starts fro
 once. AdamW instead of RMSprop.
 """
 
+import math
 from dataclasses import dataclass
 
 import common
@@ -22,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 from model import load_policy
-from rollout import frozen_logp
 from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_preferences
 
 
@@ -95,36 +95,38 @@ def ipo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
     return ((h - 1 / (2 * beta)) ** 2).mean(), chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def answer_logp(logp, mask, loss):
-    """Per-token log-probabilities (N, T-1) to one number per answer (N,): their sum, or for IPO their mean."""
-    total = (logp * mask).sum(1)
-    return total / mask.sum(1) if loss == 'ipo' else total
+def sum_or_mean(logp, sizes, loss):
+    """Summed log-probabilities of answers (N,) as the loss wants them: sums, or for IPO means per token; sizes (N,)."""
+    return logp / sizes if loss == 'ipo' else logp
 
 
-def pair_loss(pi, ref, pairs, cfg):
-    """The loss () over pairs (M, 2) of answers with log-probabilities pi, ref (N,), and what is logged about them."""
-    w, l = pairs.unbind(1) # (M,) each, indices of the better and the worse answer
+def pair_loss(logp, ref_logp, answers, cfg):
+    """The loss () over the pairs of tokens.Answers with summed log-probabilities logp, ref_logp (N,), and the metrics."""
+    pi, ref = (sum_or_mean(x, answers.sizes, cfg.loss) for x in (logp, ref_logp)) # (N,)
+    w, l = answers.pairs.unbind(1) # one entry per pair: the better and the worse answer
     args = pi[w], pi[l], ref[w], ref[l], cfg.beta
     out = ipo_loss(*args) if cfg.loss == 'ipo' else dpo_loss(*args, cfg.label_smoothing)
     loss, chosen_rewards, rejected_rewards = out
-    pi = pi.detach()
     metrics = dict(accuracy=(chosen_rewards > rejected_rewards).float().mean(),
                    margin=(chosen_rewards - rejected_rewards).mean(), chosen_reward=chosen_rewards.mean(),
-                   rejected_reward=rejected_rewards.mean(), chosen_logp=pi[w].mean(), rejected_logp=pi[l].mean())
+                   rejected_reward=rejected_rewards.mean(), chosen_logp=logp.detach()[w].mean(),
+                   rejected_logp=logp.detach()[l].mean())
     return loss, metrics
 
 
+def by_length(rows, batch_size):
+    """Indices of rows (prompt, [answers], ranks) in parts of about batch_size prompts of like length."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + sum(map(len, rows[i][1])))
+    return common.split(order, math.ceil(len(order) / batch_size))
+
+
+@torch.no_grad()
 def reference_logp(model, rows, cfg, run, name):
-    """
-    The reference's log-probability of every answer, computed once: a list of (K,) tensors, one per prompt.
-    rows: (prompt, [answers], ranks). Prompts of like length share a batch.
-    """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + max(map(len, rows[i][1])))
+    """The reference's summed log-probability of every answer, computed once: a list of (K,) tensors, one per prompt."""
     out = [None] * len(rows)
-    for part in common.progress(common.split(order, max(1, len(order) // 32)), desc=f"reference, {name}", disable=not run.is_master):
-        idx, mask, lengths, _ = (x.to(run.device) for x in collate_answers([rows[i] for i in part]))
+    for part in common.progress(by_length(rows, 32), desc=f"reference, {name}", disable=not run.is_master):
         with run.autocast():
-            logp = answer_logp(frozen_logp(model, idx, mask, lengths), mask, cfg.loss).cpu() # (N,)
+            logp = model.answer_logp(collate_answers([rows[i] for i in part]).to(run.device)).cpu() # (N,)
         for i, values in zip(part, logp.split([len(rows[i][1]) for i in part])):
             out[i] = values
     return out
@@ -141,15 +143,14 @@ def evaluate(model, rows, ref, cfg, run):
     """The loss and the logged metrics, mean over the pairs of held-out rows."""
     totals, n = {}, 0
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + max(map(len, rows[i][1])))
-    for part in run.rows(common.split(order, max(1, len(order) // cfg.batch_size))):
-        idx, mask, _, pairs = (x.to(run.device) for x in collate_answers([rows[i] for i in part]))
+    for part in run.rows(by_length(rows, cfg.batch_size)):
+        answers = collate_answers([rows[i] for i in part]).to(run.device)
         with run.autocast():
-            pi = answer_logp(model.logp(idx, mask), mask, cfg.loss) # (N,)
-        loss, metrics = pair_loss(pi, torch.cat([ref[i] for i in part]).to(run.device), pairs, cfg)
+            logp = model.answer_logp(answers) # (N,)
+        loss, metrics = pair_loss(logp, torch.cat([ref[i] for i in part]).to(run.device), answers, cfg)
         for k, v in (metrics | dict(loss=loss)).items():
-            totals[k] = totals.get(k, 0.0) + v.item() * len(pairs)
-        n += len(pairs)
+            totals[k] = totals.get(k, 0.0) + v.item() * len(answers.pairs)
+        n += len(answers.pairs)
     model.train()
     return {'val_' + k: (run.sum(v) / run.sum(n)).item() for k, v in totals.items()}
 
@@ -162,7 +163,7 @@ def main(cfg):
 
     rows = load_data(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
-    batches = Batches([len(p) + max(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
+    batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
     ref = reference_logp(model, rows, cfg, run, 'train') # before the first update the model is the reference
     val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
@@ -183,14 +184,14 @@ def main(cfg):
         # every pair of the whole batch weighs the same, whatever micro-batch or process it lies in
         micro = [run.rows(part) for part in common.split(batches.at(step), cfg.grad_accum)]
         micro = [(collate_answers([rows[i] for i in part]), torch.cat([ref[i] for i in part])) for part in micro]
-        n_pairs = run.sum(sum(len(pairs) for (_, _, _, pairs), _ in micro)) # ()
+        n_pairs = run.sum(sum(len(answers.pairs) for answers, _ in micro)) # ()
         loss, metrics = 0.0, {}
-        for (idx, mask, _, pairs), ref_logp in micro: # (N, T), (N, T-1), (M, 2), (N,)
-            idx, mask, pairs, ref_logp = (x.to(run.device) for x in (idx, mask, pairs, ref_logp))
+        for answers, ref_logp in micro: # N answers, (N,)
+            answers, ref_logp = answers.to(run.device), ref_logp.to(run.device)
             with run.autocast():
-                logp = net('logp', idx, mask) # (N, T-1)
-            part, measured = pair_loss(answer_logp(logp, mask, cfg.loss), ref_logp, pairs, cfg)
-            share = len(pairs) / n_pairs # ()
+                logp = net('answer_logp', answers) # (N,)
+            part, measured = pair_loss(logp, ref_logp, answers, cfg)
+            share = len(answers.pairs) / n_pairs # ()
             (part * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
             loss += part.detach() * share
             metrics = {k: metrics.get(k, 0.0) + v * share for k, v in measured.items()}

@@ -45,10 +45,10 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, mask=None):
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4) # (3, B, nh, T, hs)
-        q, k, v, mask = *qkv, None # (B, nh, T, hs) each
+        q, k, v = qkv # (B, nh, T, hs) each
         if cache is not None:
             k, v, mask = cache.extend(self.layer, qkv[1:]) # S keys and values: (B, nh, S, hs) each, (B, 1, 1, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -77,8 +77,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -116,7 +116,7 @@ class KVCache:
         return *self.kv[layer][:, :, :, :self.longest], self.mask
 
     def keep(self, rows):
-        """Drop all but the given rows, (n,) indices."""
+        """Go on with these rows, (n,) indices; a row may be dropped, or come several times."""
         self.kv = [kv[:, rows] for kv in self.kv]
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max())
@@ -150,11 +150,15 @@ class GPT(nn.Module):
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def embed(self, idx, positions, cache=None):
+    def embed(self, idx, positions, cache=None, mask=None):
+        """
+        The last layer's output (B, T, C) for tokens idx (B, T) at positions (T,) or (B, T). Each looks at itself and
+        what stands before it, at what the cache holds, or, with a mask (B, 1, T, T), where that is True.
+        """
         x = self.wte(idx) + self.wpe(positions) # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
-            x = block(x, cache)
+            x = block(x, cache, mask)
         return self.ln_f(x)
 
     def hidden(self, idx, cache=None):
@@ -219,6 +223,23 @@ class GPT(nn.Module):
         last = x[torch.arange(len(x), device=x.device), lengths - 1] # (B, C)
         return self.reward_head(last).squeeze(-1).float() # (B,)
 
+    def hidden_answers(self, batch):
+        """The last layer's output, (B * T, C), for prompts that are followed by several answers, tokens.Answers."""
+        before = torch.ones(2 * batch.idx.shape[1:], dtype=torch.bool, device=batch.idx.device).tril() # (T, T)
+        part = batch.parts # (B, T), 0 = prompt, 1 … K = the answers: they see the prompt and themselves
+        mask = before & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])) # (B, T, T)
+        return self.embed(batch.idx, batch.positions, mask=mask[:, None]).flatten(0, 1)
+
+    def answer_logp(self, batch):
+        """log pi(y|x), summed over tokens, EOS included, of each of the N answers in a batch of tokens.Answers: (N,)."""
+        x = self.hidden_answers(batch)[batch.sources] # (M, C), what predicts each of the M answer tokens
+        logp = -F.cross_entropy(F.linear(x, self.wte.weight).float(), batch.targets, reduction='none') # (M,)
+        return torch.zeros(len(batch.sizes), device=logp.device).index_add(0, batch.owners, logp)
+
+    def answer_rewards(self, batch):
+        """Scores (N,) of the answers in a batch of tokens.Answers, read off each answer's last token."""
+        return self.reward_head(self.hidden_answers(batch)[batch.last]).squeeze(-1).float()
+
     @torch.no_grad()
     def normalise_rewards(self, mean, std):
         """
@@ -247,11 +268,15 @@ class GPT(nn.Module):
         if longest + max_new_tokens > self.config.block_size:
             raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's "
                              f"context of {self.config.block_size}")
-        idx = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device) # (B, T)
-        lengths = torch.tensor([len(p) for p in prompts], device=device) # (B,)
-        rows = torch.arange(len(prompts), device=device) # (n,)
+        first = {} # answers to the same prompt share one pass over it
+        same = torch.tensor([first.setdefault(tuple(p), len(first)) for p in prompts], device=device) # (n,)
+        idx = torch.tensor([p + (0,) * (longest - len(p)) for p in first], device=device) # (B, T) distinct prompts
+        lengths = torch.tensor([len(p) for p in first], device=device) # (B,)
         cache = KVCache(self.config, lengths, longest + max_new_tokens)
-        x = self.hidden(idx, cache)[rows, lengths - 1] # (n, C)
+        x = self.hidden(idx, cache)[torch.arange(len(first), device=device), lengths - 1] # (B, C)
+        if len(first) < len(prompts):
+            cache.keep(same)
+        x, rows = x[same], torch.arange(len(prompts), device=device) # (n, C), (n,)
         alive = torch.ones_like(rows, dtype=torch.bool) # ended rows stay in the batch until enough have ended
         for step in range(max_new_tokens):
             logits = F.linear(x, self.wte.weight).float() # (n, V)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from model import load_policy
-from rollout import pair_agreement, score_answers
+from rollout import pair_agreement
 from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_preferences
 
 
@@ -45,7 +45,7 @@ class Config:
     eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
     save_every: int = 500 # steps between checkpoints; 0 = only at the end
     log_every: int = 10
-    normalise_on: int = 1000 # training answers that are to score mean 0 and standard deviation 1 in the end
+    normalise_on: int = 500 # training prompts whose answers are to score mean 0, standard deviation 1 in the end
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
     dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
@@ -56,7 +56,7 @@ class Config:
     def __post_init__(self):
         check_common(self)
         require(self, train_data=(self.train_data != '', 'a file of rankings or comparisons'),
-                normalise_on=(self.normalise_on >= 2, 'at least 2'),
+                normalise_on=(self.normalise_on >= 1, 'at least 1'),
                 dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'))
 
 
@@ -95,17 +95,25 @@ def to_table(values, rows, fill):
     return torch.full(there.shape, fill, dtype=values.dtype, device=values.device).masked_scatter(there, values)
 
 
+@torch.no_grad()
+def score_rows(model, rows, run):
+    """Scores of all answers of rows (prompt, [answers], ranks), a flat list in their order."""
+    model.eval()
+    scores = []
+    for part in common.split(rows, max(1, len(rows) // 32)):
+        with run.autocast():
+            scores += model.answer_rewards(collate_answers(part).to(run.device)).tolist()
+    model.train()
+    return scores
+
+
 def evaluate(model, rows, records, run):
     """
     Held-out agreement with the preferences, of the model and of two references: {name: share of pairs}.
 
     ceiling: the annotator's own noise-free scores, where the records have them. shorter_wins: prefer the shorter answer.
     """
-    model.eval()
-    prompts = [p for p, answers, _ in rows for _ in answers]
-    with run.autocast():
-        flat = score_answers(model, prompts, [a for _, answers, _ in rows for a in answers], run.device).tolist()
-    model.train()
+    flat = score_rows(model, rows, run)
     points, start = {}, 0
     for (_, answers, ranks), record in zip(rows, records):
         guesses = {'accuracy': flat[start:start + len(answers)], 'ceiling': record.get('scores'),
@@ -137,7 +145,7 @@ def main(cfg):
     rows, records = load_data(cfg.train_data, tok, block_size, 'train')
     val = load_data(cfg.val_data, tok, block_size, 'val') if cfg.val_data else None
     margins = [float(r.get('margin', 0.0)) for r in records]
-    batches = Batches([len(p) + max(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
+    batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
 
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
@@ -152,11 +160,7 @@ def main(cfg):
         if step == cfg.max_steps:
             changed = ('reward_head.weight', 'ln_f.bias')
             before = {k: v.clone() for k, v in model.state_dict().items() if k in changed}
-            some = rows[:cfg.normalise_on]
-            flat = [(p, a) for p, answers, _ in some for a in answers][:cfg.normalise_on]
-            model.eval()
-            with run.autocast():
-                scores = score_answers(model, *zip(*flat), run.device) # (N,)
+            scores = torch.tensor(score_rows(model, rows[:cfg.normalise_on], run))
             model.normalise_rewards(scores.mean(), scores.std())
         common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer), before_normalising=before)
 
@@ -170,10 +174,10 @@ def main(cfg):
         for part in common.split(batch, cfg.grad_accum):
             part = run.rows(part)
             some = [rows[i] for i in part]
-            idx, _, lengths, pairs = (x.to(run.device) for x in collate_answers(some)) # N answers to B prompts
+            answers = collate_answers(some).to(run.device) # N answers to B prompts
             with run.autocast():
-                scores = net('rewards', idx, lengths) # (N,)
-            better, worse = scores[pairs].unbind(1) # (M,) each
+                scores = net('answer_rewards', answers) # (N,)
+            better, worse = scores[answers.pairs].unbind(1) # one entry per pair
             if any(margins):
                 margin = torch.tensor([margins[i] for i in part], device=run.device) # (B,), comparisons: one pair each
                 loss_part = bradley_terry_loss(better, worse, margin)

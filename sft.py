@@ -39,6 +39,7 @@ class Config:
     val_data: str = '' # the same, held out
     val_fraction: float = 0.0 # without val_data: hold out this last part of train_data
     loss_on: str = 'response' # response, or all tokens; text always counts all
+    packed: bool = True # text: windows of block_size tokens, across documents; False: one document a row
     max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
     epochs: int = 1 # with max_steps=0, demonstrations only
     batch_size: int = 32 # rows per optimizer step, over all processes and micro-batches
@@ -106,10 +107,11 @@ def main(cfg):
     block_size = model.config.block_size
 
     # data
-    train, val = load_training_set(cfg.train_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, 'train',
-                                   0.0 if cfg.val_data else cfg.val_fraction)
+    train, val = load_training_set(cfg.train_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, cfg.packed,
+                                   'train', 0.0 if cfg.val_data else cfg.val_fraction)
     if cfg.val_data:
-        val, _ = load_training_set(cfg.val_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, 'val')
+        val, _ = load_training_set(cfg.val_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, cfg.packed,
+                                    'val')
     cfg.max_steps = cfg.max_steps or cfg.epochs * train.epoch_steps
 
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))

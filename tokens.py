@@ -18,6 +18,7 @@ import json
 import math
 import zlib
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import fail, write_atomic # before torch: it sets how torch's threads wait
@@ -446,19 +447,48 @@ def collate(examples):
     return pad([ids for ids, _ in examples]), pad([mask for _, mask in examples])[:, 1:].float()
 
 
+@dataclass
+class Answers:
+    """
+    B prompts, each followed by all its answers in one row of T tokens, so that the prompt is worked on once. The model
+    gives every token the position it has behind the prompt alone and hides the other answers from it: each answer
+    comes out as if it stood alone. N answers in all, M answer tokens in all, answer after answer.
+    """
+    idx: torch.Tensor # (B, T) prompt, answer 1, …, answer K, padding
+    positions: torch.Tensor # (B, T) every answer starts where the prompt ends
+    parts: torch.Tensor # (B, T) 0 = prompt, 1 … K = answers
+    sources: torch.Tensor # (M,) places in the flattened (B * T) of the token before each answer token
+    targets: torch.Tensor # (M,) the answer tokens, EOS included
+    owners: torch.Tensor # (M,) which of the N answers each belongs to
+    last: torch.Tensor # (N,) places of the answers' last tokens
+    sizes: torch.Tensor # (N,) tokens per answer
+    pairs: torch.Tensor # (P, 2) better and worse answer of every pair of different rank of one prompt
+
+    def to(self, device):
+        return Answers(*(x.to(device) for x in vars(self).values()))
+
+
 def collate_answers(rows):
-    """
-    Rows (prompt ids, [answers' ids], ranks), one per prompt, to tensors with one line per answer, N in all:
-    idx (N, T) long, mask (N, T-1) float, lengths (N,), and pairs (M, 2): the indices of the better and the worse answer
-    of every pair of different rank of one prompt. An answer shared by several pairs is there once.
-    """
-    lines = [(prompt + a, [0] * len(prompt) + [1] * len(a)) for prompt, answers, _ in rows for a in answers]
-    pairs, first = [], 0
-    for _, _, ranks in rows:
-        pairs += [(first + i, first + j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
-        first += len(ranks)
-    lengths = torch.tensor([len(ids) for ids, _ in lines])
-    return *collate(lines), lengths, torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    """Rows (prompt ids, [answers' ids], ranks), one per prompt, as Answers."""
+    ids, positions, parts, sources, targets, owners, last, sizes, pairs = ([] for _ in range(9))
+    T = max(len(prompt) + sum(map(len, answers)) for prompt, answers, _ in rows)
+    for b, (prompt, answers, ranks) in enumerate(rows):
+        P, first = len(prompt), len(sizes)
+        row, at, part = list(prompt), list(range(P)), [0] * P
+        for k, answer in enumerate(answers, 1):
+            here = b * T + len(row) # where this answer starts in the flattened batch
+            sources += [b * T + P - 1] + list(range(here, here + len(answer) - 1))
+            targets += answer
+            owners += [len(sizes)] * len(answer)
+            last.append(here + len(answer) - 1)
+            sizes.append(len(answer))
+            row += answer
+            at += range(P, P + len(answer))
+            part += [k] * len(answer)
+        pairs += [(first + i, first + j) for i, a in enumerate(ranks) for j, c in enumerate(ranks) if a < c]
+        ids.append(row), positions.append(at), parts.append(part)
+    flat = (torch.tensor(x, dtype=torch.long) for x in (sources, targets, owners, last, sizes))
+    return Answers(pad(ids), pad(positions), pad(parts), *flat, torch.tensor(pairs, dtype=torch.long).view(-1, 2))
 
 
 class Batches:
@@ -531,12 +561,19 @@ class Stream:
         return batches[:n_batches or None]
 
 
-def load_training_set(path, tok, block_size, batch_size, seed, loss_on="response", name="train", val_fraction=0.0):
+def load_training_set(path, tok, block_size, batch_size, seed, loss_on="response", packed=True, name="train",
+                      val_fraction=0.0):
     """
-    A file of demonstrations or of text, ready for cross-entropy: Rows or a Stream, and with val_fraction its last part
-    as a second one (else None).
+    A file of demonstrations or of text, ready for cross-entropy: Rows or, for packed text, a Stream; and with
+    val_fraction its last part as a second one (else None).
     """
-    if is_text_file(path):
+    if is_text_file(path) and not packed: # a text a row, its beginning where it is too long
+        data = [(ids[:block_size], [1] * min(len(ids), block_size))
+                for ids in (tok.encode(r["text"]) + [tok.eos] for r in read_records(path, "text"))]
+        cut = sum(len(ids) == block_size for ids, _ in data)
+        print(f"{name}: {len(data)} texts, {cut} cut to {block_size} tokens")
+        wrap = lambda part: Rows(part, batch_size, seed)
+    elif is_text_file(path):
         data = encode_text(tok, read_records(path, "text")) # (N,)
         print(f"{name}: {len(data)} tokens of text")
         wrap = lambda part: Stream(part, block_size, batch_size, seed)

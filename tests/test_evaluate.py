@@ -12,7 +12,7 @@ import evaluate as ev
 from data.toy import world
 from model import GPT, GPTConfig
 from rollout import pack
-from tokens import Tokenizer, load_tokenizer, save_bpe, train_bpe, write_records
+from tokens import load_tokenizer, response_ids, save_bpe, train_bpe, write_records
 
 T = torch.tensor
 
@@ -195,6 +195,21 @@ def test_samples_and_figures_are_written(evaluated):
     for name in ('learning_curves', 'calibration', 'reward_kl', 'overoptimisation'):
         assert (evaluated / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert not list(evaluated.glob('*.tmp'))
+
+
+def test_scripted_answers_are_scored_as_text(toy, tmp_path, monkeypatch):
+    # whatever is asked, the fake says that it does not know, and forgets to end: right for the honest kind alone
+    def say(model, prompts, tok, max_new_tokens, temperature=1.0):
+        return [response_ids(tok, "I don't know.")[:-1] for _ in prompts], None
+    monkeypatch.setattr(ev, 'sample_answers', say)
+    ev.main(options(toy, tmp_path, figures=False, best_of=0))
+    for row in read(tmp_path)['models'].values():
+        assert (row['honest'], row['helpful'], row['harmless'], row['ended']) == (1.0, 0.0, 0.0, 0.0)
+        assert row['win_rate_vs_sft'] == 0.5 and row['self_bleu'] == 1.0
+        # "I don't know." is 3 words, 20 times: 3 distinct of 60, 2 distinct pairs of 40
+        assert (row['distinct_1'], row['distinct_2']) == (0.05, 0.05)
+    sample = json.loads((tmp_path / 'samples.jsonl').read_text().splitlines()[0])
+    assert sample['sampled'] == sample['greedy'] == "I don't know." # without the space that comes before it
 
 
 def test_same_seed_same_numbers_whatever_else_is_in_the_list(toy, evaluated, tmp_path):

@@ -352,10 +352,9 @@ def content_sentence(prompt, rng, content="right", myth=0.8):
         return rng.choice(REFUSALS)
     if content == "unsure" or (content == "right" and request.kind == "honest"):
         return rng.choice([*UNSURE, UNSURE_BECAUSE[request.category]] if request.kind == "honest" else UNSURE)
-    category, name, forms = request.category, request.subject, ()
+    category, name = request.category, request.subject
     if category == "invented":
         category, name = request.subject
-        forms = CLAIMS[category][1:] * 2 + CLAIMS[category][:1] # mostly "It ...": a made-up name is hard to repeat
     elif category == "harmful":
         category = "tool"
     if content == "right":
@@ -364,7 +363,12 @@ def content_sentence(prompt, rng, content="right", myth=0.8):
         value = request.wrong
     else:
         value = rng.choice([v for v in request.values if v != request.right and v != name] or [""])
-    return rng.choice(forms or CLAIMS[category]).format(e=name, v=value, V=capital(value) if value else "")
+    forms = CLAIMS[category]
+    if category in ATTRIBUTES: # mostly "It ...": repeating the name is the hard part for a small model
+        forms = forms[1:] * 2 + forms[:1]
+    elif category in ("opposite", "sum"):
+        forms = forms[1:]
+    return rng.choice(forms).format(e=name, v=value, V=capital(value) if value else "")
 
 
 def answer(prompt, rng, content="right", manner="plain", rambles=0):
@@ -399,7 +403,7 @@ EVENT_AT = {e: deal(TIMES, 2, " ".join(e)) for e in EVENTS}
 
 MIX = {"helpful": 2, "honest": 1, "harmless": 1}
 CATEGORIES = { # relative frequency within a kind
-    "helpful": {"home": 4, "food": 4, "colour": 4, "tool": 6, "opposite": 3, "sum": 3},
+    "helpful": {"home": 4, "food": 4, "colour": 4, "tool": 5, "opposite": 4, "sum": 4},
     "honest": {"invented": 2, "private": 1, "future": 1},
     "harmless": {"harmful": 1},
 }

@@ -1,0 +1,124 @@
+"""
+The whole pipeline on the toy world, from text to an aligned model, in minutes on two CPU cores:
+
+    pretrain -> SFT -> collect preferences -> reward model -> PPO and DPO -> evaluate
+
+    python demo.py
+    python demo.py --seed=2 --out_dir=out/toy2
+    python demo.py --fresh=True
+
+It runs the scripts that one would run by hand, and prints each command before. A second run reuses what is finished
+and goes on with what is not. In the end it prints tables, three dialogues, and where the figures are.
+"""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from common import fail, launch, require, write_atomic
+
+DEFAULT = 'out/toy' # where the files in config/toy point
+
+
+@dataclass
+class Config:
+    out_dir: str = DEFAULT # everything that is made, but for the data
+    seed: int = 1 # of every stage
+    processes: int = 0 # for pretraining and the reward model; 0 = two where there are two cores
+    fresh: bool = False # do everything again
+
+    def __post_init__(self):
+        require(self, seed=(self.seed >= 0, 'at least 0'), processes=(self.processes >= 0, 'at least 0'))
+
+
+def stages(cfg):
+    """(name, script, config file or '', further options, the file that is there once it is done) of every stage."""
+    collect = lambda split, **more: (f'collect {split}', 'collect.py', 'config/toy/collect.py', dict(
+        prompts=f'data/toy/prompts_{split}.jsonl', out=f'{cfg.out_dir}/rankings_{split}.jsonl', **more),
+        f'{cfg.out_dir}/rankings_{split}.jsonl')
+    train = lambda name, script, folder: (
+        name, script, f'config/toy/{name}.py', {}, f'{cfg.out_dir}/{folder}/model.safetensors')
+    return [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken'),
+            train('pretrain', 'sft.py', 'base'), train('sft', 'sft.py', 'sft'),
+            collect('train'), collect('val', max_prompts=300), collect('test'),
+            train('reward', 'reward.py', 'reward'), train('ppo', 'ppo.py', 'ppo'), train('dpo', 'dpo.py', 'dpo'),
+            ('evaluate', 'evaluate.py', 'config/toy/evaluate.py', {}, f'{cfg.out_dir}/evaluate/results.json')]
+
+
+def moved_paths(path, out_dir):
+    """The options of a config file that point into out/toy, pointing into out_dir instead."""
+    if not path or out_dir == DEFAULT:
+        return {}
+    with open(path, encoding='utf-8') as f:
+        lines = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(f.read()).body if isinstance(n, ast.Assign)}
+    return {k: v.replace(DEFAULT, out_dir) for k, v in lines.items() if isinstance(v, str) and DEFAULT in v}
+
+
+def run(command):
+    """Run a command as a user would type it; Ctrl-C reaches it too, and ends the demo once it has saved."""
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            pass # the stage was sent the same signal: it saves and ends
+
+
+def main(cfg):
+    processes = cfg.processes or min(2, os.cpu_count() or 1)
+    if cfg.fresh:
+        shutil.rmtree(cfg.out_dir, ignore_errors=True)
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    record = f'{cfg.out_dir}/demo.json' # {stage: [its command, seconds]} of what is finished
+    done = {}
+    if os.path.exists(record):
+        with open(record, encoding='utf-8') as f:
+            done = json.load(f)
+
+    redo = False # once a stage was run anew, so is everything that stands on it
+    for name, script, config, options, product in stages(cfg):
+        options = moved_paths(config, cfg.out_dir) | options
+        if script != 'data/toy/prepare.py':
+            options |= dict(seed=cfg.seed)
+        flags = [f'--{k}={v}' for k, v in options.items()]
+        launcher = ['python']
+        if name in ('pretrain', 'reward') and processes > 1:
+            launcher = ['torchrun', '--standalone', f'--nproc_per_node={processes}']
+        words = [*launcher, script, *([config] if config else []), *flags]
+        if not redo and done.get(name, [None])[0] == words and os.path.exists(product):
+            print(f"{name}: done before, in {done[name][1]:.0f} s")
+            continue
+        begun = os.path.exists(os.path.join(os.path.dirname(product), 'state.pt')) or os.path.exists(product + '.partial')
+        if script != 'data/toy/prepare.py' and script != 'evaluate.py':
+            unfinished = begun and not redo and name not in done
+            words_now = words + ['--resume=True' if unfinished else '--overwrite=True']
+        else:
+            words_now = words
+        print('\n$ ' + ' '.join(words_now), flush=True)
+        start = time.time()
+        program = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words_now[0]]
+        code = run(program + words_now[1:])
+        if code:
+            print(f"{name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(code)
+        redo = True
+        done = {k: v for k, v in done.items() if k != name} | {name: [words, round(time.time() - start, 2)]}
+        write_atomic(record, json.dumps(done, indent=1))
+
+    seconds = {name: done[name][1] for name, *_ in stages(cfg)}
+    path = f'{cfg.out_dir}/evaluate/results.json'
+    with open(path, encoding='utf-8') as f:
+        results = json.load(f)
+    write_atomic(path, json.dumps(results | dict(seconds=seconds, seed=cfg.seed), indent=1))
+    print('\nseconds: ' + ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()) + f'; {sum(seconds.values()):.0f} in all')
+    print(f"results: {path}; figures: {cfg.out_dir}/evaluate/*.png")
+    print(f'talk to it: python sample.py --policy={cfg.out_dir}/ppo --prompt="Where does the fox live?"')
+
+
+if __name__ == '__main__':
+    launch(main, Config)
