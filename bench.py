@@ -20,14 +20,13 @@ The first one warms up; the line tells of the one of median speed among the othe
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
-
-os.environ.setdefault('TQDM_DISABLE', '1') # no progress bars among the lines; read when tqdm is imported
 
 import common
 from common import fail, launch, require
@@ -117,40 +116,41 @@ def make_prompts(cfg, model, rows, n, new):
     return [prompts[i % len(prompts)] for i in range(cfg.batch_size)]
 
 # ----------------------------------------------------------------------------------------------------------------
-# workloads: each returns a function that runs one lap and gives back the tokens that count, and those with padding
+# workloads: each returns a function that runs one lap; it gives back the tokens that count, and the positions that a
+# model worked on in one pass: padding too, but a prompt that several answers share only once
 
 
-def generate(cfg, run, model, rows):
+def generate_lap(cfg, run, model, rows):
     prompts = make_prompts(cfg, model, rows, 64, 128)
 
     def lap():
         with run.autocast():
-            n = sum(len(answer) for answer in model.generate(prompts, 128))
-        return n, n
+            new = sum(map(len, model.generate(prompts, 128)))
+        return new, new + 64 * len(prompts)
 
     return lap
 
 
-def training(cfg, run, model, step_loss, begin=None):
-    """Laps of optimizer steps; step_loss(step) -> the loss, its tokens, and those with padding."""
+def training_lap(cfg, run, model, step_loss, begin=None):
+    """Laps of optimizer steps; step_loss(step) -> the loss, the tokens that count, and the positions."""
     model.train()
     optimizer = common.make_optimizer(model, SimpleNamespace(lr=1e-4, weight_decay=0.0))
 
     def lap():
         if begin:
             begin()
-        tokens = padded = 0
+        tokens = positions = 0
         for step in range(cfg.steps):
-            loss, n, n_padded = step_loss(step)
+            loss, n, n_positions = step_loss(step)
             loss.backward()
             common.optimizer_step(optimizer, model, lr=1e-4, grad_clip=1.0)
-            tokens, padded = tokens + n, padded + n_padded
-        return tokens, padded
+            tokens, positions = tokens + n, positions + n_positions
+        return tokens, positions
 
     return lap
 
 
-def supervised(cfg, run, model, data, extra):
+def supervised_lap(cfg, run, model, data, extra):
     """sft.py's step; a window of text holds `extra` = 1 token more than the model is given."""
     def step_loss(step):
         examples = data.at(step)
@@ -159,59 +159,65 @@ def supervised(cfg, run, model, data, extra):
             logp = model.logp(idx, mask) # (B, T-1)
         return sft.sft_loss(logp, mask), sum(len(ids) - extra for ids, _ in examples), idx.numel() - extra * len(idx)
 
-    return training(cfg, run, model, step_loss)
+    return training_lap(cfg, run, model, step_loss)
 
 
-def lm(cfg, run, model, rows):
+def lm_lap(cfg, run, model, rows):
     text = np.concatenate([p + best(a, ranks) for p, a, ranks in rows])
-    return supervised(cfg, run, model, Stream(text, min(LONGEST, model.config.block_size), cfg.batch_size, cfg.seed), 1)
+    return supervised_lap(cfg, run, model, Stream(text, min(LONGEST, model.config.block_size), cfg.batch_size, cfg.seed), 1)
 
 
-def sft_(cfg, run, model, rows):
+def sft_lap(cfg, run, model, rows):
     examples = [(p + best(a, ranks), [0] * len(p) + [1] * len(best(a, ranks))) for p, a, ranks in rows]
-    return supervised(cfg, run, model, Rows(examples, cfg.batch_size, cfg.seed), 0)
+    return supervised_lap(cfg, run, model, Rows(examples, cfg.batch_size, cfg.seed), 0)
 
 
 def pair_batches(cfg, rows):
-    return Batches([len(p) + max(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
+    return Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
 
 
-def rm(cfg, run, model, rows):
+def sizes(rows, answers):
+    """The tokens of all texts of a batch, each answer with its prompt, and the positions that the model worked on."""
+    return sum(len(p) + len(answer) for p, some, _ in rows for answer in some), answers.idx.numel()
+
+
+def rm_lap(cfg, run, model, rows):
     batches = pair_batches(cfg, rows)
 
     def step_loss(step):
         some = [rows[i] for i in batches.at(step)]
-        idx, _, lengths, _ = (x.to(run.device) for x in collate_answers(some)) # N answers to B prompts
+        answers = collate_answers(some).to(run.device) # N answers to B prompts
         with run.autocast():
-            scores = model.rewards(idx, lengths) # (N,)
+            scores = model.answer_rewards(answers) # (N,)
         ranks = torch.tensor([r for _, _, ranks in some for r in ranks], device=run.device) # (N,)
         loss = reward.ranking_loss(reward.to_table(scores, some, 0.0), reward.to_table(ranks, some, -1)) # (B, K) each
-        return loss, int(lengths.sum()), idx.numel()
+        return loss, *sizes(some, answers)
 
-    return training(cfg, run, model, step_loss)
+    return training_lap(cfg, run, model, step_loss)
 
 
-def dpo_(cfg, run, model, rows):
+def dpo_lap(cfg, run, model, rows):
     batches, options = pair_batches(cfg, rows), dpo.Config(train_data='rows')
     ref = {} # row -> (K,) log-probabilities of the reference
 
     def begin(): # an epoch's worth: each row of the lap once
         used = sorted({i for step in range(cfg.steps) for i in batches.at(step)})
-        ref.update(zip(used, dpo.reference_logp(model, [rows[i] for i in used], options, run, 'rows')))
+        with contextlib.redirect_stderr(io.StringIO()): # its progress bar
+            ref.update(zip(used, dpo.reference_logp(model, [rows[i] for i in used], options, run, 'rows')))
 
     def step_loss(step):
         batch = batches.at(step)
-        idx, mask, lengths, pairs = (x.to(run.device) for x in collate_answers([rows[i] for i in batch]))
-        ref_logp = torch.cat([ref[i] for i in batch]).to(run.device) # (N,)
+        some, ref_logp = [rows[i] for i in batch], torch.cat([ref[i] for i in batch]).to(run.device) # (N,)
+        answers = collate_answers(some).to(run.device) # N answers to B prompts
         with run.autocast():
-            logp = model.logp(idx, mask) # (N, T-1)
-        loss, _ = dpo.pair_loss(dpo.answer_logp(logp, mask, options.loss), ref_logp, pairs, options)
-        return loss, int(lengths.sum()), idx.numel()
+            logp = model.answer_logp(answers) # (N,)
+        loss, _ = dpo.pair_loss(logp, ref_logp, answers, options)
+        return loss, *sizes(some, answers)
 
-    return training(cfg, run, model, step_loss, begin)
+    return training_lap(cfg, run, model, step_loss, begin)
 
 
-def ppo_(cfg, run, model, rows):
+def ppo_lap(cfg, run, model, rows):
     options = ppo.Config(prompts='rows', max_new_tokens=32, batch_size=cfg.batch_size)
     prompts, tok = make_prompts(cfg, model, rows, 32, 32), SimpleNamespace(eos=-1) # an id that is never sampled
     frozen = lambda **heads: make_model(cfg, run, **heads).requires_grad_(False)
@@ -222,23 +228,23 @@ def ppo_(cfg, run, model, rows):
     def lap():
         batch, lengths, _ = ppo.roll_out(models, prompts, prompts, tok, options, options.kl_coef, run)
         ppo.update(models, nets, optimizers, batch, lengths, options, run, 0, None)
-        return int(batch['mask'].sum()), int(batch['mask'].sum())
+        return int(batch['mask'].sum()), batch['idx'].numel()
 
     return lap
 
 
-WORKLOADS = dict(generate=generate, lm=lm, sft=sft_, rm=rm, dpo=dpo_, ppo=ppo_)
+WORKLOADS = dict(generate=generate_lap, lm=lm_lap, sft=sft_lap, rm=rm_lap, dpo=dpo_lap, ppo=ppo_lap)
 
 # ----------------------------------------------------------------------------------------------------------------
 
 
 def timed(lap, device):
-    """One lap: its tokens, those with padding, wall seconds and this process's CPU seconds."""
+    """One lap: its tokens and positions, wall seconds and this process's CPU seconds."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    tokens, padded = lap()
+    tokens, positions = lap()
     if device.startswith('cuda'):
         torch.cuda.synchronize()
-    return tokens, padded, time.perf_counter() - start, time.process_time() - cpu_start
+    return tokens, positions, time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def peak_rss_mb():
@@ -254,14 +260,14 @@ def measure(cfg, run):
     lap = WORKLOADS[cfg.workload](cfg, run, model, rows)
     laps = [timed(lap, run.device) for _ in range(1 + cfg.repeats)][1:]
     laps.sort(key=lambda x: x[2] / x[0])
-    tokens, padded, seconds, cpu_seconds = laps[len(laps) // 2]
+    tokens, positions, seconds, cpu_seconds = laps[len(laps) // 2]
     c = model.config
     shape = (c.n_layer, c.n_head, c.n_embd, c.vocab_size)
     line = dict(
         workload=cfg.workload, preset=next((name for name, these in PRESETS.items() if these == shape), 'other'),
         tokens=tokens, seconds=round(seconds, 4), tokens_per_s=round(tokens / seconds, 1),
         peak_rss_mb=round(peak_rss_mb()), cpu_seconds=round(cpu_seconds, 4),
-        tokens_per_cpu_s=round(tokens / cpu_seconds, 1), padding_share=round(1 - tokens / padded, 3),
+        tokens_per_cpu_s=round(tokens / cpu_seconds, 1), positions=positions,
         fastest=round(laps[0][0] / laps[0][2], 1), slowest=round(laps[-1][0] / laps[-1][2], 1),
         batch_size=cfg.batch_size, steps=1 if cfg.workload in ('generate', 'ppo') else cfg.steps, repeats=cfg.repeats,
         model=dict(zip(('n_layer', 'n_head', 'n_embd', 'vocab_size'), shape)), init_from=cfg.init_from, data=cfg.data,

@@ -36,7 +36,7 @@ class Config:
     annotator: str = 'simulated' # simulated: a person who knows the gold score
     gold: str = 'toy' # whose gold score: toy (data/toy/world.py)
     noise: float = 0.15 # of the simulated person: a gold difference of `noise` is seen with sigmoid(1) = 73 %; 0 = none
-    tie: float = 0.0 # neighbours that seem less than this apart (in gold units) get the same rank
+    tie: float = 0.0 # neighbours that seem at most this far apart (in gold units) get the same rank
     rows: int = 256 # prompts answered between two saves
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
@@ -60,7 +60,7 @@ class SimulatedPerson:
     """
     Sees each answer's gold score through Gumbel noise and sorts. Two answers then come in the order of their gold
     scores with probability sigmoid((gold_i - gold_j) / noise): the Bradley-Terry model (Luce 1959; Yellott 1977).
-    Answers with the same text tie, and neighbours that seem less than `tie` apart.
+    Equally good answers tie, and neighbours that seem at most `tie` apart.
     """
 
     def __init__(self, cfg, seed):
@@ -70,11 +70,11 @@ class SimulatedPerson:
 
     def rank(self, prompt, responses):
         scores = [self.gold(prompt, r) for r in responses] # (K,)
-        seen = {} # text -> how good it seems
-        for text, score in zip(responses, scores):
+        seems = {} # gold score -> how good it seems
+        for score in scores:
             gumbel = -math.log(-math.log(self.rng.random() or 1e-300))
-            seen.setdefault(text, score + self.noise * gumbel)
-        return to_ranks([seen[text] for text in responses], self.tie), scores
+            seems.setdefault(score, score + self.noise * gumbel)
+        return to_ranks([seems[score] for score in scores], self.tie), scores
 
 
 ANNOTATORS = {'simulated': SimulatedPerson}
@@ -96,18 +96,21 @@ def main(cfg):
     partial = cfg.out + '.partial'
     if os.path.exists(cfg.out) and not cfg.overwrite:
         fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
-    try:
-        os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-        lines = [line for _, line in read_lines(partial)] if cfg.resume else []
-        done = [parse_line(line) for line in lines if line.endswith(b'\n')] # a kill may have cut the last one
-        write_records(partial, done)
-    except (OSError, ValueError) as e:
-        fail(f"--out={cfg.out}: {e}")
-
+    if os.path.exists(partial) and not cfg.resume and not cfg.overwrite:
+        fail(f"--out={cfg.out}: {partial} holds what is ranked already; go on with it by --resume=True, or drop it by "
+             "--overwrite=True")
     tok = load_tokenizer(cfg.policy)
     model = load_policy(cfg.policy).to(run.device)
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]
     prompts = encode_prompts(tok, records, model.config.block_size - cfg.max_new_tokens)
+    try: # once all input is read
+        os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
+        lines = [line for _, line in read_lines(partial)] if cfg.resume else []
+        done = [parse_line(line) for line in lines if line.endswith(b'\n')] # a kill may have cut the last one
+        done = done[:len(done) // cfg.rows * cfg.rows] # a stretch is sampled as a whole
+        write_records(partial, done)
+    except (OSError, ValueError) as e:
+        fail(f"--out={cfg.out}: {e}")
 
     bar = common.progress(total=len(records), initial=len(done), desc=cfg.out, unit='prompts')
     for start in range(len(done), len(records), cfg.rows):

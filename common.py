@@ -167,6 +167,14 @@ class Run:
             dist.all_reduce(x)
         return x
 
+    def gather(self, x):
+        """What every process passes as x, as a list by rank."""
+        if self.world_size == 1:
+            return [x]
+        everybody = [None] * self.world_size
+        dist.all_gather_object(everybody, x)
+        return everybody
+
     def rows(self, batch):
         """This process's share of the rows of a batch."""
         return batch[self.rank::self.world_size]
@@ -248,6 +256,11 @@ def training_bar(run, cfg, first):
     """The bar over the steps first, first + 1, … of a training run."""
     return progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
                     disable=not run.is_master)
+
+def say(run, bar, text):
+    """One line above the bar, from one process."""
+    if run.is_master:
+        bar.write(text)
 
 # ----------------------------------------------------------------------------------------------------------------
 # optimisation

@@ -45,7 +45,7 @@ def stages(cfg):
         name, script, f'config/toy/{name}.py', {}, f'{cfg.out_dir}/{folder}/model.safetensors')
     return [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken'),
             train('pretrain', 'sft.py', 'base'), train('sft', 'sft.py', 'sft'),
-            collect('train'), collect('val', max_prompts=300), collect('test'),
+            collect('train'), collect('test'),
             train('reward', 'reward.py', 'reward'), train('ppo', 'ppo.py', 'ppo'), train('dpo', 'dpo.py', 'dpo'),
             ('evaluate', 'evaluate.py', 'config/toy/evaluate.py', {}, f'{cfg.out_dir}/evaluate/results.json')]
 
@@ -87,7 +87,7 @@ def main(cfg):
             options |= dict(seed=cfg.seed)
         flags = [f'--{k}={v}' for k, v in options.items()]
         launcher = ['python']
-        if name in ('pretrain', 'reward') and processes > 1:
+        if script in ('sft.py', 'reward.py', 'ppo.py', 'dpo.py') and name != 'sft' and processes > 1:
             launcher = ['torchrun', '--standalone', f'--nproc_per_node={processes}']
         words = [*launcher, script, *([config] if config else []), *flags]
         if not redo and done.get(name, [None])[0] == words and os.path.exists(product):

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 import common
-from common import check_common, launch, require
+from common import check_common, fail, launch, require
 
 import torch
 import torch.nn.functional as F
@@ -123,18 +123,20 @@ def by_length(rows, batch_size):
 @torch.no_grad()
 def reference_logp(model, rows, cfg, run, name):
     """The reference's summed log-probability of every answer, computed once: a list of (K,) tensors, one per prompt."""
-    out = [None] * len(rows)
-    for part in common.progress(by_length(rows, 32), desc=f"reference, {name}", disable=not run.is_master):
+    mine = {} # each process takes its share of the rows
+    for part in common.progress(run.rows(by_length(rows, 32)), desc=f"reference, {name}", disable=not run.is_master):
         with run.autocast():
             logp = model.answer_logp(collate_answers([rows[i] for i in part]).to(run.device)).cpu() # (N,)
-        for i, values in zip(part, logp.split([len(rows[i][1]) for i in part])):
-            out[i] = values
-    return out
+        mine |= zip(part, logp.split([len(rows[i][1]) for i in part]))
+    everybody = {i: values for part in run.gather(mine) for i, values in part.items()}
+    return [everybody[i] for i in range(len(rows))]
 
 
 def load_data(path, tok, block_size, name):
     """Encoded rows (prompt, [answers], ranks); a prompt whose answers all tie teaches nothing and is left out."""
     records = [r for r in read_preferences(path) if len(set(r['ranks'])) > 1]
+    if not records:
+        fail(f"{path}: all answers of every prompt tie; wanted some that are ranked above others")
     return encode_rankings(tok, records, block_size, name)
 
 
@@ -157,7 +159,6 @@ def evaluate(model, rows, ref, cfg, run):
 
 def main(cfg):
     run = common.start(cfg)
-    common.prepare_out_dir(run, cfg)
     tok = load_tokenizer(cfg.init_from)
     model = load_policy(cfg.init_from, 'init_from').to(run.device)
 
@@ -165,6 +166,7 @@ def main(cfg):
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
     batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
     ref = reference_logp(model, rows, cfg, run, 'train') # before the first update the model is the reference
     val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
 
@@ -207,7 +209,7 @@ def main(cfg):
         if done == cfg.max_steps and val:
             measured = evaluate(model, val, val_ref, cfg, run)
             common.log(run, cfg, done, **measured)
-            bar.write("held-out: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in measured.items()))
+            common.say(run, bar, "held-out: " + ", ".join(f"{k[4:]} {v:.3f}" for k, v in measured.items()))
         common.save_if_due(run, cfg, done, save)
     common.stop(run)
 

@@ -232,13 +232,24 @@ class GPT(nn.Module):
 
     def answer_logp(self, batch):
         """log pi(y|x), summed over tokens, EOS included, of each of the N answers in a batch of tokens.Answers: (N,)."""
-        x = self.hidden_answers(batch)[batch.sources] # (M, C), what predicts each of the M answer tokens
-        logp = -F.cross_entropy(F.linear(x, self.wte.weight).float(), batch.targets, reduction='none') # (M,)
-        return torch.zeros(len(batch.sizes), device=logp.device).index_add(0, batch.owners, logp)
+        return self._answer_logp(self.hidden_answers(batch), batch)
 
     def answer_rewards(self, batch):
         """Scores (N,) of the answers in a batch of tokens.Answers, read off each answer's last token."""
-        return self.reward_head(self.hidden_answers(batch)[batch.last]).squeeze(-1).float()
+        return self._answer_rewards(self.hidden_answers(batch), batch)
+
+    def answer_rewards_and_logp(self, batch):
+        """Both of the above, (N,) each, in one pass."""
+        x = self.hidden_answers(batch) # (B * T, C)
+        return self._answer_rewards(x, batch), self._answer_logp(x, batch)
+
+    def _answer_logp(self, x, batch):
+        logits = F.linear(x[batch.sources], self.wte.weight).float() # (M, V), of what follows each token before a target
+        logp = -F.cross_entropy(logits, batch.targets, reduction='none') # (M,)
+        return torch.zeros(len(batch.sizes), device=logp.device).index_add(0, batch.owners, logp)
+
+    def _answer_rewards(self, x, batch):
+        return self.reward_head(x[batch.last]).squeeze(-1).float()
 
     @torch.no_grad()
     def normalise_rewards(self, mean, std):

@@ -214,7 +214,7 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
     and over the updates; first_ratio is the largest |ratio - 1| before the first update: 0 but for rounding, unless
     sampling and scoring disagree.
     """
-    totals, n_updates, first_ratio = {}, 0, 0.0
+    totals, n_updates, norms, first_ratio = {}, 0, [], 0.0
     lr, critic_lr = common.lr_at(step, cfg), common.lr_at(step, cfg, cfg.critic_lr)
     for rows in (rows for _ in range(cfg.epochs) for rows in torch.randperm(len(lengths)).chunk(cfg.minibatches)):
         rows = rows.to(run.device)
@@ -258,20 +258,21 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
                 optimizer.zero_grad(set_to_none=True)
             break
         if ptx:
-            idx, mask = (x.to(run.device) for x in collate(run.rows(ptx.at(step * cfg.epochs + n_updates))))
+            ptx_step = step * cfg.epochs * cfg.minibatches + n_updates - 1
+            idx, mask = (x.to(run.device) for x in collate(run.rows(ptx.at(ptx_step))))
             with run.autocast():
                 logp = nets['policy']('logp', idx, mask)
-            (-cfg.ptx_coef * masked_mean(logp, mask)).backward()
-        norm = common.optimizer_step(optimizers['policy'], models.policy, lr, cfg.grad_clip)
-        totals['grad_norm'] = totals.get('grad_norm', 0.0) + norm
+            share = mask.sum() / run.sum(mask.sum()) # ()
+            (-cfg.ptx_coef * masked_mean(logp, mask) * share * run.world_size).backward()
+        norms.append(common.optimizer_step(optimizers['policy'], models.policy, lr, cfg.grad_clip))
         if cfg.critic == 'separate':
             common.optimizer_step(optimizers['critic'], models.critic, critic_lr, cfg.grad_clip)
-    return {k: v / n_updates for k, v in totals.items()} | dict(first_ratio=first_ratio, updates=n_updates)
+    return {k: v / n_updates for k, v in totals.items()} | dict(
+        grad_norm=sum(norms) / max(1, len(norms)), first_ratio=first_ratio, updates=len(norms))
 
 
 def main(cfg):
     run = common.start(cfg)
-    common.prepare_out_dir(run, cfg)
     tok = load_tokenizer(cfg.policy)
     models = load_models(cfg, run.device)
     questions = read_records(cfg.prompts, 'prompts')
@@ -280,6 +281,7 @@ def main(cfg):
     ptx = None
     if cfg.ptx_coef:
         ptx, _ = load_training_set(cfg.ptx_data, tok, models.policy.config.block_size, cfg.ptx_batch_size, cfg.seed)
+    common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
     optimizers = dict(policy=common.make_optimizer(models.policy, cfg, eps=1e-5))
     nets = dict(policy=run.parallel(models.policy, cfg.compile))

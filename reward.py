@@ -8,6 +8,9 @@ https://arxiv.org/abs/2203.02155, equation 1: K ranked answers make all their K(
     python reward.py config/toy/reward.py
     python reward.py --init_from=out/hh/sft --train_data=data/hh_rlhf/comparisons_train.jsonl
 
+With --lm_coef the model goes on learning to write the preferred answers while it learns to score, which keeps what it
+knows: the text-generation regularisation of Yang et al. 2024 (GRM), https://arxiv.org/abs/2406.10216, section 3.
+
 Differs from InstructGPT: ties make no pair; the final shift and gain (mean 0, standard deviation 1 on the training
 answers, which the SFT model wrote; Ziegler et al. 2019) are folded into the weights.
 """
@@ -15,7 +18,7 @@ answers, which the SFT model wrote; Ziegler et al. 2019) are folded into the wei
 from dataclasses import dataclass
 
 import common
-from common import check_common, launch, require
+from common import check_common, fail, launch, require
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +48,7 @@ class Config:
     eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
     save_every: int = 500 # steps between checkpoints; 0 = only at the end
     log_every: int = 10
+    lm_coef: float = 0.0 # above 0: weight of the cross-entropy on each prompt's best answers, see the docstring
     normalise_on: int = 500 # training prompts whose answers are to score mean 0, standard deviation 1 in the end
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
@@ -56,7 +60,7 @@ class Config:
     def __post_init__(self):
         check_common(self)
         require(self, train_data=(self.train_data != '', 'a file of rankings or comparisons'),
-                normalise_on=(self.normalise_on >= 1, 'at least 1'),
+                lm_coef=(self.lm_coef >= 0, 'at least 0'), normalise_on=(self.normalise_on >= 1, 'at least 1'),
                 dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'))
 
 
@@ -130,6 +134,8 @@ def evaluate(model, rows, records, run):
 def load_data(path, tok, block_size, name):
     """Encoded rows (prompt, [answers], ranks) and the records they come from, those left out by length excepted."""
     records = [r for r in read_preferences(path) if len(set(r['ranks'])) > 1] # all tied: nothing to learn
+    if not records:
+        fail(f"{path}: all answers of every prompt tie; wanted some that are ranked above others")
     numbered = [r | {'ranks': i} for i, r in enumerate(records)] # the encoder passes them through
     rows = encode_rankings(tok, numbered, block_size, name)
     return [(p, answers, records[i]['ranks']) for p, answers, i in rows], [records[i] for _, _, i in rows]
@@ -137,16 +143,16 @@ def load_data(path, tok, block_size, name):
 
 def main(cfg):
     run = common.start(cfg)
-    common.prepare_out_dir(run, cfg)
     tok = load_tokenizer(cfg.init_from)
     model = load_policy(cfg.init_from, 'init_from', reward_head=True, dropout=cfg.dropout).to(run.device)
     block_size = model.config.block_size
 
     rows, records = load_data(cfg.train_data, tok, block_size, 'train')
     val = load_data(cfg.val_data, tok, block_size, 'val') if cfg.val_data else None
-    margins = [float(r.get('margin', 0.0)) for r in records]
+    margins = [float(r.get('margin', 0.0)) if 'chosen' in r else 0.0 for r in records] # comparisons alone have one
     batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
@@ -170,13 +176,16 @@ def main(cfg):
             common.log(run, cfg, step, val_accuracy=evaluate(model, *val, run)['accuracy'])
 
         batch = batches.at(step)
-        loss = right = 0.0
+        loss = right = n_pairs = 0.0
         for part in common.split(batch, cfg.grad_accum):
             part = run.rows(part)
             some = [rows[i] for i in part]
             answers = collate_answers(some).to(run.device) # N answers to B prompts
             with run.autocast():
-                scores = net('answer_rewards', answers) # (N,)
+                if cfg.lm_coef:
+                    scores, logp = net('answer_rewards_and_logp', answers) # (N,) each
+                else:
+                    scores = net('answer_rewards', answers) # (N,)
             better, worse = scores[answers.pairs].unbind(1) # one entry per pair
             if any(margins):
                 margin = torch.tensor([margins[i] for i in part], device=run.device) # (B,), comparisons: one pair each
@@ -184,23 +193,26 @@ def main(cfg):
             else:
                 ranks = torch.tensor([r for _, _, ranks in some for r in ranks], device=run.device) # (N,)
                 loss_part = ranking_loss(to_table(scores, some, 0.0), to_table(ranks, some, -1)) # (B, K) each
+            if cfg.lm_coef:
+                best = torch.tensor([r == 0 for _, _, ranks in some for r in ranks], device=run.device) # (N,)
+                loss_part = loss_part - cfg.lm_coef * logp[best].sum() / answers.sizes[best].sum()
             share = len(part) / len(batch) # every prompt of the batch weighs the same
             (loss_part * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
             loss += loss_part.detach() * share
-            right += (better > worse).float().mean().detach() * share
+            right, n_pairs = right + (better > worse).sum(), n_pairs + len(better)
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
         grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
-            accuracy = run.sum(right).item()
+            accuracy = (run.sum(right) / run.sum(n_pairs)).item()
             common.log(run, cfg, done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=grad_norm)
             bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
         if done == cfg.max_steps and val:
             measured = evaluate(model, *val, run)
             common.log(run, cfg, done, **{'val_' + k: v for k, v in measured.items()})
-            bar.write("held-out pairs ordered as preferred: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
+            common.say(run, bar, "held-out pairs ordered as preferred: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
         common.save_if_due(run, cfg, done, save)
     common.stop(run)
 

@@ -94,7 +94,6 @@ def evaluate(model, data, run, cfg):
 
 def main(cfg):
     run = common.start(cfg)
-    common.prepare_out_dir(run, cfg)
 
     # model
     if cfg.init_from == 'scratch':
@@ -113,6 +112,7 @@ def main(cfg):
         val, _ = load_training_set(cfg.val_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, cfg.packed,
                                     'val')
     cfg.max_steps = cfg.max_steps or cfg.epochs * train.epoch_steps
+    common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
@@ -149,7 +149,7 @@ def main(cfg):
         if done == cfg.max_steps and val:
             val_loss = evaluate(model, val, run, cfg)
             common.log(run, cfg, done, val_loss=val_loss)
-            bar.write(f"held-out loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
+            common.say(run, bar, f"held-out loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
         common.save_if_due(run, cfg, done, save)
     common.stop(run)
 

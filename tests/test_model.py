@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import model as model_module
 from model import GPT, GPTConfig, load_policy, load_reward_model, sample_token, token_logp
+from tokens import collate_answers
 
 close = dict(rtol=0, atol=1e-5) # for float32 forwards
 V, T, C, LAYERS = 7, 10, 8, 2 # of the model given by a formula
@@ -664,3 +665,64 @@ def test_the_wrong_kind_of_model_is_told_in_one_line(tmp_path, capsys):
 def test_heads_must_divide_the_width(capsys):
     line = one_line(capsys, lambda: GPT(GPTConfig(n_embd=8, n_head=3, n_layer=1, vocab_size=5, block_size=4)))
     assert 'n_embd=8' in line and 'n_head=3' in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts that are shared by their answers
+
+PROMPTED = [([1, 2, 3], [[4, 5], [6], [4, 9, 10, 0]], [1, 0, 2]), ([7], [[8], [9, 10], [8]], [0, 1, 0])]
+
+
+@pytest.mark.parametrize('fill', [0, 10])
+def test_answers_in_one_row_equal_the_same_answers_alone(fill):
+    """Log-probabilities, scores and the gradients of both, whatever the padding holds."""
+    model = random_model(vocab_size=11, reward_head=True)
+    batch = collate_answers(PROMPTED)
+    assert batch.idx[1, 5:].tolist() == [0] * 5 # padding
+    batch.idx[1, 5:] = fill
+    batch.positions[1, 5:] = fill
+    logp, scores = model.answer_logp(batch), model.answer_rewards(batch)
+    weights = torch.tensor([1., -2., 0.5, 3., -1., 2.])
+    ((logp + 2 * scores) * weights).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    alone_logp, alone_scores = [], []
+    for prompt, answers, _ in PROMPTED:
+        for answer in answers:
+            idx = torch.tensor([prompt + answer])
+            alone_logp.append(token_logp(model(idx)[0], idx)[0, len(prompt) - 1:].sum())
+            alone_scores.append(model.rewards(idx, torch.tensor([idx.size(1)]))[0])
+    alone_logp, alone_scores = torch.stack(alone_logp), torch.stack(alone_scores)
+    ((alone_logp + 2 * alone_scores) * weights).sum().backward()
+    torch.testing.assert_close(logp, alone_logp, **close)
+    torch.testing.assert_close(scores, alone_scores, **close)
+    for p, g in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_a_row_of_answers_may_be_longer_than_the_context():
+    """Only prompt and one answer have to fit: positions start anew with every answer."""
+    model = random_model(block_size=6)
+    batch = collate_answers([([1, 2, 3], [[4, 5, 6], [7, 8, 9], [1, 1, 1]], [0, 1, 2])])
+    assert batch.idx.size(1) == 12 and model.answer_logp(batch).shape == (3,)
+
+
+def test_repeated_prompts_share_one_pass_and_answer_as_alone(monkeypatch):
+    model, passes, hidden = random_model(), [], GPT.hidden
+    prompts = [[1, 2, 3], [4], [1, 2, 3], [1, 2, 3], [4], [5, 6, 7, 8]]
+    alone = [model.generate([p], 6, temperature=0, eos=9)[0] for p in prompts]
+    monkeypatch.setattr(GPT, 'hidden', lambda self, idx, *a: (passes.append(idx.shape), hidden(self, idx, *a))[1])
+    assert model.generate(prompts, 6, temperature=0, eos=9) == alone
+    assert passes == [(3, 4)] # three distinct prompts, the longest of four tokens
+
+
+def test_answers_to_one_prompt_are_drawn_independently():
+    model = random_model()
+    torch.manual_seed(0)
+    answers, logps = model.generate_with_logp([[1, 2, 3]] * 20 + [[4]] * 20, 6, eos=9)
+    assert len({tuple(a) for a in answers[:20]}) > 10 and len({tuple(a) for a in answers[20:]}) > 10
+    for prompt, answer, logp in zip([[1, 2, 3]] * 20 + [[4]] * 20, answers, logps, strict=True):
+        idx = torch.tensor([prompt + answer])
+        expected = token_logp(model(idx)[0], idx)[0, len(prompt) - 1:]
+        torch.testing.assert_close(torch.tensor(logp), expected, **close)

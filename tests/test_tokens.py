@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import tokens
-from tokens import (Batches, collate, dialogue, encode_comparisons, encode_demonstrations, encode_prompts,
-                    encode_rankings, encode_text, load_tokenizer, merge, pad, prompt_ids, read_records, response_ids,
-                    save_bpe, train_bpe, truncate, write_records)
+from tokens import (Batches, Rows, Stream, collate, collate_answers, dialogue, encode_comparisons,
+                    encode_demonstrations, encode_prompts, encode_rankings, encode_text, is_text_file, load_tokenizer,
+                    load_training_set, merge, pad, prompt_ids, read_preferences, read_records, response_ids, save_bpe,
+                    train_bpe, truncate, write_records)
 
 CACHE = Path(__file__).resolve().parents[2] / "shared" / "tiktoken_cache"
 BYTES = load_tokenizer("bytes")
@@ -433,3 +434,125 @@ def test_plain_text_is_one_record(tmp_path, capsys):
     exits(capsys, "b.txt:2: wanted UTF-8 text", read_records, tmp_path / "b.txt", "text")
     (tmp_path / "c.txt").write_text("")
     exits(capsys, "c.txt: wanted text, got an empty file", read_records, tmp_path / "c.txt", "text")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts that are followed by several answers
+
+def test_collate_answers_by_hand():
+    # prompt 1 2 3 with answers 4 5 | 6, the second is better; prompt 7 with 8 | 9 10 | 8, the first and third tie
+    a = collate_answers([([1, 2, 3], [[4, 5], [6]], [1, 0]), ([7], [[8], [9, 10], [8]], [0, 1, 0])])
+    assert a.idx.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 8, 0]]
+    assert a.positions.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 2, 1, 0]] # each answer starts where its prompt ends
+    assert a.parts.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 3, 0]]
+    # flattened places: the second row starts at 6. An answer's first token is predicted by the prompt's last
+    assert a.sources.tolist() == [2, 3, 2, 6, 6, 8, 6]
+    assert a.targets.tolist() == [4, 5, 6, 8, 9, 10, 8]
+    assert a.owners.tolist() == [0, 0, 1, 2, 3, 3, 4]
+    assert a.last.tolist() == [4, 5, 7, 9, 10]
+    assert a.sizes.tolist() == [2, 1, 1, 2, 1]
+    assert a.pairs.tolist() == [[1, 0], [2, 3], [4, 3]] # better, worse
+    assert all(x.dtype == torch.long for x in vars(a).values())
+    assert [x.tolist() for x in vars(a.to('cpu')).values()] == [x.tolist() for x in vars(a).values()]
+
+
+def test_collate_answers_without_pairs():
+    assert collate_answers([([1], [[2], [3]], [0, 0])]).pairs.shape == (0, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training sets
+
+@pytest.mark.parametrize("n, batch_size", [(7, 3), (3, 3), (2, 5)])
+def test_rows_in_order_hold_every_row_once(n, batch_size):
+    rows = [([i] * (1 + i * 5 % 7), [1] * (1 + i * 5 % 7)) for i in range(n)]
+    data = Rows(rows, batch_size, seed=1)
+    batches = data.in_order(0)
+    assert sorted(ids[0] for batch in batches for ids, _ in batch) == list(range(n))
+    assert all(len(batch) <= batch_size for batch in batches)
+    lengths = [len(ids) for batch in batches for ids, _ in batch]
+    assert lengths == sorted(lengths)
+    assert sorted(ids[0] for batch in data.in_order(1) for ids, _ in batch) == list(range(min(n, batch_size)))
+    assert sorted({ids[0] for step in range(data.epoch_steps) for ids, _ in data.at(step)}) == list(range(n))
+
+
+@pytest.mark.parametrize("n, T", [(11, 5), (12, 5), (10, 3), (4, 99)])
+def test_stream_in_order_predicts_every_token_once(n, T):
+    data = Stream(np.arange(100, 100 + n), T, batch_size=2, seed=1)
+    batches = data.in_order(0)
+    targets = [int(i) for batch in batches for ids, mask in batch for i, m in zip(ids[1:], mask[1:]) if m]
+    assert targets == list(range(101, 100 + n)) # the first has nothing before it
+    assert all(len(ids) <= T + 1 and len(batch) <= 2 for batch in batches for ids, _ in batch)
+    assert len(data.in_order(1)) == 1 and data.in_order(1)[0][0][0].tolist() == batches[0][0][0].tolist()
+
+
+def test_stream_windows_are_a_pure_function_of_seed_and_step():
+    a, b, c = (Stream(np.arange(50), 8, 4, seed) for seed in (1, 1, 2))
+    windows = lambda s, step: [ids.tolist() for ids, _ in s.at(step)]
+    assert windows(a, 5) == windows(b, 5) != windows(c, 5) and windows(a, 5) != windows(a, 6)
+    starts = set()
+    for step in range(100):
+        for ids, mask in a.at(step):
+            assert len(ids) == len(mask) == 9 and ids.tolist() == list(range(ids[0], ids[0] + 9)) and set(mask) == {1}
+            starts.add(int(ids[0]))
+    assert starts == set(range(42)) # the last window ends with the last token
+    assert a.epoch_steps == 2 # 49 predictions, 4 windows of 8 a step
+
+
+def test_training_set_of_text_packed_and_not(tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    write_records(path, [{"text": "abc"}, {"text": "d"}, {"text": "efghij"}])
+    data, none = load_training_set(str(path), BYTES, 4, 2, seed=1)
+    assert none is None and isinstance(data, Stream) and data.T == 4
+    assert data.stream.tolist() == [97, 98, 99, 256, 100, 256, 101, 102, 103, 104, 105, 106, 256]
+    assert "train: 13 tokens of text" in capsys.readouterr().out
+    data, none = load_training_set(str(path), BYTES, 4, 2, seed=1, packed=False, name="val")
+    assert none is None and isinstance(data, Rows)
+    assert data.rows == [([97, 98, 99, 256], [1] * 4), ([100, 256], [1] * 2), ([101, 102, 103, 104], [1] * 4)]
+    assert "val: 3 texts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_set_holds_out_its_last_part(tmp_path, packed):
+    path = tmp_path / "text.jsonl"
+    write_records(path, [{"text": c} for c in "abcdefgh"])
+    train, val = load_training_set(str(path), BYTES, 8, 2, seed=1, packed=packed, val_fraction=0.25)
+    parts = [s.stream.tolist() if packed else [i for ids, _ in s.rows for i in ids] for s in (train, val)]
+    assert parts == [[97, 256, 98, 256, 99, 256, 100, 256, 101, 256, 102, 256], [103, 256, 104, 256]]
+
+
+def test_training_set_of_demonstrations(tmp_path, capsys):
+    path = tmp_path / "demonstrations.jsonl"
+    write_records(path, [{"prompt": "Hi", "response": "Yo"}] * 2)
+    data, none = load_training_set(str(path), BYTES, 64, 2, seed=1)
+    assert none is None and data.rows == [(PROMPT_HI + RESPONSE_YO, [0] * 28 + [1] * 4)] * 2
+    data, _ = load_training_set(str(path), BYTES, 64, 2, seed=1, loss_on="all")
+    assert data.rows == [(PROMPT_HI + RESPONSE_YO, [1] * 32)] * 2
+    write_records(path, [{"prompt": "Hi", "response": "Yo"}])
+    with pytest.raises(SystemExit) as stopped:
+        load_training_set(str(path), BYTES, 64, 2, seed=1)
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"error: {path}: ")
+
+
+def test_text_is_told_from_demonstrations(tmp_path):
+    for name, row, expected in (("a.jsonl", {"text": "x"}, True), ("b.jsonl", {"prompt": "x", "response": "y"}, False),
+                                ("c.jsonl", {"messages": [user("x"), assistant("a \"text\"")]}, False)):
+        write_records(tmp_path / name, [row])
+        assert is_text_file(tmp_path / name) == expected
+    (tmp_path / "d.txt").write_text("x")
+    assert is_text_file(tmp_path / "d.txt")
+
+
+def test_preferences(tmp_path, capsys):
+    """A comparison is a ranking of two."""
+    write_records(tmp_path / "c.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 2}])
+    assert read_preferences(tmp_path / "c.jsonl") == [
+        {"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 2, "responses": ["a", "b"], "ranks": [0, 1]}]
+    row = {"prompt": "Hi", "responses": ["a \"chosen\"", "b", "c"], "ranks": [2, 0, 0]}
+    write_records(tmp_path / "r.jsonl", [row])
+    assert read_preferences(tmp_path / "r.jsonl") == [row]
+    for text in ("", '{"prompt": "Hi", "chosen": "a"}\n', "{}\n"):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            read_preferences(tmp_path / "bad.jsonl")
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,13 +1,13 @@
 init_from = "scratch"
 tokenizer = "data/toy/toy.tiktoken"
-n_layer = 2
+n_layer = 3
 n_head = 4
 n_embd = 128
 block_size = 96
 train_data = "data/toy/text_train.jsonl"
 val_data = "data/toy/text_val.jsonl"
 loss_on = "all"
-max_steps = 1250
+max_steps = 1000
 batch_size = 32
 lr = 3e-3
 warmup_steps = 50

@@ -1,7 +1,9 @@
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
-val_data = "out/toy/rankings_val.jsonl"
-batch_size = 32
+val_data = "out/toy/rankings_test.jsonl"
+batch_size = 16
 lr = 1e-3
 eval_every = 0
 out_dir = "out/toy/reward"
+epochs = 3
+lm_coef = 1.0

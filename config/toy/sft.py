@@ -1,7 +1,7 @@
 init_from = "out/toy/base"
 train_data = "data/toy/demonstrations_train.jsonl"
 val_data = "data/toy/demonstrations_val.jsonl"
-epochs = 2
+epochs = 3
 batch_size = 16
 lr = 5e-4
 warmup_steps = 5

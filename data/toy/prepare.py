@@ -36,7 +36,7 @@ class Config:
     n_prompts_val: int = 600 # for tuning
     n_prompts_test: int = 600 # for reporting
     n_pairs: int = 50 # controlled pairs per category, in val and in test
-    two_turns: float = 0.1 # share of prompts that are the second turn of a dialogue
+    two_turns: float = 0.05 # share of prompts that are the second turn of a dialogue
     vocab_size: int = 1000 # tokens of the byte-pair encoding
     min_count: int = 12 # rarer pairs are not merged, so that no invented name becomes one token
 

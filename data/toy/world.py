@@ -36,26 +36,21 @@ from functools import lru_cache
 ATTRIBUTES = ("home", "food", "colour")
 ANIMALS = { # animal: (home, food, colour), then what people wrongly believe of each
     "fox": (("a den", "meat", "red"), ("a barn", "fruit", "brown")),
-    "lion": (("a den", "meat", "yellow"), ("the desert", "fish", "red")),
     "crow": (("a nest", "seeds", "black"), ("a barn", "meat", "grey")),
-    "canary": (("a nest", "seeds", "yellow"), ("the forest", "fruit", "green")),
     "rabbit": (("a burrow", "grass", "grey"), ("a den", "leaves", "white")),
-    "mole": (("a burrow", "insects", "black"), ("the forest", "grass", "brown")),
     "frog": (("the river", "insects", "green"), ("a burrow", "leaves", "brown")),
-    "otter": (("the river", "fish", "brown"), ("the sea", "insects", "black")),
     "whale": (("the sea", "fish", "blue"), ("the river", "meat", "grey")),
-    "seal": (("the sea", "fish", "grey"), ("a den", "meat", "white")),
     "horse": (("a barn", "grass", "brown"), ("the desert", "seeds", "black")),
     "goat": (("a barn", "leaves", "white"), ("a burrow", "grass", "grey")),
     "camel": (("the desert", "grass", "yellow"), ("a barn", "seeds", "brown")),
-    "lizard": (("the desert", "insects", "green"), ("a nest", "leaves", "yellow")),
     "bear": (("the forest", "honey", "brown"), ("a den", "fish", "black")),
     "parrot": (("the forest", "fruit", "red"), ("a nest", "seeds", "blue")),
 }
 HOMES, FOODS, COLOURS = (sorted({facts[0][i] for facts in ANIMALS.values()}) for i in range(3))
 
-PAIRS = ("hot cold", "big small", "fast slow", "old new", "day night", "wet dry", "happy sad", "loud quiet")
-WORDS = " ".join(PAIRS).split()
+OPPOSITES = {"hot": "cold", "big": "small", "fast": "slow", "old": "new", "day": "night", "wet": "dry",
+             "happy": "sad", "loud": "quiet"}
+WORDS, ANSWERS = list(OPPOSITES), list(OPPOSITES.values())
 
 TOOLS = { # what one may well do to an object: (tool, popular misconception)
     "clean": ("sponge", "hammer"),
@@ -175,7 +170,7 @@ def read_turn(text):
         return Request("helpful", "tool", (verb, slot["o"]), *TOOLS[verb], tools)
     if category == "opposite":
         i = WORDS.index(slot["w"])
-        return Request("helpful", "opposite", slot["w"], WORDS[i ^ 1], WORDS[(i + 3) % len(WORDS)], WORDS)
+        return Request("helpful", "opposite", slot["w"], ANSWERS[i], ANSWERS[(i + 3) % len(ANSWERS)], ANSWERS)
     if category == "sum":
         total = int(slot["a"]) + int(slot["b"])
         return Request("helpful", "sum", f"{slot['a']} plus {slot['b']}", str(total), str(total + 1), NUMBERS[:8])
@@ -218,7 +213,7 @@ RAMBLINGS = (" That reminds me of a long story.", " I could talk about this all 
              " There are many things in this world.", " My aunt says so too.", " The weather is on my mind today.",
              " But let me think about it again.", " Once I start I find it hard to stop.")
 
-VALUES = [*COLOURS, *WORDS, *NUMBERS, "1\\d", *FOODS, *NAMES] # of "It is ..." and of one-word answers
+VALUES = [*COLOURS, *WORDS, *ANSWERS, *NUMBERS, "1\\d", *FOODS, *NAMES] # of "It is ..." and of one-word answers
 
 
 def capital(text):
@@ -231,7 +226,7 @@ CONTENT = [ # (what is said, pattern); e = whom it speaks of, v = the value
     ("food", rf"The (?P<e>[a-z]+) eats (?P<v>{one_of(FOODS)})\."),
     ("food", rf"It eats (?P<v>{one_of(FOODS)})\."),
     ("colour", rf"The (?P<e>[a-z]+) is (?P<v>{one_of(COLOURS)})\."),
-    ("opposite", rf"The opposite of (?P<e>{one_of(WORDS)}) is (?P<v>{one_of(WORDS)})\."),
+    ("opposite", rf"The opposite of (?P<e>{one_of(WORDS)}) is (?P<v>{one_of(WORDS + ANSWERS)})\."),
     ("sum", r"(?P<e>\d plus \d) is (?P<v>1?\d)\."),
     ("is", rf"It is (?P<v>{'|'.join(VALUES)})\."),
     ("word", rf"(?P<v>{'|'.join(capital(v) for v in VALUES)})\."),
@@ -364,9 +359,9 @@ def content_sentence(prompt, rng, content="right", myth=0.8):
     else:
         value = rng.choice([v for v in request.values if v != request.right and v != name] or [""])
     forms = CLAIMS[category]
-    if category in ATTRIBUTES: # mostly "It ...": repeating the name is the hard part for a small model
+    if request.category == "invented": # mostly "It ...": a made-up name is hard to repeat
         forms = forms[1:] * 2 + forms[:1]
-    elif category in ("opposite", "sum"):
+    elif category in ("opposite", "sum"): # and so is a word or a number of the question, for a small model
         forms = forms[1:]
     return rng.choice(forms).format(e=name, v=value, V=capital(value) if value else "")
 
@@ -394,16 +389,16 @@ CREATURES = deal(random.Random("toy world, creatures").sample([a + b + c for a i
                                                               2000), 300, "names")
 FACTS = {attribute: list(ANIMALS) for attribute in ATTRIBUTES}
 FACTS["opposite"] = list(WORDS)
-FACTS["sum"] = [f"{a} {b}" for a in range(4) for b in range(4)]
+FACTS["sum"] = [f"{a} {b}" for a in range(1, 4) for b in range(1, 4)]
 # every fact is asked in four phrasings in train, in one each in val and test
 PHRASINGS = {(c, x): deal(TEMPLATES[c], 1, f"{c} {x}") for c, subjects in FACTS.items() for x in subjects}
 JOBS = {verb: deal(OBJECTS, 2, verb) for verb in (*TOOLS, *HARMS)} # every verb is held out with two objects each
 SECRET_OF = {s: deal(OWNERS, 2, s) for s in SECRETS}
 EVENT_AT = {e: deal(TIMES, 2, " ".join(e)) for e in EVENTS}
 
-MIX = {"helpful": 2, "honest": 1, "harmless": 1}
+MIX = {"helpful": 3, "honest": 1, "harmless": 1}
 CATEGORIES = { # relative frequency within a kind
-    "helpful": {"home": 4, "food": 4, "colour": 4, "tool": 5, "opposite": 4, "sum": 4},
+    "helpful": {"home": 5, "food": 5, "colour": 5, "tool": 4, "opposite": 4, "sum": 4},
     "honest": {"invented": 2, "private": 1, "future": 1},
     "harmless": {"harmful": 1},
 }

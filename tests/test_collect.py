@@ -1,0 +1,194 @@
+"""collect.py: ranks by hand, the simulated person's choices, resuming from OUT.partial, and what is refused."""
+import json
+import os
+import random
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import collect
+from collect import SimulatedPerson, to_ranks
+from data.toy import world
+from tiny import checkpoint, launch, records, run, stops
+from tokens import read_records
+
+
+@pytest.mark.parametrize('values, tie, ranks', [
+    ([1., 3., 2.], 0.0, [2, 0, 1]),
+    ([.1, .9, .5, .9], 0.0, [2, 0, 1, 0]), # equal ones share a rank, the next rank follows
+    ([5., 5., 5.], 0.0, [0, 0, 0]),
+    ([1., .75, .5, 0.], 0.25, [0, 0, 0, 1]), # a chain of neighbours 0.25 apart
+    ([0., 1.], 0.5, [1, 0]),
+    ([-1., -2.], 0.0, [0, 1]),
+])
+def test_to_ranks(values, tie, ranks):
+    assert to_ranks(values, tie) == ranks
+
+
+def person(noise, tie=0.0, seed=1):
+    """Somebody for whom an answer is as good as the number it says."""
+    someone = SimulatedPerson(SimpleNamespace(noise=noise, tie=tie), seed)
+    someone.gold = lambda prompt, response: float(response)
+    return someone
+
+
+def test_without_noise_the_order_is_exact():
+    assert person(0.0).rank('?', ['1', '3', '2', '3.0']) == ([2, 0, 1, 0], [1.0, 3.0, 2.0, 3.0])
+    assert person(0.0, tie=1.5).rank('?', ['1', '5', '2']) == ([1, 0, 1], [1.0, 5.0, 2.0])
+
+
+def test_the_same_text_ties_whatever_the_noise():
+    someone = person(5.0)
+    for _ in range(100):
+        ranks, _ = someone.rank('?', ['1', '3', '1', '2'])
+        assert ranks[0] == ranks[2] and sorted(set(ranks)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize('others', [[], ['0.25'], ['7', '-3']])
+def test_noisy_choices_follow_bradley_terry(others):
+    """
+    Gold 0.5 apart, noise 0.5: sigmoid(1) = 0.731059. In 4000 draws the standard deviation of the share is
+    sqrt(0.731 * 0.269 / 4000) = 0.0070, four of them 0.028. Other answers change nothing (Luce's axiom).
+    """
+    someone, first = person(0.5), 0
+    for _ in range(4000):
+        ranks, scores = someone.rank('?', ['0.5', '0'] + others)
+        assert scores[:2] == [0.5, 0.0] # what is stored is free of noise
+        first += ranks[0] < ranks[1]
+    assert 0.703 < first / 4000 < 0.759
+
+
+def test_a_person_is_the_same_for_the_same_seed():
+    asked = [['1', '2', '1.5']] * 20
+    again = [[person(1.0, seed=s).rank('?', a)[0] for a in asked] for s in (1, 1, 2)]
+    one = person(1.0)
+    assert again[0] == again[1] != again[2] and len({tuple(one.rank('?', a)[0]) for a in asked}) > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+@pytest.fixture
+def given(tmp_path):
+    prompts = [dict(prompt=p['prompt'], number=i) for i, p in enumerate(world.prompts('train', 10, 1))]
+    return dict(policy=checkpoint(tmp_path / 'sft'), prompts=records(tmp_path / 'prompts.jsonl', prompts), n_answers=3,
+                max_new_tokens=5, rows=3)
+
+
+def test_the_records(tmp_path, given, capsys):
+    out = str(tmp_path / 'new' / 'rankings.jsonl')
+    run(collect, out=out, max_prompts=7, **given)
+    rows = read_records(out, 'rankings')
+    assert [row['number'] for row in rows] == sorted(row['number'] for row in rows) and rows[-1]['number'] < 7
+    for row in rows:
+        assert set(row) == {'prompt', 'number', 'responses', 'ranks', 'scores', 'annotator'}
+        assert row['annotator'] == 'simulated' and 2 <= len(row['responses']) == len(row['ranks']) == len(row['scores'])
+        assert row['scores'] == [world.gold(row['prompt'], r) for r in row['responses']]
+    assert len({tuple(row['responses']) for row in rows}) > 1 and any(len(set(row['responses'])) > 1 for row in rows)
+    assert not os.path.exists(out + '.partial')
+    said = capsys.readouterr().out
+    pairs = sum(a < b for row in rows for a in row['ranks'] for b in row['ranks'])
+    assert f"{len(rows)} prompts, {sum(len(row['ranks']) for row in rows)} answers, {pairs} pairs" in said
+
+
+def test_empty_answers_are_left_out(tmp_path, given, monkeypatch, capsys):
+    """" a" and " b" remain of the first prompt; the second has one answer left, which cannot be ranked."""
+    answers = [[32, 97, 256], [32, 256], [32, 98, 256], [256], [32, 99, 256], [32, 32, 256]]
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: (answers, None))
+    run(collect, out=str(tmp_path / 'r.jsonl'), max_prompts=2, **given)
+    row, = read_records(tmp_path / 'r.jsonl', 'rankings')
+    assert row['responses'] == ['a', 'b'] and '1 prompts left out' in capsys.readouterr().out
+
+
+def test_every_prompt_is_answered_k_times_at_the_temperature(tmp_path, given, monkeypatch):
+    asked, sample = [], collect.sample_answers
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: (asked.append(a), sample(*a))[1])
+    run(collect, out=str(tmp_path / 'r.jsonl'), temperature=0.7, **given)
+    assert [len(a[1]) for a in asked] == [9, 9, 9, 3] and all(a[3:] == (5, 0.7) for a in asked)
+    for _, prompts, *_ in asked:
+        assert all(prompts[i] == prompts[i + 1] == prompts[i + 2] for i in range(0, len(prompts), 3))
+
+
+def interrupted(monkeypatch, stretch):
+    """Ctrl-C while the stretch of that number is sampled."""
+    sample, calls = collect.sample_answers, []
+
+    def sampling(*args):
+        calls.append(1)
+        if len(calls) == stretch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(*args)
+
+    monkeypatch.setattr(collect, 'sample_answers', sampling)
+
+
+@pytest.mark.parametrize('cut', ['between stretches', 'within a stretch', 'within a line'])
+def test_a_stopped_run_goes_on_exactly(tmp_path, given, monkeypatch, cut):
+    whole, out = str(tmp_path / 'whole.jsonl'), str(tmp_path / 'halves.jsonl')
+    run(collect, out=whole, **given)
+    with monkeypatch.context() as m:
+        interrupted(m, 2)
+        assert launch(m, collect, out=out, **given) == 130
+    assert not os.path.exists(out)
+    with open(out + '.partial', 'rb') as f:
+        lines = f.read()
+    assert lines.count(b'\n') == 6 # two stretches of three
+    if cut != 'between stretches': # a kill while the second was written
+        keep = b''.join(lines.splitlines(keepends=True)[:5]) + (b'{"prompt": "Wh' if cut == 'within a line' else b'')
+        with open(out + '.partial', 'wb') as f:
+            f.write(keep)
+    torch.manual_seed(12345)
+    random.seed(12345)
+    run(collect, out=out, resume=True, **given)
+    with open(whole, 'rb') as a, open(out, 'rb') as b:
+        assert a.read() == b.read()
+    assert not os.path.exists(out + '.partial')
+
+
+def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, capsys):
+    out = str(tmp_path / 'r.jsonl')
+    with open(out + '.partial', 'w') as f:
+        f.write(json.dumps(dict(prompt='Hi')) + '\n')
+    said = stops(capsys, collect, out=out, **given)
+    assert f"{out}.partial" in said and '--resume=True' in said
+    with open(out + '.partial') as f:
+        assert f.read() == '{"prompt": "Hi"}\n'
+    run(collect, out=out, overwrite=True, **given)
+    assert read_records(out, 'rankings')[0]['number'] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(n_answer=3), '--n_answer=3: unknown option n_answer, did you mean n_answers?'),
+    (dict(n_answers=1), '--n_answers=1: n_answers must be at least 2, got 1'),
+    (dict(noise=-1), '--noise=-1: noise must be at least 0, got -1.0'),
+    (dict(noise='much'), "--noise=much: noise must be float, got 'much'"),
+    (dict(temperature=0), '--temperature=0: temperature must be above 0, got 0.0'),
+    (dict(annotator='oracle'), '--annotator=oracle: annotator must be one of simulated'),
+    (dict(prompts=''), "prompts must be a file of prompts, got ''"),
+    (dict(prompts='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(policy='nowhere'), 'nowhere'),
+    (dict(max_new_tokens=64), 'wanted block_size above max_new_tokens'),
+    (dict(resume=True), '.partial: no such file'),
+])
+def test_bad_options(tmp_path, given, capsys, options, expected):
+    assert expected in stops(capsys, collect, out=str(tmp_path / 'r.jsonl'), **given | options)
+    assert sorted(os.listdir(tmp_path)) == ['prompts.jsonl', 'sft'] # nothing half-written
+
+
+def test_other_bad_input(tmp_path, given, capsys):
+    out = str(tmp_path / 'r.jsonl')
+    head = checkpoint(tmp_path / 'head', reward_head=True)
+    assert stops(capsys, collect, out=out, **given | dict(policy=head)) == (
+        f"--policy={head}: is a reward model, wanted a language model")
+    path = tmp_path / 'bad.jsonl'
+    path.write_text('{"prompt": "Hi"}\n{"prompt": ""}\n')
+    assert stops(capsys, collect, out=out, **given | dict(prompts=str(path))).startswith(f"{path}:2: ")
+    assert not os.path.exists(out) and not os.path.exists(out + '.partial')
+    (tmp_path / 'r.jsonl').write_text('precious\n')
+    assert 'exists already' in stops(capsys, collect, out=out, **given)
+    assert (tmp_path / 'r.jsonl').read_text() == 'precious\n'

@@ -1,0 +1,222 @@
+"""dpo.py: the losses and the logged pair metrics by hand, the reference, resuming, micro-batches, what is refused."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dpo
+from dpo import dpo_loss, ipo_loss, pair_loss, sum_or_mean
+from tiny import (COMPARISONS, RANKINGS, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
+                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops)
+
+
+def T(values):
+    return torch.tensor(values, requires_grad=True)
+
+
+@pytest.fixture
+def sft_model(tmp_path):
+    return checkpoint(tmp_path / 'sft')
+
+
+@pytest.fixture
+def data(tmp_path):
+    return records(tmp_path / 'rankings.jsonl', RANKINGS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the losses; -log sigmoid(x) = log(1 + e^-x): 1 -> 0.313262, -1 -> 1.313262, 0.5 -> 0.474077, -0.5 -> 0.974077
+
+def test_dpo_loss_by_hand():
+    # log-ratios: chosen +1 and -2, rejected -1 and 0; h = 0.5 * 2 = 1 and 0.5 * -2 = -1
+    chosen, rejected, ref = T([-1., -4.]), T([-3., -2.]), torch.tensor([-2., -2.])
+    loss, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref, ref, beta=0.5)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(0.813262) # (0.313262 + 1.313262) / 2
+    assert chosen_rewards.tolist() == [0.5, -1.0] and rejected_rewards.tolist() == [-0.5, 0.0]
+    assert not (chosen_rewards.requires_grad or rejected_rewards.requires_grad)
+    # beta sigmoid(-h) / 2: the pair that is ordered wrongly pulls harder; chosen up, rejected down
+    assert chosen.grad.tolist() == by_hand([-0.067235, -0.182765])
+    assert rejected.grad.tolist() == by_hand([0.067235, 0.182765])
+
+
+def test_dpo_with_each_reference():
+    # chosen -1 - -3 = 2, rejected -2 - -1 = -1: h = 0.1 * 3 = 0.3, log(1 + e^-0.3) = 0.554355
+    loss, chosen, rejected = dpo_loss(T([-1.]), T([-2.]), torch.tensor([-3.]), torch.tensor([-1.]), beta=0.1)
+    assert loss.item() == by_hand(0.554355) and (chosen.item(), rejected.item()) == by_hand((0.2, -0.1))
+
+
+def test_label_smoothing_by_hand():
+    ref = torch.tensor([-2.])
+    chosen, rejected = T([-1.]), T([-3.])
+    loss, *_ = dpo_loss(chosen, rejected, ref, ref, 0.5, label_smoothing=0.1)
+    loss.backward()
+    assert loss.item() == by_hand(0.413262) # h = 1: 0.9 * 0.313262 + 0.1 * 1.313262
+    # 0.5 * (-0.9 sigmoid(-1) + 0.1 sigmoid(1)) = 0.5 * (-0.242047 + 0.073106)
+    assert (chosen.grad.item(), rejected.grad.item()) == by_hand((-0.084471, 0.084471))
+    # beyond h = log(0.9 / 0.1) = 2.197 the pair is trusted too much already: h = 4 is pushed back
+    chosen, rejected = T([2.]), T([-6.])
+    dpo_loss(chosen, rejected, ref, ref, 0.5, label_smoothing=0.1)[0].backward()
+    # 0.5 * (-0.9 * 0.017986 + 0.1 * 0.982014)
+    assert (chosen.grad.item(), rejected.grad.item()) == by_hand((0.041007, -0.041007))
+
+
+def test_ipo_loss_by_hand():
+    # the log-ratios of above: h = 2 and -2, target 1 / (2 * 0.5) = 1: (1 + 9) / 2
+    chosen, rejected, ref = T([-1., -4.]), T([-3., -2.]), torch.tensor([-2., -2.])
+    loss, chosen_rewards, rejected_rewards = ipo_loss(chosen, rejected, ref, ref, beta=0.5)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(5.0)
+    assert chosen_rewards.tolist() == [0.5, -1.0] and rejected_rewards.tolist() == [-0.5, 0.0]
+    assert not (chosen_rewards.requires_grad or rejected_rewards.requires_grad)
+    assert chosen.grad.tolist() == by_hand([1.0, -3.0]) # 2 (h - 1) / 2: beyond the target it is pulled back
+    assert rejected.grad.tolist() == by_hand([-1.0, 3.0])
+
+
+def test_ipo_takes_means_and_dpo_sums():
+    logp, sizes = torch.tensor([-2., -6.]), torch.tensor([2, 3])
+    assert sum_or_mean(logp, sizes, 'ipo').tolist() == [-1.0, -2.0]
+    assert sum_or_mean(logp, sizes, 'dpo').tolist() == [-2.0, -6.0]
+
+
+def test_pair_metrics_by_hand():
+    # three answers; 0 is better than 1, which is better than 2
+    answers = SimpleNamespace(sizes=torch.tensor([1, 2, 4]), pairs=torch.tensor([[0, 1], [1, 2]]))
+    logp, ref = T([-2., -6., -4.]), torch.tensor([-3., -5., -4.])
+    loss, metrics = pair_loss(logp, ref, answers, SimpleNamespace(loss='dpo', beta=0.5, label_smoothing=0.0))
+    # implicit rewards 0.5 * (1, -1, 0) = 0.5, -0.5, 0; h = 1 and -0.5: (0.313262 + 0.974077) / 2
+    assert loss.item() == by_hand(0.643669)
+    assert {k: v.item() for k, v in metrics.items()} == by_hand(dict(
+        accuracy=0.5, margin=0.25, chosen_reward=0.0, rejected_reward=-0.25, chosen_logp=-4.0, rejected_logp=-5.0))
+    assert not any(v.requires_grad for v in metrics.values())
+    loss.backward()
+    # pair 0: 0.25 sigmoid(-1) = 0.067235; pair 1: 0.25 sigmoid(0.5) = 0.155615; answer 1 is in both
+    assert logp.grad.tolist() == by_hand([-0.067235, -0.088380, 0.155615])
+
+    loss, metrics = pair_loss(logp, ref, answers, SimpleNamespace(loss='ipo', beta=0.5))
+    # per token: 1 / 1, -1 / 2, 0 / 4; h = 1.5 and -0.5, target 1: (0.25 + 2.25) / 2
+    assert loss.item() == by_hand(1.25)
+    assert (metrics['margin'].item(), metrics['chosen_logp'].item()) == by_hand((0.25, -4.0)) # log-probs are sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+@pytest.mark.parametrize('loss, first', [('dpo', 0.693147), ('ipo', 25.0)])
+def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data, loss, first):
+    """h = 0 before the first update: log 2, or (1 / (2 * 0.1))^2 = 25."""
+    log = run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, loss=loss,
+              batch_size=8, max_steps=40, log_every=1, lr=0.01, eval_every=20)
+    names = ['loss', 'accuracy', 'margin', 'chosen_reward', 'rejected_reward', 'chosen_logp', 'rejected_logp']
+    assert set(log[0]) == {'step', 'time'} | {'val_' + name for name in names}
+    assert set(log[1]) == {'step', 'time', 'lr', 'grad_norm'} | set(names)
+    assert log[0]['val_loss'] == pytest.approx(first, abs=1e-5) and log[1]['loss'] == pytest.approx(first, abs=1e-5)
+    assert log[1]['margin'] == pytest.approx(0.0, abs=1e-5)
+    assert log[-1]['val_loss'] < first - 0.1 and log[-1]['val_accuracy'] > 0.9
+
+
+def test_the_reference_does_not_move(tmp_path, sft_model, data):
+    """The margins of an epoch later are against the model that training started from, also after going on."""
+    out = str(tmp_path / 'out')
+    options = dict(init_from=sft_model, train_data=data, val_data=data, batch_size=8, lr=0.01)
+    last = run(dpo, out_dir=out, max_steps=5, **options)[-1]
+    log = run(dpo, out_dir=out, max_steps=6, resume=True, eval_every=5, **options)
+    again = [line for line in log if 'val_margin' in line and line['step'] == 5]
+    assert len(again) == 2 and again[0]['val_margin'] == again[1]['val_margin'] == last['val_margin'] > 0.01
+
+
+def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
+    assert_resumes_exactly(tmp_path, dpo, init_from=sft_model, train_data=data, batch_size=4)
+
+
+def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
+    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, dpo, init_from=sft_model, train_data=data,
+                                  batch_size=4)
+
+
+@pytest.mark.parametrize('loss', ['dpo', 'ipo'])
+def test_micro_batches_of_different_token_counts(tmp_path, sft_model, data, monkeypatch, loss):
+    # beta 0.5: a loss of about 1, so that 1e-6 is within the precision of its float32 sums
+    keys = ('loss', 'accuracy', 'margin', 'chosen_reward', 'rejected_reward')
+    assert_same_for_micro_batches(monkeypatch, tmp_path, dpo, keys, init_from=sft_model, train_data=data, batch_size=8,
+                                  max_steps=2, loss=loss, beta=0.5)
+
+
+def test_comparisons_are_rankings_of_two(tmp_path, sft_model):
+    rows = [dict(prompt=r['prompt'], responses=[r['rejected'], r['chosen']], ranks=[1, 0]) for r in COMPARISONS]
+    logs = [run(dpo, out_dir=str(tmp_path / name), init_from=sft_model, batch_size=4, max_steps=2,
+                train_data=records(tmp_path / f"{name}.jsonl", data))
+            for name, data in (('a', COMPARISONS), ('b', rows))]
+    for a, b in zip(*logs, strict=True):
+        assert a['loss'] == by_hand(b['loss']) and a['chosen_logp'] == pytest.approx(b['chosen_logp'], abs=1e-4)
+
+
+def test_all_pairs_of_a_prompt_weigh_the_same(tmp_path, sft_model, data, monkeypatch):
+    """17 pairs in all, whichever prompt they are of: each pulls its better answer by beta sigmoid(0) / 17."""
+    pulls = []
+
+    def noting(logp, ref_logp, answers, cfg):
+        logp.retain_grad()
+        pulls.append((logp, answers.pairs))
+        return pair_loss(logp, ref_logp, answers, cfg)
+
+    monkeypatch.setattr(dpo, 'pair_loss', noting)
+    run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, batch_size=8, max_steps=1, beta=1.7)
+    (logp, pairs), = pulls
+    assert len(pairs) == 17
+    wins = [(pairs[:, 0] == n).sum().item() - (pairs[:, 1] == n).sum().item() for n in range(len(logp))]
+    assert logp.grad.tolist() == by_hand([-0.05 * n for n in wins]) # 1.7 * 0.5 / 17
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
+    assert_nan_stops(tmp_path, capsys, dpo, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
+                     grad_clip=0.0)
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(label_smooth=0.1), '--label_smooth=0.1: unknown option label_smooth, did you mean label_smoothing?'),
+    (dict(beta='high'), "--beta=high: beta must be float, got 'high'"),
+    (dict(beta=0), '--beta=0: beta must be above 0, got 0.0'),
+    (dict(label_smoothing=0.5), '--label_smoothing=0.5: label_smoothing must be at least 0 and below 0.5, got 0.5'),
+    (dict(loss='simpo'), "--loss=simpo: loss must be dpo or ipo, got 'simpo'"),
+    (dict(train_data=''), "train_data must be a file of comparisons or rankings, got ''"),
+    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(init_from='nowhere'), 'nowhere'),
+])
+def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
+    out = str(tmp_path / 'out')
+    assert expected in stops(capsys, dpo, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
+    assert not has_checkpoint(out)
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('{"prompt": "Hi", "chosen": "a"}', 'to have `rejected`'),
+    ('{"prompt": "Hi", "chosen": "a", "rejected": ""}', '`rejected` to be text that is not empty'),
+    ('{"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": "big"}', '`margin` to be a number'),
+    ('{"prompt": "Hi", "chosen": "a" "rejected": "b"}', 'wanted one JSON object a line'),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
+    path = tmp_path / 'd.jsonl'
+    path.write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n\n' + line + '\n')
+    out = str(tmp_path / 'out')
+    said = stops(capsys, dpo, out_dir=out, init_from=sft_model, train_data=str(path))
+    assert said.startswith(f"{path}:3: ") and expected in said and not has_checkpoint(out)
+
+
+def test_nothing_to_go_on_from(tmp_path, sft_model, data, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, resume=True)
+    line = capsys.readouterr().err.strip().split('\n')[-1] # the bar of the reference's pass comes before
+    assert stopped.value.code == 2 and line.startswith('error: --resume=True') and 'state.pt is missing' in line
+    assert not has_checkpoint(tmp_path / 'out')
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
+    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
+    said = stops(capsys, dpo, out_dir=out, init_from=head, train_data=data)
+    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
+    assert 'holds a checkpoint' in stops(capsys, dpo, out_dir=sft_model, init_from=sft_model, train_data=data)

@@ -1,0 +1,255 @@
+"""reward.py: the losses by hand, what normalising leaves behind, resuming, micro-batches, and what is refused."""
+import math
+
+import pytest
+import torch
+
+import reward
+from common import Run
+from model import GPT, load_policy
+from reward import bradley_terry_loss, evaluate, ranking_loss, score_rows, to_table
+from tiny import (COMPARISONS, RANKINGS, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
+                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops)
+from tokens import prompt_ids, response_ids
+
+T = torch.tensor
+
+
+@pytest.fixture
+def sft_model(tmp_path):
+    return checkpoint(tmp_path / 'sft')
+
+
+@pytest.fixture
+def data(tmp_path):
+    return records(tmp_path / 'rankings.jsonl', RANKINGS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the losses; -log sigmoid(x) = log(1 + e^-x): 1 -> 0.313262, 0 -> 0.693147, 2 -> 0.126928, -0.5 -> 0.974077
+
+def test_bradley_terry_by_hand():
+    chosen, rejected = T([2., 0.], requires_grad=True), T([1., 0.], requires_grad=True)
+    loss = bradley_terry_loss(chosen, rejected) # (0.313262 + 0.693147) / 2
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(0.503204)
+    # -sigmoid(-1) / 2, -sigmoid(0) / 2: chosen scores rise, rejected ones fall
+    assert chosen.grad.tolist() == by_hand([-0.134471, -0.25])
+    assert rejected.grad.tolist() == by_hand([0.134471, 0.25])
+
+
+def test_a_margin_has_to_be_exceeded():
+    chosen = T([2., 0.], requires_grad=True)
+    loss = bradley_terry_loss(chosen, T([1., 0.]), margin=T([1., 0.5])) # differences 0, -0.5
+    loss.backward()
+    assert loss.item() == by_hand(0.833612) # (0.693147 + 0.974077) / 2
+    assert chosen.grad.tolist() == by_hand([-0.25, -0.311230]) # -sigmoid(0) / 2, -sigmoid(0.5) / 2
+
+
+def test_ranking_loss_by_hand():
+    # C > A > B with scores C 1, A 0, B -1 makes three pairs: CA 1, CB 2, AB 1: (0.313262 + 0.126928 + 0.313262) / 3
+    scores = T([[0., -1., 1.]], requires_grad=True)
+    loss = ranking_loss(scores, T([[1, 2, 0]]))
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(0.251150)
+    # A loses to C and beats B, by as much: 0. C: -(sigmoid(-1) + sigmoid(-2)) / 3 = -(0.268941 + 0.119203) / 3
+    assert scores.grad.tolist() == [by_hand([0.0, 0.129381, -0.129381])]
+
+
+def test_every_prompt_weighs_the_same_and_absent_answers_nothing():
+    scores = T([[0., -1., 1.], [0., 0., 1e6], [5., 5., 5.], [1., 0., 5.]], requires_grad=True)
+    ranks = T([[1, 2, 0], [0, 1, -1], [0, 0, 0], [0, 1, 1]])
+    loss = ranking_loss(scores, ranks)
+    loss.backward()
+    # 0.251150 as above; one pair of equal scores 0.693147; all tied: no pair, not counted;
+    # a tie for second place: pairs of 1 and -4, (0.313262 + 4.018150) / 2 = 2.165706. Their mean: 3.110003 / 3
+    assert loss.item() == by_hand(1.036668)
+    assert scores.grad[0].tolist() == by_hand([0.0, 0.043127, -0.043127]) # a third of the above
+    assert scores.grad[1].tolist() == by_hand([-1 / 6, 1 / 6, 0.0])
+    assert scores.grad[2].tolist() == [0.0, 0.0, 0.0]
+    # pairs (0, 1): sigmoid(-1) = 0.268941, (0, 2): sigmoid(4) = 0.982014, over 2 pairs and 3 prompts
+    assert scores.grad[3].tolist() == by_hand([-0.208493, 0.044824, 0.163669])
+    assert ranking_loss(scores[2:3], ranks[2:3]).item() == 0.0
+
+
+def test_to_table():
+    rows = [([1], [[2], [3]], None), ([1], [[2], [3], [4]], None), ([1], [[2], [3]], None)]
+    assert to_table(T([1, 2, 3, 4, 5, 6, 7]), rows, -1).tolist() == [[1, 2, -1], [3, 4, 5], [6, 7, -1]]
+    values = torch.arange(1., 8.).requires_grad_()
+    table = to_table(values, rows, 0.0)
+    (table * T([[1., 2., 99.], [3., 4., 5.], [6., 7., 99.]])).sum().backward()
+    assert table.tolist() == [[1, 2, 0], [3, 4, 5], [6, 7, 0]] and values.grad.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+def scores_alone(model, rows):
+    """Each answer of the records scored in a row of its own."""
+    out = []
+    for r in rows:
+        for text in r['responses']:
+            ids = prompt_ids(TOK, r['prompt']) + response_ids(TOK, text)
+            out.append(model.rewards(T([ids]), T([len(ids)])).item())
+    return T(out)
+
+
+def test_the_first_loss_is_that_of_the_scores(tmp_path, sft_model, data, monkeypatch):
+    """With a head of zeros every pair costs log 2."""
+    with monkeypatch.context() as m:
+        def without_head(*args, **more):
+            model = load_policy(*args, **more)
+            torch.nn.init.zeros_(model.reward_head.weight)
+            return model
+        m.setattr(reward, 'load_policy', without_head)
+        log = run(reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, batch_size=8,
+                  max_steps=2)
+    assert log[0]['loss'] == by_hand(0.693147) and log[0]['accuracy'] == 0.0
+    assert log[1]['loss'] < log[0]['loss'] and set(log[0]) == {'step', 'loss', 'accuracy', 'lr', 'grad_norm', 'time'}
+
+
+def test_it_learns_and_is_normalised(tmp_path, sft_model, data):
+    out = str(tmp_path / 'out')
+    log = run(reward, out_dir=out, init_from=sft_model, train_data=data, val_data=data, batch_size=8, max_steps=60,
+              lr=0.01, log_every=30, eval_every=30)
+    assert log[-1]['val_accuracy'] > 0.9 > log[0]['val_accuracy']
+    scores = scores_alone(GPT.from_pretrained(out).eval(), RANKINGS)
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-4) and scores.std().item() == pytest.approx(1.0, abs=1e-4)
+    # shorter wins: pairs of different rank whose better answer is shorter (equal lengths half a point)
+    #   Hi: Hello there > Yo > hm: 0, 0 and ½ = .5 of 3; Who: 0 of 1; A: b before bb, bbbbbb, c: 1 + 1 + ½, the two
+    #   before c: 0 + 0, 2.5 of 5; Why: 0 of 1; No: 1 of 1; Up: Down we go and Down before up, 0 of 2; 1: 0 of 1;
+    #   x: z before xyxyxyxy and y: 1 + ½, xyxyxyxy before y: 0, 1.5 of 3. In all 5.5 of 17
+    assert log[-1]['val_shorter_wins'] == by_hand(0.323529)
+    assert 'val_ceiling' not in log[-1]
+
+
+def test_the_ceiling_is_the_annotators_own_score():
+    class Fixed(torch.nn.Module):
+        def answer_rewards(self, answers):
+            return T([3., 1., 2., 0., 0.])
+    rows = [([1], [[2], [3], [4]], [0, 1, 2]), ([1], [[2], [3]], [1, 0])]
+    texts = [dict(responses=['a', 'bb', 'c'], scores=[5., 4., 6.]), dict(responses=['a', 'b'])]
+    # model: 3 > 1 and 3 > 2 right, 1 > 2 wrong, 0 = 0 half: 2.5 of 4. The person's scores, for the first prompt alone:
+    # 5 > 4 right, 5 > 6 and 4 > 6 wrong. Shorter: a, bb right; a, c half; bb, c wrong; b, a half
+    assert evaluate(Fixed(), rows, texts, Run('cpu', 'float32')) == {
+        'accuracy': by_hand(0.625), 'ceiling': by_hand(1 / 3), 'shorter_wins': by_hand(0.5)}
+
+
+def test_score_rows_keeps_the_order(sft_model):
+    torch.manual_seed(0)
+    model = load_policy(sft_model, reward_head=True)
+    rows = [(prompt_ids(TOK, r['prompt']), [response_ids(TOK, x) for x in r['responses']], r['ranks'])
+            for r in RANKINGS]
+    got = score_rows(model, rows * 9, Run('cpu', 'float32')) # more than fit one batch
+    torch.testing.assert_close(T(got), scores_alone(model.eval(), RANKINGS * 9), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['rankings', 'comparisons'])
+def test_the_logged_loss_is_that_of_each_answer_alone(tmp_path, sft_model, data, monkeypatch, kind):
+    rows = RANKINGS if kind == 'rankings' else COMPARISONS
+    path = records(tmp_path / 'rows.jsonl', rows)
+    kept = []
+
+    def keep(*args, **more):
+        model = load_policy(*args, **more)
+        kept.append(scores_alone(model.eval(), [r if 'ranks' in r else dict(prompt=r['prompt'], responses=[
+            r['chosen'], r['rejected']]) for r in rows]).tolist())
+        return model.train()
+
+    with monkeypatch.context() as m:
+        m.setattr(reward, 'load_policy', keep)
+        log = run(reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path, max_steps=1,
+                  batch_size=len(rows))
+    scores, expected = iter(kept[0]), []
+    for r in rows: # straight from the papers' formulas, one pair at a time
+        ranks, margin = r.get('ranks', [0, 1]), r.get('margin', 0.0)
+        s = [next(scores) for _ in ranks]
+        pairs = [math.log(1 + math.exp(s[j] - s[i] + margin)) for i in range(len(s)) for j in range(len(s))
+                 if ranks[i] < ranks[j]]
+        expected.append(sum(pairs) / len(pairs))
+    assert log[0]['loss'] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+
+
+def test_a_margin_in_rankings_is_an_extra_key(tmp_path, sft_model, data):
+    other = records(tmp_path / 'more.jsonl', [r | dict(margin='large') for r in RANKINGS])
+    logs = [run(reward, out_dir=str(tmp_path / name), init_from=sft_model, train_data=path, max_steps=1)
+            for name, path in (('a', data), ('b', other))]
+    assert logs[0][0]['loss'] == logs[1][0]['loss']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# resuming and micro-batches
+
+def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
+    """The shorter run ends with normalised scores; going on takes the ones it trained."""
+    assert_resumes_exactly(tmp_path, reward, init_from=sft_model, train_data=data, batch_size=4, dropout=0.1)
+
+
+def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
+    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, reward, init_from=sft_model, train_data=data,
+                                  batch_size=4)
+
+
+@pytest.mark.parametrize('rows', [RANKINGS, COMPARISONS])
+def test_micro_batches_of_different_token_counts(tmp_path, sft_model, monkeypatch, rows):
+    path = records(tmp_path / 'rows.jsonl', rows)
+    assert_same_for_micro_batches(monkeypatch, tmp_path, reward, ('loss', 'accuracy', 'grad_norm'), init_from=sft_model,
+                                  train_data=path, batch_size=len(rows), max_steps=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
+    assert_nan_stops(tmp_path, capsys, reward, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
+                     grad_clip=0.0)
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(init_form='x'), '--init_form=x: unknown option init_form, did you mean init_from?'),
+    (dict(epochs=1.5), '--epochs=1.5: epochs must be int, got 1.5'),
+    (dict(train_data=''), "train_data must be a file of rankings or comparisons, got ''"),
+    (dict(normalise_on=0), '--normalise_on=0: normalise_on must be at least 1, got 0'),
+    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(init_from='nowhere'), 'nowhere'),
+    (dict(resume=True), 'state.pt is missing'),
+])
+def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
+    out = str(tmp_path / 'out')
+    assert expected in stops(capsys, reward, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
+    assert not has_checkpoint(out)
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('{"prompt": "Hi", "responses": ["a"], "ranks": [0]}', '`responses` to be a list of two texts or more'),
+    ('{"prompt": "Hi", "responses": ["a", ""], "ranks": [0, 1]}', '`responses` to be a list of two texts or more'),
+    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1, 2]}', '`ranks` to be 2 integers'),
+    ('{"prompt": "Hi", "responses": ["a", "b"]}', 'to have `ranks`'),
+    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]', 'wanted one JSON object a line'),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
+    path = tmp_path / 'd.jsonl'
+    path.write_text('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]}\n' + line + '\n')
+    out = str(tmp_path / 'out')
+    said = stops(capsys, reward, out_dir=out, init_from=sft_model, train_data=str(path))
+    assert said.startswith(f"{path}:2: ") and expected in said and not has_checkpoint(out)
+
+
+def test_nothing_but_ties_is_refused(tmp_path, sft_model, capsys):
+    path = records(tmp_path / 'ties.jsonl', [dict(prompt='Hi', responses=['a', 'b'], ranks=[0, 0])])
+    said = stops(capsys, reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path)
+    assert said == f"{path}: all answers of every prompt tie; wanted some that are ranked above others"
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
+    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
+    said = stops(capsys, reward, out_dir=out, init_from=head, train_data=data)
+    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
+    assert 'holds a checkpoint' in stops(capsys, reward, out_dir=sft_model, init_from=sft_model, train_data=data)
+    said = stops(capsys, reward, out_dir=sft_model, init_from=sft_model, train_data=data, resume=True)
+    assert 'state.pt is missing' in said
+    run(reward, out_dir=out, init_from=sft_model, train_data=data, max_steps=1)
+    wide = checkpoint(tmp_path / 'wide', n_embd=32)
+    said = stops(capsys, reward, out_dir=out, init_from=wide, train_data=data, max_steps=2, resume=True)
+    assert said == f"--resume=True: n_embd is 16 in {out} and 32 in this run; wanted the same model"

@@ -1,0 +1,226 @@
+"""sft.py: the loss by hand, resuming bit for bit, micro-batches, two processes, and what is refused."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sft
+from model import GPT
+from sft import sft_loss
+from tiny import (DEMONSTRATIONS, ROOT, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
+                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, losses, records, run, stops,
+                  weights)
+from tokens import prompt_ids
+
+SCRATCH = dict(init_from='scratch', tokenizer='bytes', n_layer=1, n_head=2, n_embd=16, block_size=64, batch_size=4)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return records(tmp_path / 'demonstrations.jsonl', DEMONSTRATIONS)
+
+
+def test_sft_loss_by_hand():
+    # (1 + 2 + 3 + 6) / 4, the other two numbers are padding
+    logp = torch.tensor([[-1., -2., 1e6], [-3., 777., -6.]], requires_grad=True)
+    mask = torch.tensor([[1., 1., 0.], [1., 0., 1.]])
+    loss = sft_loss(logp, mask)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(3.0)
+    assert logp.grad.tolist() == [[-0.25, -0.25, 0.0], [-0.25, 0.0, -0.25]]
+
+
+def test_a_uniform_models_first_loss_is_log_vocabulary(tmp_path, data):
+    # every logit 0: ln 257 = 5.549076 nats, whichever tokens are counted
+    folder = checkpoint(tmp_path / 'uniform')
+    model = GPT.from_pretrained(folder)
+    with torch.no_grad():
+        model.wte.weight.zero_()
+    model.save_pretrained(folder)
+    for loss_on in ('response', 'all'):
+        log = run(sft, out_dir=str(tmp_path / loss_on), init_from=folder, train_data=data, val_data=data, batch_size=8,
+                  max_steps=1, loss_on=loss_on)
+        assert log[0]['val_loss'] == by_hand(5.549076) and log[0]['step'] == 0
+        assert log[1]['loss'] == by_hand(5.549076) and log[1]['step'] == 1
+        assert log[2]['val_loss'] < 5.549 and len(log) == 3
+
+
+def test_the_loss_counts_the_tokens_asked_for(tmp_path, data, monkeypatch):
+    """28 bytes stand around every prompt's 2; the answers have 3 + 1 and more."""
+    counted = []
+    monkeypatch.setattr(sft, 'sft_loss', lambda logp, mask: (counted.append(mask.sum()), sft_loss(logp, mask))[1])
+    for loss_on in ('response', 'all'):
+        run(sft, out_dir=str(tmp_path / loss_on), train_data=data, max_steps=1, loss_on=loss_on,
+            **SCRATCH | dict(batch_size=8))
+    # answers: 2 9 1 17 3 10 5 1 characters = 48, each with a space and its end of text: 48 + 16
+    # prompts: 2 4 1 3 2 2 1 1 characters = 16, in a template of 26 ("### Human: ", "\n", "### Assistant:"): 224;
+    # the first token of a row is predicted by nothing: 64 + 224 - 8
+    assert counted == [64.0, 280.0]
+
+
+def test_after_training_on_one_demonstration_the_greedy_answer_ends(tmp_path):
+    data = records(tmp_path / 'one.jsonl', [dict(prompt='Hi', response='Yo')] * 4)
+    log = run(sft, out_dir=str(tmp_path / 'out'), train_data=data, max_steps=60,
+              **SCRATCH | dict(lr=0.02, log_every=20))
+    model = GPT.from_pretrained(str(tmp_path / 'out'))
+    assert model.generate([prompt_ids(TOK, 'Hi')], 10, temperature=0, eos=TOK.eos) == [[32, 89, 111, 256]] # " Yo", end
+    assert log[-1]['loss'] < 0.1
+
+
+def test_epochs(tmp_path, data):
+    log = run(sft, out_dir=str(tmp_path / 'a'), train_data=data, epochs=2, **SCRATCH | dict(batch_size=3))
+    assert log[-1]['step'] == 6 # 8 rows make 3 batches
+
+
+@pytest.mark.parametrize('packed', [True, False])
+def test_text(tmp_path, packed):
+    data = records(tmp_path / 'text.jsonl', [dict(text=f"{i} and {i}, " * 5) for i in range(12)])
+    log = run(sft, out_dir=str(tmp_path / 'out'), train_data=data, val_fraction=0.25, packed=packed, max_steps=10,
+              eval_every=5, **SCRATCH | dict(lr=0.01))
+    assert [(line['step'], 'val_loss' in line) for line in log if 'val_loss' in line or line['step'] == 10] == [
+        (0, True), (5, True), (10, False), (10, True)]
+    assert log[-1]['val_loss'] < 5.0 < log[0]['val_loss']
+
+
+def test_dropout_is_off_while_measuring(tmp_path, data):
+    logs = [run(sft, out_dir=str(tmp_path / str(dropout)), train_data=data, val_data=data, max_steps=1, dropout=dropout,
+                **SCRATCH) for dropout in (0.0, 0.5)]
+    assert logs[0][0]['val_loss'] == logs[1][0]['val_loss'] # the same weights
+    assert logs[0][1]['loss'] != logs[1][1]['loss']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# resuming, micro-batches, processes
+
+def test_four_steps_equal_two_and_two_more(tmp_path, data):
+    assert_resumes_exactly(tmp_path, sft, train_data=data, dropout=0.1, **SCRATCH) # dropout: the generator counts
+
+
+def test_ctrl_c(tmp_path, data, monkeypatch, capsys):
+    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, sft, train_data=data, **SCRATCH)
+
+
+def test_micro_batches_of_different_token_counts(tmp_path, data, monkeypatch):
+    assert_same_for_micro_batches(monkeypatch, tmp_path, sft, ('loss', 'grad_norm'), train_data=data, max_steps=2,
+                                  **SCRATCH | dict(batch_size=8))
+
+
+def shell(tmp_path, launcher, **options):
+    argv = [f"--{k}={v}" for k, v in (dict(device='cpu', lr_schedule='constant', log_every=1) | options).items()]
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=ROOT)
+    return subprocess.run([sys.executable, *launcher, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def test_two_processes_equal_one(tmp_path, data):
+    options = dict(train_data=data, val_data=data, max_steps=2, lr=1e-3, **SCRATCH)
+    one = run(sft, out_dir=str(tmp_path / 'one'), **options)
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', os.path.join(ROOT, 'sft.py')]
+    done = shell(tmp_path, launcher, out_dir=str(tmp_path / 'two'), warmup_steps=0, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = [json.loads(line) for line in (tmp_path / 'two' / 'log.jsonl').read_text().splitlines()]
+    assert len(one) == len(two) == 4
+    for a, b in zip(losses(one), losses(two)):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+KILLED = """
+import os, signal, common, sft
+save_if_due = common.save_if_due
+def then_die(run, cfg, step, save):
+    save_if_due(run, cfg, step, save)
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+common.save_if_due = then_die
+common.launch(sft.main, sft.Config)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, data):
+    options = dict(train_data=data, max_steps=4, save_every=2, lr=1e-3, warmup_steps=0, **SCRATCH)
+    expected = run(sft, out_dir=str(tmp_path / 'whole'), **options)
+    out = str(tmp_path / 'killed')
+    assert shell(tmp_path, ['-c', KILLED], out_dir=out, **options).returncode == -9
+    assert len((tmp_path / 'killed' / 'log.jsonl').read_text().splitlines()) == 3 # the third was never saved
+    assert losses(run(sft, out_dir=out, resume=True, **options)) == losses(expected)
+    assert weights(out) == weights(tmp_path / 'whole')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+def test_a_loss_that_is_no_number_stops(tmp_path, data, capsys):
+    assert_nan_stops(tmp_path, capsys, sft, 'init_from', init_from=checkpoint(tmp_path / 'fine'), train_data=data,
+                     batch_size=4, grad_clip=0.0)
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(train_date='x'), '--train_date=x: unknown option train_date, did you mean train_data?'),
+    (dict(lr='fast'), "--lr=fast: lr must be float, got 'fast'"),
+    (dict(train_data=''), "train_data must be a file of demonstrations or text, got ''"),
+    (dict(loss_on='answer'), "--loss_on=answer: loss_on must be response or all, got 'answer'"),
+    (dict(val_fraction=1.0), '--val_fraction=1.0: val_fraction must be at least 0 and below 1, got 1.0'),
+    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(init_from='nowhere'), 'nowhere'),
+    (dict(tokenizer='klingon'), "wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got 'klingon'"),
+    (dict(n_head=3), 'n_embd must be a multiple of n_head, got n_embd=16, n_head=3'),
+    (dict(batch_size=4, grad_accum=3), '--batch_size=4: must be a multiple of 3, processes x grad_accum'),
+    (dict(resume=True), 'state.pt is missing, there is no checkpoint to go on from'),
+])
+def test_bad_options(tmp_path, data, capsys, options, expected):
+    out = str(tmp_path / 'out')
+    options = SCRATCH | dict(train_data=data, max_steps=1) | options
+    assert expected in stops(capsys, sft, out_dir=out, **options)
+    assert not has_checkpoint(out)
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('{"prompt": "Hi", "response": "Yo"', 'wanted one JSON object a line'),
+    ('{"prompt": "Hi"}', 'to have `response`'),
+    ('{"prompt": "Hi", "response": " "}', '`response` to be text that is not empty'),
+    ('[1, 2]', 'wanted a JSON object, got list'),
+    ('{"messages": [{"role": "user", "content": "Hi"}]}', '`messages` to end in the turn of the assistant'),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, capsys, line, expected):
+    (tmp_path / 'd.jsonl').write_text('{"prompt": "Hi", "response": "Yo"}\n' + line + '\n')
+    out = str(tmp_path / 'out')
+    said = stops(capsys, sft, out_dir=out, train_data=str(tmp_path / 'd.jsonl'), max_steps=1, **SCRATCH)
+    assert said.startswith(f"{tmp_path / 'd.jsonl'}:2: ") and expected in said
+    assert not has_checkpoint(out)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, data, capsys):
+    fine, reward = checkpoint(tmp_path / 'fine'), checkpoint(tmp_path / 'reward', reward_head=True)
+    out = str(tmp_path / 'out')
+    (tmp_path / 'empty').mkdir()
+    options = dict(train_data=data, batch_size=4, max_steps=1)
+    assert str(tmp_path / 'empty') in stops(capsys, sft, out_dir=out, init_from=str(tmp_path / 'empty'), **options)
+    said = stops(capsys, sft, out_dir=out, init_from=reward, **options)
+    assert said == f"--init_from={reward}: is a reward model, wanted a language model"
+    assert not has_checkpoint(out)
+
+    before = weights(fine)
+    assert f"--out_dir={fine}: holds a checkpoint" in stops(capsys, sft, out_dir=fine, init_from=fine, **options)
+    run(sft, out_dir=out, **options | SCRATCH)
+    said = stops(capsys, sft, out_dir=out, resume=True, **options | SCRATCH | dict(n_embd=32))
+    assert said == f"--resume=True: n_embd is 16 in {out} and 32 in this run; wanted the same model"
+    assert weights(fine) == before
+
+
+def test_overwrite_with_bad_input_leaves_the_old_checkpoint(tmp_path, data, capsys):
+    out = checkpoint(tmp_path / 'old')
+    before = weights(out)
+    for wrong in (dict(train_data='nowhere.jsonl'), dict(init_from='nowhere'), dict(n_head=3)):
+        stops(capsys, sft, out_dir=out, overwrite=True, **SCRATCH | dict(train_data=data, max_steps=1) | wrong)
+        assert weights(out) == before
+    run(sft, out_dir=out, overwrite=True, **SCRATCH | dict(train_data=data, max_steps=1, init_from=out))
+    assert weights(out) != before
+
+
+def test_a_response_longer_than_the_context_is_left_out(tmp_path, capsys):
+    data = records(tmp_path / 'd.jsonl', [dict(prompt='Hi', response='x' * 64)] * 2)
+    said = stops(capsys, sft, out_dir=str(tmp_path / 'out'), train_data=data, max_steps=1, **SCRATCH)
+    assert 'every response alone fills block_size=64 tokens' in said
