@@ -7,7 +7,7 @@ Throughput: how fast this machine samples and trains with the functions of these
 workload   what is timed                                                            tokens counted
 generate   model.generate: 16 and then 64 prompts of 64 tokens, 128 new, no EOS     new ones
 lm         sft.py's step on plain text: windows of 256 tokens                       all
-sft        sft.py's step on the better answers                                      prompts and answers
+sft        sft.py's step on the chosen answers                                      prompts and answers
 rm         reward.py's step on pairs                                                prompts and answers of both texts
 dpo        dpo.py's step on pairs, and the reference's single pass over them        prompts and answers of both texts
 ppo        an iteration of ppo.py: 64 prompts of 32 tokens, 32 new, 4 epochs        new ones
@@ -39,8 +39,8 @@ import ppo
 import reward
 import sft
 from model import GPT, GPTConfig, load_policy
-from tokens import (Batches, Rows, Stream, Tokenizer, collate, collate_answers, encode_rankings, load_tokenizer,
-                    read_preferences, train_bpe)
+from tokens import (Batches, Rows, Stream, Tokenizer, check_record, collate, collate_answers, encode_rankings,
+                    load_tokenizer, parse_line, read_lines, train_bpe)
 
 PRESETS = dict(tiny=(4, 4, 128, 512), small=(6, 6, 384, 50257), gpt2=(12, 12, 768, 50257)) # n_layer, n_head, n_embd, V
 LONGEST = 256 # tokens in a row
@@ -52,7 +52,7 @@ class Config:
     workload: str = '' # generate, lm, sft, rm, dpo or ppo
     preset: str = 'tiny' # tiny, small or gpt2: random weights of that shape
     init_from: str = '' # a language model's folder instead of random weights; then its shape counts
-    data: str = '' # comparisons or rankings; without: random ids
+    data: str = '' # comparisons; without: random ids
     batch_size: int = 0 # rows, pairs or prompts at a time; 0 = as above, 8 in the training steps
     steps: int = 4 # optimizer steps in a lap
     repeats: int = 3 # laps that count
@@ -72,14 +72,14 @@ class Config:
 
 
 def make_model(cfg, run, **heads):
-    """The weights of init_from, or random ones of the preset's shape, with the heads asked for."""
+    """The weights of init_from, or random ones of the preset's shape; with the heads asked for, untrained."""
     if cfg.init_from:
         return load_policy(cfg.init_from, 'init_from', **heads).to(run.device)
     n_layer, n_head, n_embd, vocab_size = PRESETS[cfg.preset]
     return GPT(GPTConfig(LONGEST + 1, vocab_size, n_layer, n_head, n_embd, **heads)).to(run.device)
 
 
-def choose_tokenizer(cfg, records, vocab_size):
+def choose_tokenizer(cfg, pairs, vocab_size):
     """The tokenizer beside the weights; else one of the model's size: gpt2, bytes, or a BPE trained on the data."""
     if cfg.init_from and any(name.startswith('tokenizer') for name in os.listdir(cfg.init_from)):
         return load_tokenizer(cfg.init_from)
@@ -87,30 +87,39 @@ def choose_tokenizer(cfg, records, vocab_size):
         return load_tokenizer('gpt2' if vocab_size == 50257 else 'bytes')
     if vocab_size < 257:
         fail(f"--data={cfg.data}: wanted a model of 257 tokens or more, got {vocab_size}")
-    return Tokenizer('tiktoken', train_bpe([text for r in records for text in r['responses']], vocab_size))
+    return Tokenizer('tiktoken', train_bpe([text for r in pairs for text in r['responses']], vocab_size))
+
+
+def read_pairs(path):
+    """The comparisons of a file, as rankings of two. A row with an empty text is left out: it is no reason to stop."""
+    pairs, reason = [], 'an empty file'
+    for n, line in read_lines(path):
+        try:
+            row = parse_line(line)
+            check_record(row, 'comparisons')
+            pairs.append(dict(prompt=row['prompt'], responses=[row['chosen'], row['rejected']], ranks=[0, 1]))
+        except ValueError as error:
+            reason = f"line {n}: {error}"
+    return pairs or fail(f"--data={path}: no comparison in it ({reason})")
 
 
 def make_rows(cfg, model):
-    """Rows (prompt ids, [answers' ids], ranks), best answer first, as reward.py and dpo.py read them."""
+    """Rows (prompt ids, [chosen ids, rejected ids], ranks), as reward.py and dpo.py make them."""
     V, longest = model.config.vocab_size, min(LONGEST, model.config.block_size)
     if cfg.data:
-        records = [r for r in read_preferences(cfg.data) if len(set(r['ranks'])) > 1]
-        with contextlib.redirect_stdout(sys.stderr): # the encoder reports what it cut
-            return encode_rankings(choose_tokenizer(cfg, records, V), records, longest, cfg.data)
+        pairs = read_pairs(cfg.data)
+        with contextlib.redirect_stdout(io.StringIO()): # the encoder's report of what it cut
+            return encode_rankings(choose_tokenizer(cfg, pairs, V), pairs, longest, cfg.data)
     rng = np.random.default_rng(cfg.seed)
     text = lambda shortest: rng.integers(V, size=rng.integers(shortest, longest // 2)).tolist()
     return [(text(16), [text(8), text(8)], [0, 1]) for _ in range(1000)]
-
-
-def best(answers, ranks):
-    return answers[ranks.index(min(ranks))]
 
 
 def make_prompts(cfg, model, rows, n, new):
     """batch_size prompts of n tokens: the beginnings of the rows that are long enough, over and over."""
     if model.config.block_size < n + new:
         fail(f"--init_from={cfg.init_from}: wanted a context of {n + new} tokens, got {model.config.block_size}")
-    prompts = [ids[:n] for ids in (p + best(a, ranks) for p, a, ranks in rows) if len(ids) >= n]
+    prompts = [ids[:n] for ids in (p + answers[0] for p, answers, _ in rows) if len(ids) >= n]
     if not prompts:
         fail(f"--data={cfg.data}: wanted a row of {n} tokens or more for the prompts")
     return [prompts[i % len(prompts)] for i in range(cfg.batch_size)]
@@ -163,13 +172,14 @@ def supervised_lap(cfg, run, model, data, extra):
 
 
 def lm_lap(cfg, run, model, rows):
-    text = np.concatenate([p + best(a, ranks) for p, a, ranks in rows])
-    return supervised_lap(cfg, run, model, Stream(text, min(LONGEST, model.config.block_size), cfg.batch_size, cfg.seed), 1)
+    text = np.concatenate([p + answers[0] for p, answers, _ in rows])
+    windows = Stream(text, min(LONGEST, model.config.block_size), cfg.batch_size, cfg.seed)
+    return supervised_lap(cfg, run, model, windows, extra=1)
 
 
 def sft_lap(cfg, run, model, rows):
-    examples = [(p + best(a, ranks), [0] * len(p) + [1] * len(best(a, ranks))) for p, a, ranks in rows]
-    return supervised_lap(cfg, run, model, Rows(examples, cfg.batch_size, cfg.seed), 0)
+    examples = [(p + answers[0], [0] * len(p) + [1] * len(answers[0])) for p, answers, _ in rows]
+    return supervised_lap(cfg, run, model, Rows(examples, cfg.batch_size, cfg.seed), extra=0)
 
 
 def pair_batches(cfg, rows):
@@ -222,8 +232,9 @@ def ppo_lap(cfg, run, model, rows):
     prompts, tok = make_prompts(cfg, model, rows, 32, 32), SimpleNamespace(eos=-1) # an id that is never sampled
     frozen = lambda **heads: make_model(cfg, run, **heads).requires_grad_(False)
     models = ppo.Models(model, make_model(cfg, run, value_head=True), frozen(reward_head=True), frozen())
-    optimizers = {name: common.make_optimizer(getattr(models, name), options, eps=1e-5) for name in ('policy', 'critic')}
-    nets = {name: run.parallel(getattr(models, name)) for name in ('policy', 'critic')}
+    trained = dict(policy=models.policy, critic=models.critic)
+    optimizers = {name: common.make_optimizer(net, options, eps=1e-5) for name, net in trained.items()}
+    nets = {name: run.parallel(net) for name, net in trained.items()}
 
     def lap():
         batch, lengths, _ = ppo.roll_out(models, prompts, prompts, tok, options, options.kl_coef, run)

@@ -55,8 +55,9 @@ def moved_paths(path, out_dir):
     if not path or out_dir == DEFAULT:
         return {}
     with open(path, encoding='utf-8') as f:
-        lines = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(f.read()).body if isinstance(n, ast.Assign)}
-    return {k: v.replace(DEFAULT, out_dir) for k, v in lines.items() if isinstance(v, str) and DEFAULT in v}
+        lines = [n for n in ast.parse(f.read()).body if isinstance(n, ast.Assign)]
+    options = {n.targets[0].id: ast.literal_eval(n.value) for n in lines}
+    return {k: v.replace(DEFAULT, out_dir) for k, v in options.items() if isinstance(v, str) and DEFAULT in v}
 
 
 def run(command):
@@ -93,16 +94,15 @@ def main(cfg):
         if not redo and done.get(name, [None])[0] == words and os.path.exists(product):
             print(f"{name}: done before, in {done[name][1]:.0f} s")
             continue
-        begun = os.path.exists(os.path.join(os.path.dirname(product), 'state.pt')) or os.path.exists(product + '.partial')
-        if script != 'data/toy/prepare.py' and script != 'evaluate.py':
-            unfinished = begun and not redo and name not in done
-            words_now = words + ['--resume=True' if unfinished else '--overwrite=True']
-        else:
-            words_now = words
-        print('\n$ ' + ' '.join(words_now), flush=True)
+        command = words
+        if script not in ('data/toy/prepare.py', 'evaluate.py'):
+            state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
+            unfinished = os.path.exists(state) and not redo and name not in done
+            command = words + ['--resume=True' if unfinished else '--overwrite=True']
+        print('\n$ ' + ' '.join(command), flush=True)
         start = time.time()
-        program = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words_now[0]]
-        code = run(program + words_now[1:])
+        module = ['-m', 'torch.distributed.run'] if command[0] == 'torchrun' else []
+        code = run([sys.executable, *module, *command[1:]])
         if code:
             print(f"{name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
             raise SystemExit(code)
@@ -115,7 +115,8 @@ def main(cfg):
     with open(path, encoding='utf-8') as f:
         results = json.load(f)
     write_atomic(path, json.dumps(results | dict(seconds=seconds, seed=cfg.seed), indent=1))
-    print('\nseconds: ' + ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()) + f'; {sum(seconds.values()):.0f} in all')
+    print('\nseconds: ' + ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), end='')
+    print(f'; {sum(seconds.values()):.0f} in all')
     print(f"results: {path}; figures: {cfg.out_dir}/evaluate/*.png")
     print(f'talk to it: python sample.py --policy={cfg.out_dir}/ppo --prompt="Where does the fox live?"')
 

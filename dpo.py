@@ -101,7 +101,7 @@ def sum_or_mean(logp, sizes, loss):
 
 
 def pair_loss(logp, ref_logp, answers, cfg):
-    """The loss () over the pairs of tokens.Answers with summed log-probabilities logp, ref_logp (N,), and the metrics."""
+    """The loss () over the pairs of tokens.Answers, given summed log-probabilities (N,) each, and what is logged."""
     pi, ref = (sum_or_mean(x, answers.sizes, cfg.loss) for x in (logp, ref_logp)) # (N,)
     w, l = answers.pairs.unbind(1) # one entry per pair: the better and the worse answer
     args = pi[w], pi[l], ref[w], ref[l], cfg.beta
@@ -200,12 +200,13 @@ def main(cfg):
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
         grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             metrics = {k: run.sum(v).item() for k, v in metrics.items()}
             common.log(run, cfg, done, loss=loss, **metrics, lr=lr, grad_norm=grad_norm)
-            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{metrics['accuracy']:.3f}", margin=f"{metrics['margin']:.3f}")
+            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{metrics['accuracy']:.3f}")
         if done == cfg.max_steps and val:
             measured = evaluate(model, val, val_ref, cfg, run)
             common.log(run, cfg, done, **measured)

@@ -231,7 +231,7 @@ class GPT(nn.Module):
         return self.embed(batch.idx, batch.positions, mask=mask[:, None]).flatten(0, 1)
 
     def answer_logp(self, batch):
-        """log pi(y|x), summed over tokens, EOS included, of each of the N answers in a batch of tokens.Answers: (N,)."""
+        """log pi(y|x) of the N answers in a batch of tokens.Answers, summed over tokens, EOS included: (N,)."""
         return self._answer_logp(self.hidden_answers(batch), batch)
 
     def answer_rewards(self, batch):
@@ -244,7 +244,7 @@ class GPT(nn.Module):
         return self._answer_rewards(x, batch), self._answer_logp(x, batch)
 
     def _answer_logp(self, x, batch):
-        logits = F.linear(x[batch.sources], self.wte.weight).float() # (M, V), of what follows each token before a target
+        logits = F.linear(x[batch.sources], self.wte.weight).float() # (M, V)
         logp = -F.cross_entropy(logits, batch.targets, reduction='none') # (M,)
         return torch.zeros(len(batch.sizes), device=logp.device).index_add(0, batch.owners, logp)
 
@@ -255,8 +255,8 @@ class GPT(nn.Module):
     def normalise_rewards(self, mean, std):
         """
         Make rewards() return (score - mean) / std from now on. The gain goes into the reward head. The shift goes into
-        the final layer norm's bias along the head's direction w: w·(shift w / w·w) = shift. So the checkpoint needs no
-        extra numbers, and other tools that open it compute the same scores.
+        the final layer norm's bias along the head's direction w: w·(shift w / w·w) = shift. So the checkpoint needs
+        no extra numbers, and other tools that open it compute the same scores.
         """
         w = self.reward_head.weight[0] # (C,)
         w /= std
@@ -436,7 +436,7 @@ def read_json(path):
 
 def load_policy(folder, option='policy', **overrides):
     """from_pretrained for a language model; a reward model is refused, naming the option that gave it."""
-    model = GPT.from_pretrained(folder, **overrides)
+    model = GPT.from_pretrained(folder, **dict(value_head=False) | overrides) # PPO's critic may have stayed in it
     if model.was_reward_model:
         fail(f"--{option}={folder}: is a reward model, wanted a language model")
     return model
@@ -479,4 +479,5 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0):
     cdf = logp.exp().cumsum(-1, dtype=torch.float64) # (B, V)
     u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device) * cdf[:, -1:] # (B, 1)
     tokens = torch.searchsorted(cdf, u, right=True) # (B, 1), the first word whose cdf exceeds u
+    tokens = tokens.clamp(max=logits.size(-1) - 1) # NaN exceeds nothing; the scripts notice it in the loss
     return tokens[:, 0], logp.gather(-1, tokens)[:, 0]

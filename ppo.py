@@ -23,7 +23,7 @@ that does not end loses a fixed amount instead of scoring -1.
 from dataclasses import dataclass
 
 import common
-from common import check_common, launch, require
+from common import check_common, fail, launch, require
 
 import torch
 
@@ -84,7 +84,8 @@ class Config:
             require(self, **{key: (getattr(self, key) >= 0, 'at least 0')})
         for key in ('epochs', 'minibatches', 'ptx_batch_size', 'kl_horizon'):
             require(self, **{key: (getattr(self, key) >= 1, 'at least 1')})
-        require(self, prompts=(self.prompts != '', 'a file of prompts'), gold=(self.gold in ('', 'toy'), 'toy or empty'),
+        require(self, prompts=(self.prompts != '', 'a file of prompts'),
+                gold=(self.gold in ('', 'toy'), 'toy or empty'),
                 critic=(self.critic in ('separate', 'shared'), 'separate or shared'),
                 gamma=(0 <= self.gamma <= 1, 'between 0 and 1'), lam=(0 <= self.lam <= 1, 'between 0 and 1'),
                 ptx_data=((self.ptx_data != '') == (self.ptx_coef > 0), 'given together with ptx_coef'))
@@ -161,6 +162,9 @@ def load_models(cfg, device):
     policy = load_policy(cfg.policy, value_head=shared).to(device)
     reward = load_reward_model(cfg.reward_model).to(device)
     check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model)
+    if reward.config.block_size < policy.config.block_size:
+        fail(f"--reward_model={cfg.reward_model}: its context is {reward.config.block_size} tokens, the policy's "
+             f"{policy.config.block_size}; wanted one at least as long")
     critic = policy
     if not shared: # its value head starts as the reward head
         critic = load_reward_model(cfg.reward_model, value_head=True).to(device)
@@ -265,8 +269,10 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
             share = mask.sum() / run.sum(mask.sum()) # ()
             (-cfg.ptx_coef * masked_mean(logp, mask) * share * run.world_size).backward()
         norms.append(common.optimizer_step(optimizers['policy'], models.policy, lr, cfg.grad_clip))
+        common.check_finite('the gradient norm', norms[-1], step + 1, cfg.out_dir)
         if cfg.critic == 'separate':
-            common.optimizer_step(optimizers['critic'], models.critic, critic_lr, cfg.grad_clip)
+            norm = common.optimizer_step(optimizers['critic'], models.critic, critic_lr, cfg.grad_clip)
+            common.check_finite("the critic's gradient norm", norm, step + 1, cfg.out_dir)
     return {k: v / n_updates for k, v in totals.items()} | dict(
         grad_norm=sum(norms) / max(1, len(norms)), first_ratio=first_ratio, updates=len(norms))
 

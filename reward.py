@@ -79,8 +79,8 @@ def bradley_terry_loss(chosen, rejected, margin=None):
 
 def ranking_loss(scores, ranks):
     """
-    InstructGPT, equation 1: the mean over the pairs of each prompt of -log sigmoid(score_w - score_l), w ranked above l;
-    then the mean () over the prompts that have a pair.
+    InstructGPT, equation 1: for each prompt the mean over its pairs of -log sigmoid(score_w - score_l), w ranked above
+    l; then the mean () over the prompts that have a pair.
 
     scores: (B, K). ranks: (B, K) integers, 0 = best; ties make no pair; -1 marks an answer that is not there.
     """
@@ -115,7 +115,7 @@ def evaluate(model, rows, records, run):
     """
     Held-out agreement with the preferences, of the model and of two references: {name: share of pairs}.
 
-    ceiling: the annotator's own noise-free scores, where the records have them. shorter_wins: prefer the shorter answer.
+    ceiling: the annotator's own noise-free scores, where the records have them. shorter_wins: take the shorter answer.
     """
     flat = score_rows(model, rows, run)
     points, start = {}, 0
@@ -176,6 +176,8 @@ def main(cfg):
             common.log(run, cfg, step, val_accuracy=evaluate(model, *val, run)['accuracy'])
 
         batch = batches.at(step)
+        # tokens of every prompt's best answers, in the whole batch
+        n_best = sum(len(a) for i in batch for a, rank in zip(*rows[i][1:]) if rank == min(rows[i][2]))
         loss = right = n_pairs = 0.0
         for part in common.split(batch, cfg.grad_accum):
             part = run.rows(part)
@@ -193,16 +195,17 @@ def main(cfg):
             else:
                 ranks = torch.tensor([r for _, _, ranks in some for r in ranks], device=run.device) # (N,)
                 loss_part = ranking_loss(to_table(scores, some, 0.0), to_table(ranks, some, -1)) # (B, K) each
-            if cfg.lm_coef:
-                best = torch.tensor([r == 0 for _, _, ranks in some for r in ranks], device=run.device) # (N,)
-                loss_part = loss_part - cfg.lm_coef * logp[best].sum() / answers.sizes[best].sum()
-            share = len(part) / len(batch) # every prompt of the batch weighs the same
-            (loss_part * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
-            loss += loss_part.detach() * share
+            loss_part = loss_part * len(part) / len(batch) # every prompt of the batch weighs the same
+            if cfg.lm_coef: # and every token of the best answers
+                best = torch.tensor([r == min(ranks) for _, _, ranks in some for r in ranks], device=run.device) # (N,)
+                loss_part = loss_part - cfg.lm_coef * logp[best].sum() / n_best
+            (loss_part * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            loss += loss_part.detach()
             right, n_pairs = right + (better > worse).sum(), n_pairs + len(better)
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
         grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
@@ -212,7 +215,8 @@ def main(cfg):
         if done == cfg.max_steps and val:
             measured = evaluate(model, *val, run)
             common.log(run, cfg, done, **{'val_' + k: v for k, v in measured.items()})
-            common.say(run, bar, "held-out pairs ordered as preferred: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
+            text = ", ".join(f"{k} {v:.3f}" for k, v in measured.items())
+            common.say(run, bar, "held-out pairs ordered as preferred: " + text)
         common.save_if_due(run, cfg, done, save)
     common.stop(run)
 

@@ -115,7 +115,8 @@ def frozen_logp(model, idx, mask, lengths, rows=64):
 @torch.no_grad()
 def frozen_values(model, idx, mask, lengths, rows=64):
     """Values (B, T-1) of a critic, 0 where mask is 0."""
-    return in_chunks(lambda c, T: model.masked_values(idx[c, :T], mask[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
+    fn = lambda c, T: model.masked_values(idx[c, :T], mask[c, :T - 1])
+    return in_chunks(fn, lengths, rows, torch.zeros_like(mask))
 
 
 @torch.no_grad()

@@ -141,6 +141,7 @@ def main(cfg):
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
         grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
@@ -149,7 +150,7 @@ def main(cfg):
         if done == cfg.max_steps and val:
             val_loss = evaluate(model, val, run, cfg)
             common.log(run, cfg, done, val_loss=val_loss)
-            common.say(run, bar, f"held-out loss {val_loss:.4f}, perplexity {math.exp(val_loss):.2f}")
+            common.say(run, bar, f"held-out loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
         common.save_if_due(run, cfg, done, save)
     common.stop(run)
 

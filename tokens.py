@@ -21,14 +21,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import fail, write_atomic # before torch: it sets how torch's threads wait
+from common import fail, note, write_atomic # before torch: it sets how torch's threads wait
 
 import numpy as np
 import regex # comes with tiktoken
 import tiktoken
 import torch
 
-EOS = "<|endoftext|>"
+EOS = '<|endoftext|>'
 # how GPT-2 splits text into words before any merge: a word takes the space before it, merges never cross words
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 BYTES = {bytes([i]): i for i in range(256)} # where every byte-pair encoding starts
@@ -42,8 +42,8 @@ class Tokenizer:
 
     def __init__(self, name, ranks=None):
         self.name, self.ranks = name, ranks
-        if name == "gpt2":
-            self.encoding = tiktoken.get_encoding("gpt2")
+        if name == 'gpt2':
+            self.encoding = tiktoken.get_encoding('gpt2')
         else: # <|endoftext|> is the last id
             self.encoding = tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                                               special_tokens={EOS: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
@@ -59,47 +59,47 @@ class Tokenizer:
         return self.encoding.decode_bytes([i for i in ids if i != self.eos])
 
     def decode(self, ids):
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def save(self, folder):
         """Leave beside a checkpoint's weights what `load_tokenizer(folder)` needs."""
         folder = Path(folder)
-        if self.name == "tiktoken":
-            save_bpe(self.ranks, folder / "tokenizer.tiktoken")
-            (folder / "tokenizer_name").unlink(missing_ok=True)
+        if self.name == 'tiktoken':
+            save_bpe(self.ranks, folder / 'tokenizer.tiktoken')
+            (folder / 'tokenizer_name').unlink(missing_ok=True)
         else:
-            write_atomic(str(folder / "tokenizer_name"), self.name + "\n")
-            (folder / "tokenizer.tiktoken").unlink(missing_ok=True)
+            write_atomic(str(folder / 'tokenizer_name'), self.name + '\n')
+            (folder / 'tokenizer.tiktoken').unlink(missing_ok=True)
 
 
 def load_tokenizer(name):
     """`name` is "gpt2", "bytes", a FILE.tiktoken, or a checkpoint folder. Anything else ends the program."""
     path = Path(name)
-    if name == "bytes":
-        return Tokenizer("bytes", BYTES)
-    if name == "gpt2":
+    if name == 'bytes':
+        return Tokenizer('bytes', BYTES)
+    if name == 'gpt2':
         try:
-            return Tokenizer("gpt2")
+            return Tokenizer('gpt2')
         except Exception as error: # no network, no cache, a damaged cache: tiktoken has no one exception for it
-            fail(f"tokenizer gpt2: cannot load it ({type(error).__name__}); without a network set TIKTOKEN_CACHE_DIR "
+            fail(f'tokenizer gpt2: cannot load it ({type(error).__name__}); without a network set TIKTOKEN_CACHE_DIR '
                  "to a folder that holds tiktoken's two GPT-2 files")
     if path.is_dir():
-        if (path / "tokenizer.tiktoken").exists():
-            return load_tokenizer(str(path / "tokenizer.tiktoken"))
-        if (path / "tokenizer_name").exists():
-            stored = (path / "tokenizer_name").read_text(encoding="utf-8", errors="replace").strip()
-            if stored not in ("gpt2", "bytes"):
+        if (path / 'tokenizer.tiktoken').exists():
+            return load_tokenizer(str(path / 'tokenizer.tiktoken'))
+        if (path / 'tokenizer_name').exists():
+            stored = (path / 'tokenizer_name').read_text(encoding='utf-8', errors='replace').strip()
+            if stored not in ('gpt2', 'bytes'):
                 fail(f"{path / 'tokenizer_name'}: wanted gpt2 or bytes, got {stored[:40]!r}")
             return load_tokenizer(stored)
         try: # somebody else's GPT-2: its vocabulary's size gives it away
-            if json.loads((path / "config.json").read_text(encoding="utf-8")).get("vocab_size") == 50257:
-                return load_tokenizer("gpt2")
+            if json.loads((path / 'config.json').read_text(encoding='utf-8')).get('vocab_size') == 50257:
+                return load_tokenizer('gpt2')
         except (OSError, ValueError, AttributeError):
             pass
-        fail(f"{path}: wanted a checkpoint with tokenizer.tiktoken, tokenizer_name or config.json of a GPT-2")
-    if path.suffix == ".tiktoken":
-        return Tokenizer("tiktoken", load_bpe(path))
-    fail(f"tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {str(name)!r}")
+        fail(f'{path}: wanted a checkpoint with tokenizer.tiktoken, tokenizer_name or config.json of a GPT-2')
+    if path.suffix == '.tiktoken':
+        return Tokenizer('tiktoken', load_bpe(path))
+    fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {str(name)!r}')
 
 
 def merge(parts, ranks):
@@ -152,7 +152,7 @@ def train_bpe(texts, vocab_size, min_count=2):
 def save_bpe(ranks, path):
     """tiktoken's file format: one line a token, its bytes in base64, a space, its rank."""
     tokens = sorted(ranks, key=ranks.get)
-    write_atomic(str(path), "".join(f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in tokens))
+    write_atomic(str(path), ''.join(f'{base64.b64encode(token).decode()} {ranks[token]}\n' for token in tokens))
 
 
 def load_bpe(path):
@@ -163,12 +163,12 @@ def load_bpe(path):
             token, rank = line.split()
             token, rank = base64.b64decode(token, validate=True), int(rank)
         except (ValueError, binascii.Error):
-            fail(f"{path}:{n}: wanted a token in base64, a space and its rank")
+            fail(f'{path}:{n}: wanted a token in base64, a space and its rank')
         if rank != len(ranks) or token in ranks or not token:
-            fail(f"{path}:{n}: wanted a new token of rank {len(ranks)}, got {token!r} of rank {rank}")
+            fail(f'{path}:{n}: wanted a new token of rank {len(ranks)}, got {token!r} of rank {rank}')
         ranks[token] = rank
     if not BYTES.keys() <= ranks.keys():
-        fail(f"{path}: wanted all 256 single bytes among its {len(ranks)} tokens")
+        fail(f'{path}: wanted all 256 single bytes among its {len(ranks)} tokens')
     return ranks
 
 # -----------------------------------------------------------------------------
@@ -179,42 +179,42 @@ def read_lines(path):
     """Yield (line number, line as bytes) of a file or a .gz; what cannot be read ends the program."""
     n = 0
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as file:
             for n, line in enumerate(file, 1):
                 yield n, line
     except FileNotFoundError:
-        fail(f"{path}: no such file")
+        fail(f'{path}: no such file')
     except (OSError, EOFError, zlib.error) as error:
-        fail(f"{path}:{n + 1}: cannot be read: {error}")
+        fail(f'{path}:{n + 1}: cannot be read: {error}')
 
 
 def parse_line(line):
     """A line of bytes to its JSON object; ValueError says what was wanted."""
     def no_constant(name):
-        raise ValueError(f"wanted a finite number, got {name}")
+        raise ValueError(f'wanted a finite number, got {name}')
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=no_constant)
+        row = json.loads(line.decode('utf-8-sig'), parse_constant=no_constant)
         json.dumps(row, ensure_ascii=False).encode() # an escape like \ud83d alone is half a character
     except UnicodeDecodeError:
-        raise ValueError("wanted UTF-8 text")
+        raise ValueError('wanted UTF-8 text')
     except UnicodeEncodeError:
-        raise ValueError("wanted whole characters, got half of a surrogate pair")
+        raise ValueError('wanted whole characters, got half of a surrogate pair')
     except json.JSONDecodeError as error:
-        raise ValueError(f"wanted one JSON object a line: {error.msg} at column {error.colno}")
+        raise ValueError(f'wanted one JSON object a line: {error.msg} at column {error.colno}')
     except RecursionError:
-        raise ValueError("wanted one JSON object a line, got one nested too deeply")
+        raise ValueError('wanted one JSON object a line, got one nested too deeply')
     if not isinstance(row, dict):
-        raise ValueError(f"wanted a JSON object, got {type(row).__name__}")
+        raise ValueError(f'wanted a JSON object, got {type(row).__name__}')
     return row
 
 
 def check(wanted, ok):
     if not ok:
-        raise ValueError(f"wanted {wanted}")
+        raise ValueError(f'wanted {wanted}')
 
 
 def is_text(x):
-    return isinstance(x, str) and x.strip() != ""
+    return isinstance(x, str) and x.strip() != ''
 
 
 def is_number(x):
@@ -222,38 +222,38 @@ def is_number(x):
 
 
 def check_messages(key, messages, last):
-    check(f"`{key}` to be a list of messages, at least one", isinstance(messages, list) and len(messages) > 0)
+    check(f'`{key}` to be a list of messages, at least one', isinstance(messages, list) and len(messages) > 0)
     for m in messages:
-        check(f"every message of `{key}` to have `role` (user, assistant or system) and `content`",
-              isinstance(m, dict) and m.get("role") in ("user", "assistant", "system"))
-        check(f"every `content` of `{key}` to be text that is not empty", is_text(m.get("content")))
-    check(f"`{key}` to end in the turn of the {last}", messages[-1]["role"] == last)
+        check(f'every message of `{key}` to have `role` (user, assistant or system) and `content`',
+              isinstance(m, dict) and m.get('role') in ('user', 'assistant', 'system'))
+        check(f'every `content` of `{key}` to be text that is not empty', is_text(m.get('content')))
+    check(f'`{key}` to end in the turn of the {last}', messages[-1]['role'] == last)
 
 
 def check_record(row, kind):
     """ValueError says what a row of this kind lacks (see the table of records in README.md); extra keys are welcome."""
-    needs = {"text": ["text"], "demonstrations": ["prompt", "response"], "prompts": ["prompt"],
-             "comparisons": ["prompt", "chosen", "rejected"], "rankings": ["prompt", "responses", "ranks"]}[kind]
-    if kind == "demonstrations" and "messages" in row:
-        return check_messages("messages", row["messages"], last="assistant")
+    needs = {'text': ['text'], 'demonstrations': ['prompt', 'response'], 'prompts': ['prompt'],
+             'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks']}[kind]
+    if kind == 'demonstrations' and 'messages' in row:
+        return check_messages('messages', row['messages'], last='assistant')
     for key in needs:
-        check(f"a row of kind {kind} to have `{key}`", key in row)
-    for key in ("text", "response", "chosen", "rejected"):
+        check(f'a row of kind {kind} to have `{key}`', key in row)
+    for key in ('text', 'response', 'chosen', 'rejected'):
         if key in needs:
-            check(f"`{key}` to be text that is not empty", is_text(row[key]))
-    if isinstance(row.get("prompt"), list):
-        check_messages("prompt", row["prompt"], last="user")
-    elif "prompt" in needs:
-        check("`prompt` to be text that is not empty, or a list of messages", is_text(row["prompt"]))
-    if kind == "comparisons" and "margin" in row:
-        check("`margin` to be a number", is_number(row["margin"]))
-    if kind == "rankings":
-        responses, ranks, scores = row["responses"], row["ranks"], row.get("scores")
-        check("`responses` to be a list of two texts or more, none empty",
+            check(f'`{key}` to be text that is not empty', is_text(row[key]))
+    if isinstance(row.get('prompt'), list):
+        check_messages('prompt', row['prompt'], last='user')
+    elif 'prompt' in needs:
+        check('`prompt` to be text that is not empty, or a list of messages', is_text(row['prompt']))
+    if kind == 'comparisons' and 'margin' in row:
+        check('`margin` to be a number', is_number(row['margin']))
+    if kind == 'rankings':
+        responses, ranks, scores = row['responses'], row['ranks'], row.get('scores')
+        check('`responses` to be a list of two texts or more, none empty',
               isinstance(responses, list) and len(responses) > 1 and all(map(is_text, responses)))
-        check(f"`ranks` to be {len(responses)} integers, one a response, 0 = best", isinstance(ranks, list)
+        check(f'`ranks` to be {len(responses)} integers, one a response, 0 = best', isinstance(ranks, list)
               and len(ranks) == len(responses) and all(type(r) is int and r >= 0 for r in ranks))
-        check(f"`scores` to be {len(responses)} numbers, one a response", scores is None or isinstance(scores, list)
+        check(f'`scores` to be {len(responses)} numbers, one a response', scores is None or isinstance(scores, list)
               and len(scores) == len(responses) and all(map(is_number, scores)))
 
 
@@ -262,18 +262,18 @@ def read_records(path, kind):
     The rows of a .jsonl or .jsonl.gz file as dicts, each checked to be a record of its kind: "text", "demonstrations",
     "comparisons", "rankings" or "prompts". A .txt file is one text. The first bad row ends the program with its line.
     """
-    if str(path).endswith((".txt", ".txt.gz")):
-        if kind != "text":
-            fail(f"{path}: wanted a .jsonl file of {kind}, got plain text")
-        text = ""
+    if str(path).endswith(('.txt', '.txt.gz')):
+        if kind != 'text':
+            fail(f'{path}: wanted a .jsonl file of {kind}, got plain text')
+        text = ''
         for n, line in read_lines(path):
             try:
-                text += line.decode("utf-8-sig")
+                text += line.decode('utf-8-sig')
             except UnicodeDecodeError:
-                fail(f"{path}:{n}: wanted UTF-8 text")
+                fail(f'{path}:{n}: wanted UTF-8 text')
         if not text.strip():
-            fail(f"{path}: wanted text, got an empty file")
-        return [{"text": text}]
+            fail(f'{path}: wanted text, got an empty file')
+        return [{'text': text}]
     rows = []
     for n, line in read_lines(path):
         if not line.strip():
@@ -282,22 +282,31 @@ def read_records(path, kind):
             row = parse_line(line)
             check_record(row, kind)
         except ValueError as error:
-            fail(f"{path}:{n}: {error}")
+            fail(f'{path}:{n}: {error}')
         rows.append(row)
     if not rows:
-        fail(f"{path}: wanted rows of kind {kind}, got a file without rows")
+        fail(f'{path}: wanted rows of kind {kind}, got a file without rows')
     return rows
+
+
+def first_keys(path):
+    """The keys of a file's first row; none where it cannot be read as one: read_records then says why."""
+    line = next((line for _, line in read_lines(path) if line.strip()), b'{}')
+    try:
+        return parse_line(line).keys()
+    except ValueError:
+        return {}
 
 
 def is_text_file(path):
     """Whether a file holds plain text (.txt, or rows with `text`) and not demonstrations."""
-    if str(path).endswith((".txt", ".txt.gz")):
+    if str(path).endswith(('.txt', '.txt.gz')):
         return True
-    return b'"text"' in next((line for _, line in read_lines(path) if line.strip()), b"")
+    return 'text' in first_keys(path)
 
 
 def to_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
 
 
 def write_records(path, rows):
@@ -306,35 +315,35 @@ def write_records(path, rows):
 # -----------------------------------------------------------------------------
 # the chat template
 
-SPEAKER = {"user": "### Human: ", "system": "### System: "}
+SPEAKER = {'user': '### Human: ', 'system': '### System: '}
 
 
 def render(tok, messages):
     """Messages -> (ids, mask), both (T,); the mask is 1 on every answer and its EOS. Content None opens an answer."""
-    ids, mask, context = [], [], "" # context: the text since the last answer, encoded in one piece
+    ids, mask, context = [], [], '' # context: the text since the last answer, encoded in one piece
     for m in messages:
         if ids or context:
-            context += "\n"
-        if m["role"] != "assistant":
-            context += SPEAKER[m["role"]] + m["content"]
+            context += '\n'
+        if m['role'] != 'assistant':
+            context += SPEAKER[m['role']] + m['content']
             continue
-        before = tok.encode(context + "### Assistant:")
-        answer = [] if m["content"] is None else response_ids(tok, m["content"])
+        before = tok.encode(context + '### Assistant:')
+        answer = [] if m['content'] is None else response_ids(tok, m['content'])
         ids += before + answer
         mask += [0] * len(before) + [1] * len(answer)
-        context = ""
+        context = ''
     return ids, mask
 
 
 def prompt_ids(tok, prompt):
     """A user's turn (str), or messages that end in one -> ids (P,) up to and with "### Assistant:"."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return render(tok, messages + [{"role": "assistant", "content": None}])[0]
+    messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
+    return render(tok, messages + [{'role': 'assistant', 'content': None}])[0]
 
 
 def response_ids(tok, response):
     """An answer's text -> ids (R,): a space, the text, the real end-of-text id."""
-    return tok.encode(" " + response) + [tok.eos]
+    return tok.encode(' ' + response) + [tok.eos]
 
 
 def dialogue(tok, record):
@@ -342,9 +351,9 @@ def dialogue(tok, record):
     A demonstration -> (ids, mask), both (T,), mask[i] = 1 where token i is to be learnt: of `prompt` and `response` the
     response, of `messages` every assistant turn; each with its EOS.
     """
-    if "messages" in record:
-        return render(tok, record["messages"])
-    prompt, response = prompt_ids(tok, record["prompt"]), response_ids(tok, record["response"])
+    if 'messages' in record:
+        return render(tok, record['messages'])
+    prompt, response = prompt_ids(tok, record['prompt']), response_ids(tok, record['response'])
     return prompt + response, [0] * len(prompt) + [1] * len(response)
 
 # -----------------------------------------------------------------------------
@@ -361,19 +370,19 @@ def truncate(prompt, n_response, block_size):
 
 
 def report(name, rows, cut, left_out, block_size):
-    print(f"{name}: {len(rows)} rows, {cut} prompts cut, {left_out} left out"
-          + (f" (a response alone fills {block_size} tokens)" if left_out else ""))
+    note(f'{name}: {len(rows)} rows, {cut} prompts cut, {left_out} left out'
+         + (f' (a response alone fills {block_size} tokens)' if left_out else ''))
     if not rows:
-        fail(f"{name}: no row is left: every response alone fills block_size={block_size} tokens")
+        fail(f'{name}: no row is left: every response alone fills block_size={block_size} tokens')
     return rows
 
 
 def encode_text(tok, records):
     """Texts -> one flat array of ids (N,) int32, each text followed by EOS."""
-    return np.concatenate([np.array(tok.encode(r["text"]) + [tok.eos], dtype=np.int32) for r in records])
+    return np.concatenate([np.array(tok.encode(r['text']) + [tok.eos], dtype=np.int32) for r in records])
 
 
-def encode_demonstrations(tok, records, block_size, loss_on="response", name="demonstrations"):
+def encode_demonstrations(tok, records, block_size, loss_on='response', name='demonstrations'):
     """-> list of (ids (T,), mask (T,)). loss_on "all" learns every token; a cut takes the oldest turns first."""
     rows, cut, left_out = [], 0, 0
     for record in records:
@@ -385,46 +394,45 @@ def encode_demonstrations(tok, records, block_size, loss_on="response", name="de
             continue
         cut += len(prompt) < start
         ids, mask = prompt + ids[start:], mask[start - len(prompt):]
-        rows.append((ids, [1] * len(ids) if loss_on == "all" else mask))
+        rows.append((ids, [1] * len(ids) if loss_on == 'all' else mask))
     return report(name, rows, cut, left_out, block_size)
 
 
-def encode_rankings(tok, records, block_size, name="rankings"):
+def encode_rankings(tok, records, block_size, name='rankings'):
     """-> list of (prompt ids (P,), [K responses' ids], ranks (K,)); the prompt is cut to fit the longest response."""
     rows, cut, left_out = [], 0, 0
     for r in records:
-        whole, responses = prompt_ids(tok, r["prompt"]), [response_ids(tok, x) for x in r["responses"]]
+        whole, responses = prompt_ids(tok, r['prompt']), [response_ids(tok, x) for x in r['responses']]
         prompt = truncate(whole, max(map(len, responses)), block_size)
         if prompt is None:
             left_out += 1
             continue
         cut += len(prompt) < len(whole)
-        rows.append((prompt, responses, r["ranks"]))
+        rows.append((prompt, responses, r['ranks']))
     return report(name, rows, cut, left_out, block_size)
 
 
 def read_preferences(path):
-    """A file of rankings or of comparisons, as ranking records: a comparison is a ranking of two (its margin is kept)."""
-    _, first = next(((n, line) for n, line in read_lines(path) if line.strip()), (0, b""))
-    if b'"chosen"' in first:
-        return [r | {"responses": [r["chosen"], r["rejected"]], "ranks": [0, 1]}
-                for r in read_records(path, "comparisons")]
-    return read_records(path, "rankings")
+    """A file of rankings or of comparisons, as ranking records: a comparison is a ranking of two; its margin stays."""
+    if 'chosen' in first_keys(path):
+        return [r | {'responses': [r['chosen'], r['rejected']], 'ranks': [0, 1]}
+                for r in read_records(path, 'comparisons')]
+    return read_records(path, 'rankings')
 
 
-def encode_comparisons(tok, records, block_size, name="comparisons"):
+def encode_comparisons(tok, records, block_size, name='comparisons'):
     """-> list of (prompt ids, chosen ids, rejected ids, margin); both answers follow the same prompt, cut alike."""
-    as_rankings = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]], "ranks": r.get("margin", 0.0)}
+    as_rankings = [{'prompt': r['prompt'], 'responses': [r['chosen'], r['rejected']], 'ranks': r.get('margin', 0.0)}
                    for r in records]
     return [(prompt, *responses, float(margin))
             for prompt, responses, margin in encode_rankings(tok, as_rankings, block_size, name)]
 
 
-def encode_prompts(tok, records, room, name="prompts"):
+def encode_prompts(tok, records, room, name='prompts'):
     """-> list of prompt ids, each at most `room` = block_size - max_new_tokens long."""
     if room < 1:
-        fail(f"{name}: wanted block_size above max_new_tokens, got room for {room} tokens of prompt")
-    whole = [prompt_ids(tok, r["prompt"]) for r in records]
+        fail(f'{name}: wanted block_size above max_new_tokens, got room for {room} tokens of prompt')
+    whole = [prompt_ids(tok, r['prompt']) for r in records]
     return report(name, [p[-room:] for p in whole], sum(len(p) > room for p in whole), 0, room)
 
 # -----------------------------------------------------------------------------
@@ -513,7 +521,7 @@ class Batches:
             order = rng.permutation(len(self.lengths)) # (N,)
             order = np.resize(order, self.epoch_steps * self.batch_size) # begins again to fill the last batch
             stretches = np.split(order, range(50 * self.batch_size, len(order), 50 * self.batch_size))
-            order = np.concatenate([s[np.argsort(self.lengths[s], kind="stable")] for s in stretches])
+            order = np.concatenate([s[np.argsort(self.lengths[s], kind='stable')] for s in stretches])
             batches = order.reshape(self.epoch_steps, self.batch_size)
             self.epoch, self.batches = epoch, batches[rng.permutation(self.epoch_steps)]
         return self.batches[i].tolist()
@@ -561,7 +569,7 @@ class Stream:
         return batches[:n_batches or None]
 
 
-def load_training_set(path, tok, block_size, batch_size, seed, loss_on="response", packed=True, name="train",
+def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response', packed=True, name='train',
                       val_fraction=0.0):
     """
     A file of demonstrations or of text, ready for cross-entropy: Rows or, for packed text, a Stream; and with
@@ -569,18 +577,18 @@ def load_training_set(path, tok, block_size, batch_size, seed, loss_on="response
     """
     if is_text_file(path) and not packed: # a text a row, its beginning where it is too long
         data = [(ids[:block_size], [1] * min(len(ids), block_size))
-                for ids in (tok.encode(r["text"]) + [tok.eos] for r in read_records(path, "text"))]
-        cut = sum(len(ids) == block_size for ids, _ in data)
-        print(f"{name}: {len(data)} texts, {cut} cut to {block_size} tokens")
+                for ids in (tok.encode(r['text']) + [tok.eos] for r in read_records(path, 'text'))]
+        cut = sum(ids[-1] != tok.eos for ids, _ in data)
+        note(f'{name}: {len(data)} texts, {cut} cut to {block_size} tokens')
         wrap = lambda part: Rows(part, batch_size, seed)
     elif is_text_file(path):
-        data = encode_text(tok, read_records(path, "text")) # (N,)
-        print(f"{name}: {len(data)} tokens of text")
+        data = encode_text(tok, read_records(path, 'text')) # (N,)
+        note(f'{name}: {len(data)} tokens of text')
         wrap = lambda part: Stream(part, block_size, batch_size, seed)
     else:
-        data = encode_demonstrations(tok, read_records(path, "demonstrations"), block_size, loss_on, name)
+        data = encode_demonstrations(tok, read_records(path, 'demonstrations'), block_size, loss_on, name)
         wrap = lambda part: Rows(part, batch_size, seed)
     cut = math.ceil(len(data) * (1 - val_fraction))
-    if len(data[:cut]) < 2 or 0 < len(data[cut:]) < 2:
-        fail(f"{path}: wanted at least two tokens or rows on either side of val_fraction={val_fraction}")
+    if cut == 0 or isinstance(data, np.ndarray) and (cut < 2 or len(data) - cut == 1):
+        fail(f'{path}: {len(data)} rows or tokens are too few with val_fraction={val_fraction}')
     return wrap(data[:cut]), wrap(data[cut:]) if cut < len(data) else None

@@ -170,6 +170,25 @@ def test_the_logged_loss_is_that_of_each_answer_alone(tmp_path, sft_model, data,
     assert log[0]['loss'] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
 
 
+def test_lm_coef_adds_the_cross_entropy_of_the_best_answers(tmp_path, sft_model):
+    """The mean over the tokens of all best answers of the batch; the best rank need not be 0, and may be shared."""
+    rows = [dict(prompt='Hi', responses=['Yo', 'hm', 'Hello'], ranks=[1, 2, 1]), dict(prompt='A', responses=['b', 'c'],
+                                                                                   ranks=[3, 0])]
+    path, losses = records(tmp_path / 'rows.jsonl', rows), []
+    for coef in (0.0, 0.5):
+        log = run(reward, out_dir=str(tmp_path / str(coef)), init_from=sft_model, train_data=path, max_steps=1,
+                  batch_size=2, lm_coef=coef)
+        losses.append(log[0]['loss'])
+    model, total, n = GPT.from_pretrained(sft_model).eval(), 0.0, 0
+    for prompt, text in (('Hi', 'Yo'), ('Hi', 'Hello'), ('A', 'c')): # 4 + 7 + 3 tokens, space and end included
+        ids = prompt_ids(TOK, prompt) + response_ids(TOK, text)
+        start = len(prompt_ids(TOK, prompt))
+        logp = model(T([ids]))[0].log_softmax(-1)[0]
+        total += sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids)))
+        n += len(ids) - start
+    assert n == 14 and losses[1] - losses[0] == pytest.approx(-0.5 * total / 14, abs=1e-5)
+
+
 def test_a_margin_in_rankings_is_an_extra_key(tmp_path, sft_model, data):
     other = records(tmp_path / 'more.jsonl', [r | dict(margin='large') for r in RANKINGS])
     logs = [run(reward, out_dir=str(tmp_path / name), init_from=sft_model, train_data=path, max_steps=1)
@@ -190,11 +209,12 @@ def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
                                   batch_size=4)
 
 
+@pytest.mark.parametrize('lm_coef', [0.0, 0.3])
 @pytest.mark.parametrize('rows', [RANKINGS, COMPARISONS])
-def test_micro_batches_of_different_token_counts(tmp_path, sft_model, monkeypatch, rows):
+def test_micro_batches_of_different_token_counts(tmp_path, sft_model, monkeypatch, rows, lm_coef):
     path = records(tmp_path / 'rows.jsonl', rows)
     assert_same_for_micro_batches(monkeypatch, tmp_path, reward, ('loss', 'accuracy', 'grad_norm'), init_from=sft_model,
-                                  train_data=path, batch_size=len(rows), max_steps=2)
+                                  train_data=path, batch_size=len(rows), max_steps=2, lm_coef=lm_coef)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+# Everything about the toy models, on prompts that no stage has seen.
+#   python evaluate.py config/toy/evaluate.py
 models = "base=out/toy/base,sft=out/toy/sft,ppo=out/toy/ppo,dpo=out/toy/dpo"
 reward_model = "out/toy/reward"
 best_of = 4

@@ -1,3 +1,6 @@
+# PPO on the toy world. gold only logs the gold score: the policy is trained on the reward model alone.
+#   python ppo.py config/toy/ppo.py
+# about 50 seconds of one core.
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"
@@ -9,6 +12,6 @@ epochs = 2
 grad_accum = 4
 lr = 5e-4
 critic_lr = 5e-4
-kl_coef = 0.05
+kl_coef = 0.1
 gold = "toy"
 out_dir = "out/toy/ppo"

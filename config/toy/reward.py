@@ -1,3 +1,7 @@
+# The toy reward model. lm_coef keeps it predicting the preferred answers: without it, right against wrong answers
+# are hardly learnt in the time (see README.md).
+#   python reward.py config/toy/reward.py
+# about 70 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"
@@ -5,5 +9,5 @@ batch_size = 16
 lr = 1e-3
 eval_every = 0
 out_dir = "out/toy/reward"
-epochs = 3
+epochs = 4
 lm_coef = 1.0
