@@ -29,11 +29,10 @@ DEFAULT = 'out/toy' # where the files in config/toy point
 class Config:
     out_dir: str = DEFAULT # everything that is made, but for the data
     seed: int = 1 # of every stage
-    processes: int = 0 # for pretraining and the reward model; 0 = two where there are two cores
     fresh: bool = False # do everything again
 
     def __post_init__(self):
-        require(self, seed=(self.seed >= 0, 'at least 0'), processes=(self.processes >= 0, 'at least 0'))
+        require(self, seed=(self.seed >= 0, 'at least 0'))
 
 
 def stages(cfg):
@@ -71,43 +70,39 @@ def run(command):
 
 
 def main(cfg):
-    processes = cfg.processes or min(2, os.cpu_count() or 1)
     if cfg.fresh:
         shutil.rmtree(cfg.out_dir, ignore_errors=True)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    record = f'{cfg.out_dir}/demo.json' # {stage: [its command, seconds]} of what is finished
-    done = {}
+    record = f'{cfg.out_dir}/demo.json' # {stage: [its command, seconds; null while it runs]}
+    before, done = {}, {}
     if os.path.exists(record):
         with open(record, encoding='utf-8') as f:
-            done = json.load(f)
+            before = json.load(f)
 
-    redo = False # once a stage was run anew, so is everything that stands on it
     for name, script, config, options, product in stages(cfg):
         options = moved_paths(config, cfg.out_dir) | options
         if script != 'data/toy/prepare.py':
             options |= dict(seed=cfg.seed)
-        flags = [f'--{k}={v}' for k, v in options.items()]
-        launcher = ['python']
-        if script in ('sft.py', 'reward.py', 'ppo.py', 'dpo.py') and name != 'sft' and processes > 1:
-            launcher = ['torchrun', '--standalone', f'--nproc_per_node={processes}']
-        words = [*launcher, script, *([config] if config else []), *flags]
-        if not redo and done.get(name, [None])[0] == words and os.path.exists(product):
-            print(f"{name}: done before, in {done[name][1]:.0f} s")
+        words = ['python', script, *([config] if config else []), *(f'--{k}={v}' for k, v in options.items())]
+        last, seconds = before.get(name, (None, None))
+        if last == words and seconds is not None and os.path.exists(product):
+            print(f"{name}: done before, in {seconds:.0f} s")
+            done[name] = before[name]
             continue
         command = words
         if script not in ('data/toy/prepare.py', 'evaluate.py'):
             state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
-            unfinished = os.path.exists(state) and not redo and name not in done
-            command = words + ['--resume=True' if unfinished else '--overwrite=True']
+            stopped = last == words and seconds is None and os.path.exists(state)
+            command = words + ['--resume=True' if stopped else '--overwrite=True']
+        before = {} # what stands on this stage has to be made anew
+        write_atomic(record, json.dumps(done | {name: [words, None]}, indent=1))
         print('\n$ ' + ' '.join(command), flush=True)
         start = time.time()
-        module = ['-m', 'torch.distributed.run'] if command[0] == 'torchrun' else []
-        code = run([sys.executable, *module, *command[1:]])
+        code = run([sys.executable, *command[1:]])
         if code:
-            print(f"{name} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+            print(f"{name} ended with exit code {code}; python demo.py goes on from here", file=sys.stderr)
             raise SystemExit(code)
-        redo = True
-        done = {k: v for k, v in done.items() if k != name} | {name: [words, round(time.time() - start, 2)]}
+        done[name] = [words, round(time.time() - start, 2)]
         write_atomic(record, json.dumps(done, indent=1))
 
     seconds = {name: done[name][1] for name, *_ in stages(cfg)}
