@@ -528,10 +528,13 @@ def test_training_set_of_demonstrations(tmp_path, capsys):
     assert none is None and data.rows == [(PROMPT_HI + RESPONSE_YO, [0] * 28 + [1] * 4)] * 2
     data, _ = load_training_set(str(path), BYTES, 64, 2, seed=1, loss_on="all")
     assert data.rows == [(PROMPT_HI + RESPONSE_YO, [1] * 32)] * 2
-    write_records(path, [{"prompt": "Hi", "response": "Yo"}])
+    write_records(path, [{"prompt": "Hi", "response": "Yo"}]) # one row is a training set, if a dull one
+    data, _ = load_training_set(str(path), BYTES, 64, 2, seed=1)
+    assert data.at(0) == [(PROMPT_HI + RESPONSE_YO, [0] * 28 + [1] * 4)] * 2
+    (tmp_path / "short.txt").write_text("x") # "x" and EOS: nothing is left to hold out
     with pytest.raises(SystemExit) as stopped:
-        load_training_set(str(path), BYTES, 64, 2, seed=1)
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"error: {path}: ")
+        load_training_set(str(tmp_path / "short.txt"), BYTES, 64, 2, seed=1, val_fraction=0.5)
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path / 'short.txt'}: ")
 
 
 def test_text_is_told_from_demonstrations(tmp_path):
