@@ -18,4 +18,4 @@ warmup_steps = 100
 weight_decay = 0.1
 eval_every = 500
 eval_batches = 0
-out_dir = "out/shakespeare"
+out_dir = "out/shakespeare/base"
