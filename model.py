@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x, cache=None, mask=None):
+    def forward(self, x, cache=None, mask=None, keep=None):
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4) # (3, B, nh, T, hs)
         q, k, v = qkv # (B, nh, T, hs) each
@@ -53,8 +53,10 @@ class Attention(nn.Module):
             k, v, mask = cache.extend(self.layer, qkv[1:]) # S keys and values: (B, nh, S, hs) each, (B, 1, 1, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0) # (B, nh, T, hs)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C)) # (B, T, C)
-        return F.dropout(y, self.dropout, self.training)
+        y = y.transpose(1, 2).reshape(B, T, C) # (B, T, C)
+        if keep is not None:
+            y = pick(y, keep) # (N, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -65,7 +67,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')) # (B, T, C)
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')) # as x
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -77,9 +79,23 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, mask)
+    def forward(self, x, cache=None, mask=None, keep=None):
+        """(B, T, C) -> (B, T, C), or with keep (N,) -> (N, C): what of these places alone goes on from here."""
+        y = self.attn(self.ln_1(x), cache, mask, keep)
+        if keep is not None:
+            x = pick(x, keep) # (N, C)
+        x = x + y
         return x + self.mlp(self.ln_2(x))
+
+
+def pick(x, keep):
+    """The vectors (N, C) of x (B, T, C) at the places keep (N,), counted through the flattened B * T."""
+    return x.flatten(0, 1).index_select(0, keep)
+
+
+def places(mask):
+    """The places (N,), counted through the flattened B * T, where mask (B, T) is above 0."""
+    return (mask > 0).flatten().nonzero()[:, 0]
 
 
 class KVCache:
@@ -150,23 +166,25 @@ class GPT(nn.Module):
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def embed(self, idx, positions, cache=None, mask=None):
+    def embed(self, idx, positions, cache=None, mask=None, keep=None):
         """
         The last layer's output (B, T, C) for tokens idx (B, T) at positions (T,) or (B, T). Each looks at itself and
-        what stands before it, at what the cache holds, or, with a mask (B, 1, T, T), where that is True.
+        what stands before it, at what the cache holds, or, with a mask (B, 1, T, T), where that is True. With keep (N,)
+        the output (N, C) at these places alone: the others' work in the last layer, which nobody reads, is left out.
         """
         x = self.wte(idx) + self.wpe(positions) # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
+        *blocks, last = self.h
+        for block in blocks:
             x = block(x, cache, mask)
-        return self.ln_f(x)
+        return self.ln_f(last(x, cache, mask, keep))
 
-    def hidden(self, idx, cache=None):
-        """The last layer's output, (B, T) tokens -> (B, T, C)."""
+    def hidden(self, idx, cache=None, keep=None):
+        """The last layer's output, (B, T) tokens -> (B, T, C), or (N, C) at the places keep (N,)."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.config.block_size}")
-        return self.embed(idx, torch.arange(T, device=idx.device), cache)
+        return self.embed(idx, torch.arange(T, device=idx.device), cache, keep=keep)
 
     def forward(self, idx, targets=None):
         """
@@ -183,7 +201,7 @@ class GPT(nn.Module):
         Logits (N, V), float32, that predict the N tokens counted by mask (B, T-1), in row order.
         The projection onto the vocabulary is a third of GPT-2 small's work: it is done for these N positions only.
         """
-        return F.linear(self.hidden(idx[:, :-1])[mask > 0], self.wte.weight).float()
+        return F.linear(self.hidden(idx[:, :-1], keep=places(mask)), self.wte.weight).float()
 
     def logp(self, idx, mask):
         """Log-probabilities (B, T-1) of the tokens counted by mask (B, T-1), 0 elsewhere; idx: (B, T)."""
@@ -195,12 +213,12 @@ class GPT(nn.Module):
 
     def masked_values(self, idx, mask):
         """V(s_t) (B, T-1) where mask (B, T-1) counts, 0 elsewhere; position t is the state before token t+1."""
-        x = self.hidden(idx[:, :-1])[mask > 0] # (N, C)
+        x = self.hidden(idx[:, :-1], keep=places(mask)) # (N, C)
         return torch.zeros_like(mask).masked_scatter(mask > 0, self.value_head(x).float())
 
     def logp_entropy_values(self, idx, mask, with_entropy=False):
         """For a policy that carries its critic, all three in one pass: logp, entropy and masked values."""
-        x = self.hidden(idx[:, :-1])[mask > 0] # (N, C)
+        x = self.hidden(idx[:, :-1], keep=places(mask)) # (N, C)
         values = torch.zeros_like(mask).masked_scatter(mask > 0, self.value_head(x).float()) # (B, T-1)
         return *self._token_stats(F.linear(x, self.wte.weight).float(), idx, mask, with_entropy), values
 
@@ -219,37 +237,36 @@ class GPT(nn.Module):
 
     def rewards(self, idx, lengths):
         """Scores (B,) of right-padded rows idx (B, T): the reward head on each row's last real token; lengths (B,)."""
-        x = self.hidden(idx) # (B, T, C)
-        last = x[torch.arange(len(x), device=x.device), lengths - 1] # (B, C)
-        return self.reward_head(last).squeeze(-1).float() # (B,)
+        B, T = idx.size()
+        last = torch.arange(B, device=idx.device) * T + lengths - 1 # (B,)
+        return self.reward_head(self.hidden(idx, keep=last)).squeeze(-1).float() # (B,)
 
-    def hidden_answers(self, batch):
-        """The last layer's output, (B * T, C), for prompts that are followed by several answers, tokens.Answers."""
+    def hidden_answers(self, batch, keep):
+        """The last layer's output (N, C) at the places keep (N,) of prompts that are followed by several answers,
+        tokens.Answers."""
         before = torch.ones(2 * batch.idx.shape[1:], dtype=torch.bool, device=batch.idx.device).tril() # (T, T)
         part = batch.parts # (B, T), 0 = prompt, 1 … K = the answers: they see the prompt and themselves
         mask = before & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])) # (B, T, T)
-        return self.embed(batch.idx, batch.positions, mask=mask[:, None]).flatten(0, 1)
+        return self.embed(batch.idx, batch.positions, mask=mask[:, None], keep=keep)
 
     def answer_logp(self, batch):
         """log pi(y|x) of the N answers in a batch of tokens.Answers, summed over tokens, EOS included: (N,)."""
-        return self._answer_logp(self.hidden_answers(batch), batch)
+        return self._answer_logp(self.hidden_answers(batch, batch.sources), batch)
 
     def answer_rewards(self, batch):
         """Scores (N,) of the answers in a batch of tokens.Answers, read off each answer's last token."""
-        return self._answer_rewards(self.hidden_answers(batch), batch)
+        return self.reward_head(self.hidden_answers(batch, batch.last)).squeeze(-1).float()
 
     def answer_rewards_and_logp(self, batch):
         """Both of the above, (N,) each, in one pass."""
-        x = self.hidden_answers(batch) # (B * T, C)
-        return self._answer_rewards(x, batch), self._answer_logp(x, batch)
+        x = self.hidden_answers(batch, torch.cat([batch.last, batch.sources])) # (N + M, C)
+        n = len(batch.last)
+        return self.reward_head(x[:n]).squeeze(-1).float(), self._answer_logp(x[n:], batch)
 
     def _answer_logp(self, x, batch):
-        logits = F.linear(x[batch.sources], self.wte.weight).float() # (M, V)
+        logits = F.linear(x, self.wte.weight).float() # (M, V)
         logp = -F.cross_entropy(logits, batch.targets, reduction='none') # (M,)
         return torch.zeros(len(batch.sizes), device=logp.device).index_add(0, batch.owners, logp)
-
-    def _answer_rewards(self, x, batch):
-        return self.reward_head(x[batch.last]).squeeze(-1).float()
 
     @torch.no_grad()
     def normalise_rewards(self, mean, std):
@@ -284,7 +301,7 @@ class GPT(nn.Module):
         idx = torch.tensor([p + (0,) * (longest - len(p)) for p in first], device=device) # (B, T) distinct prompts
         lengths = torch.tensor([len(p) for p in first], device=device) # (B,)
         cache = KVCache(self.config, lengths, longest + max_new_tokens)
-        x = self.hidden(idx, cache)[torch.arange(len(first), device=device), lengths - 1] # (B, C)
+        x = self.hidden(idx, cache, keep=torch.arange(len(idx), device=device) * longest + lengths - 1) # (B, C)
         if len(first) < len(prompts):
             cache.keep(same)
         x, rows = x[same], torch.arange(len(prompts), device=device) # (n, C), (n,)

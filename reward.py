@@ -182,10 +182,12 @@ def main(cfg):
         for part in common.split(batch, cfg.grad_accum):
             part = run.rows(part)
             some = [rows[i] for i in part]
-            answers = collate_answers(some).to(run.device) # N answers to B prompts
+            answers = collate_answers(some) # N answers to B prompts
+            best = torch.tensor([r == min(ranks) for _, _, ranks in some for r in ranks]) # (N,)
+            answers = answers.learnt(best).to(run.device)
             with run.autocast():
                 if cfg.lm_coef:
-                    scores, logp = net('answer_rewards_and_logp', answers) # (N,) each
+                    scores, logp = net('answer_rewards_and_logp', answers) # (N,) each, logp of the best answers alone
                 else:
                     scores = net('answer_rewards', answers) # (N,)
             better, worse = scores[answers.pairs].unbind(1) # one entry per pair
@@ -197,8 +199,7 @@ def main(cfg):
                 loss_part = ranking_loss(to_table(scores, some, 0.0), to_table(ranks, some, -1)) # (B, K) each
             loss_part = loss_part * len(part) / len(batch) # every prompt of the batch weighs the same
             if cfg.lm_coef: # and every token of the best answers
-                best = torch.tensor([r == min(ranks) for _, _, ranks in some for r in ranks], device=run.device) # (N,)
-                loss_part = loss_part - cfg.lm_coef * logp[best].sum() / n_best
+                loss_part = loss_part - cfg.lm_coef * logp.sum() / n_best
             (loss_part * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
             loss += loss_part.detach()
             right, n_pairs = right + (better > worse).sum(), n_pairs + len(better)

@@ -18,7 +18,7 @@ import json
 import math
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import fail, note, write_atomic # before torch: it sets how torch's threads wait
@@ -474,6 +474,11 @@ class Answers:
 
     def to(self, device):
         return Answers(*(x.to(device) for x in vars(self).values()))
+
+    def learnt(self, which):
+        """The same batch, but the answer tokens are those of some answers alone; which: (N,) bool."""
+        keep = which[self.owners] # (M,)
+        return replace(self, sources=self.sources[keep], targets=self.targets[keep], owners=self.owners[keep])
 
 
 def collate_answers(rows):

@@ -312,7 +312,8 @@ def test_a_ragged_row_equals_the_row_alone_and_ends_of_others_do_not_matter():
 
 def test_rows_that_end_leave_the_batch(monkeypatch):
     model, sizes, embed = rotor(), [], GPT.embed
-    monkeypatch.setattr(GPT, 'embed', lambda self, idx, *a: (sizes.append(tuple(idx.shape)), embed(self, idx, *a))[1])
+    monkeypatch.setattr(GPT, 'embed', lambda self, idx, *a, **k: (
+        sizes.append(tuple(idx.shape)), embed(self, idx, *a, **k))[1])
     prompts = [[5], [7, 6], [1, 7, 4], [0, 0, 7, 2]] # word 7 is the end; in a prompt it is harmless
     answers = model.generate(prompts, 4, temperature=0, eos=7)
     assert answers == [[6, 7], [7], [5, 6, 7], [3, 4, 5, 6]] # the end is kept; the last row stops at four words
@@ -322,7 +323,7 @@ def test_rows_that_end_leave_the_batch(monkeypatch):
 
 def test_a_row_that_ended_is_silent_while_it_waits_in_the_batch(monkeypatch):
     sizes, embed = [], GPT.embed
-    monkeypatch.setattr(GPT, 'embed', lambda self, idx, *a: (sizes.append(len(idx)), embed(self, idx, *a))[1])
+    monkeypatch.setattr(GPT, 'embed', lambda self, idx, *a, **k: (sizes.append(len(idx)), embed(self, idx, *a, **k))[1])
     # one end of six rows does not yet pay for moving the cache: 5 > 0.8 * 6; the second leaves 4 <= 4.8
     answers = rotor().generate([[6], [5, 5], [0], [0, 1], [1], [2, 2, 2]], 4, temperature=0, eos=7)
     assert answers == [[7], [6, 7], [1, 2, 3, 4], [2, 3, 4, 5], [2, 3, 4, 5], [3, 4, 5, 6]]
@@ -714,7 +715,7 @@ def test_repeated_prompts_share_one_pass_and_answer_as_alone(monkeypatch):
     model, passes, hidden = random_model(), [], GPT.hidden
     prompts = [[1, 2, 3], [4], [1, 2, 3], [1, 2, 3], [4], [5, 6, 7, 8]]
     alone = [model.generate([p], 6, temperature=0, eos=9)[0] for p in prompts]
-    monkeypatch.setattr(GPT, 'hidden', lambda self, idx, *a: (passes.append(idx.shape), hidden(self, idx, *a))[1])
+    monkeypatch.setattr(GPT, 'hidden', lambda self, idx, *a, **k: (passes.append(idx.shape), hidden(self, idx, *a, **k))[1])
     assert model.generate(prompts, 6, temperature=0, eos=9) == alone
     assert passes == [(3, 4)] # three distinct prompts, the longest of four tokens
 

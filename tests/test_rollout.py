@@ -166,7 +166,7 @@ def test_frozen_models_in_chunks_equal_each_row_alone(fill, rows):
 
 def test_chunks_are_as_long_as_their_longest_row(monkeypatch):
     model, seen, hidden = random_model(reward_head=True), [], GPT.hidden
-    monkeypatch.setattr(GPT, 'hidden', lambda self, idx, *a: (seen.append(tuple(idx.shape)), hidden(self, idx, *a))[1])
+    monkeypatch.setattr(GPT, 'hidden', lambda self, idx, *a, **k: (seen.append(tuple(idx.shape)), hidden(self, idx, *a, **k))[1])
     score_answers(model, [p for p, _ in ROWS], [a for _, a in ROWS], 'cpu', rows=2)
     assert seen == [(2, 4), (2, 6), (1, 9)] # rows of 2 4 4 6 9 tokens
 
