@@ -145,6 +145,19 @@ def launch(main, Config):
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
 
+
+def fetch_from_hub(repo_id, filename, repo_type='model'):
+    """
+    The local path of a file of the hub, fetched unless it is in the cache already. It is everybody's cache and token,
+    and HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they mean everywhere.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(repo_id, filename, repo_type=repo_type)
+    except Exception as error: # no network, no such file, no permission: one line for each
+        fail(f"{repo_type} {repo_id}: cannot fetch {filename} ({type(error).__name__}); get the file by other means "
+             "and name it or its folder (for a data set: --source=…)")
+
 # ----------------------------------------------------------------------------------------------------------------
 # device, precision, processes
 

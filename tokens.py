@@ -10,18 +10,23 @@ stored in tiktoken's own file format. The template of one turn, and how further 
 Prompt and response are encoded apart, so that the prompt's ids are always a prefix of the whole. Only the response's
 end is the real <|endoftext|>; the same characters typed by a user are ordinary text. Masks come from lengths, never
 from token ids. Rows are right-padded. Bad input ends the program with one line, "FILE:LINE: what was wanted".
+
+    python tokens.py --peek FILE [--tokenizer=gpt2] [--rows=3]     # show rows as the models get them, masks in colour
 """
 import base64
 import binascii
 import gzip
 import json
 import math
+import os
+import sys
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
-from common import fail, note, write_atomic # before torch: it sets how torch's threads wait
+from common import fail, launch, note, require, write_atomic # before torch: it sets how torch's threads wait
 
 import numpy as np
 import regex # comes with tiktoken
@@ -188,24 +193,35 @@ def read_lines(path):
         fail(f'{path}:{n + 1}: cannot be read: {error}')
 
 
-def parse_line(line):
-    """A line of bytes to its JSON object; ValueError says what was wanted."""
+def parse_json(data, wanted):
+    """Bytes -> the JSON value that they hold; ValueError says what was `wanted`."""
     def no_constant(name):
         raise ValueError(f'wanted a finite number, got {name}')
     try:
-        row = json.loads(line.decode('utf-8-sig'), parse_constant=no_constant)
-        json.dumps(row, ensure_ascii=False).encode() # an escape like \ud83d alone is half a character
+        return json.loads(data.decode('utf-8-sig'), parse_constant=no_constant)
     except UnicodeDecodeError:
         raise ValueError('wanted UTF-8 text')
-    except UnicodeEncodeError:
-        raise ValueError('wanted whole characters, got half of a surrogate pair')
     except json.JSONDecodeError as error:
-        raise ValueError(f'wanted one JSON object a line: {error.msg} at column {error.colno}')
+        line = f'line {error.lineno}, ' if error.lineno > 1 else ''
+        raise ValueError(f'wanted {wanted}: {error.msg} at {line}column {error.colno}')
     except RecursionError:
-        raise ValueError('wanted one JSON object a line, got one nested too deeply')
+        raise ValueError(f'wanted {wanted}, got one nested too deeply')
+
+
+def check_row(row):
+    """A parsed JSON value is an object of whole characters; otherwise ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f'wanted a JSON object, got {type(row).__name__}')
+    try:
+        json.dumps(row, ensure_ascii=False).encode() # an escape like \ud83d alone is half a character
+    except UnicodeEncodeError:
+        raise ValueError('wanted whole characters, got half of a surrogate pair')
     return row
+
+
+def parse_line(line):
+    """A line of bytes to its JSON object; ValueError says what was wanted."""
+    return check_row(parse_json(line.rstrip(), 'one JSON object a line'))
 
 
 def check(wanted, ok):
@@ -303,6 +319,20 @@ def is_text_file(path):
     if str(path).endswith(('.txt', '.txt.gz')):
         return True
     return 'text' in first_keys(path)
+
+
+def kind_of(path):
+    """The kind of a file's records, told by the keys of its first row; a broken first row passes as "prompts"."""
+    if is_text_file(path):
+        return 'text'
+    keys = set(first_keys(path))
+    for kind, own in (('demonstrations', {'messages', 'response'}), ('comparisons', {'chosen'}),
+                      ('rankings', {'responses'}), ('prompts', {'prompt'})):
+        if keys & own:
+            return kind
+    if keys:
+        fail(f"{path}: wanted records of one kind, got a first row with the keys {', '.join(sorted(keys))}")
+    return 'prompts'
 
 
 def to_lines(rows):
@@ -597,3 +627,76 @@ def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response
     if cut == 0 or isinstance(data, np.ndarray) and (cut < 2 or len(data) - cut == 1):
         fail(f'{path}: {len(data)} rows or tokens are too few with val_fraction={val_fraction}')
     return wrap(data[:cut]), wrap(data[cut:]) if cut < len(data) else None
+
+# -----------------------------------------------------------------------------
+# looking at rows
+
+
+@dataclass
+class Config:
+    peek: str = '' # a file of records of any kind
+    tokenizer: str = 'gpt2' # gpt2, bytes, a .tiktoken file or a checkpoint folder
+    rows: int = 3 # how many of the first rows to show
+
+    def __post_init__(self):
+        require(self, peek=(self.peek != '', 'a file of records'), rows=(self.rows >= 1, 'at least 1'))
+
+
+def paint(tok, ids, mask, colour, learnt='1;32'):
+    """
+    Ids as text that shows their mask. In colour: what is learnt is bold green (or `learnt`), the rest dim, the
+    end-of-text token inverse. Without: what is learnt stands in ⟦ ⟧. Control characters, which could steer a terminal,
+    are escaped.
+    """
+    control = {c: f'\\x{c:02x}' for c in (*range(32), *range(127, 160)) if chr(c) not in '\t\n'}
+    out = ''
+    for counted, run in groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        text = ''
+        for is_eos, part in groupby((i for i, _ in run), key=lambda i: i == tok.eos):
+            part = list(part)
+            eos = f'\x1b[7m{EOS}\x1b[27m' if colour else EOS
+            text += eos * len(part) if is_eos else tok.decode(part).translate(control)
+        if colour:
+            out += f"\x1b[{learnt if counted else '2'}m{text}\x1b[0m"
+        else:
+            out += f'⟦{text}⟧' if counted else text
+    return out
+
+
+def parts_of(tok, record, kind):
+    """A record -> [(name, ids, mask), …] with the masks of training; every answer to a prompt is a part of its own."""
+    if kind == 'text':
+        ids = tok.encode(record['text']) + [tok.eos]
+        return [('text', ids, [1] * len(ids))]
+    if kind == 'demonstrations':
+        return [('dialogue', *dialogue(tok, record))]
+    prompt, answers = prompt_ids(tok, record['prompt']), []
+    if kind == 'comparisons':
+        answers = [('chosen', record['chosen']), ('rejected', record['rejected'])]
+    if kind == 'rankings':
+        answers = [(f'rank {rank}', text) for rank, text in zip(record['ranks'], record['responses'])]
+    answers = [(name, response_ids(tok, text)) for name, text in answers]
+    return [('prompt', prompt, [0] * len(prompt))] + [(name, ids, [1] * len(ids)) for name, ids in answers]
+
+
+def peek(cfg):
+    tok, kind = load_tokenizer(cfg.tokenizer), kind_of(cfg.peek)
+    records = read_records(cfg.peek, kind)
+    colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    sys.stdout.reconfigure(errors='backslashreplace') # for a terminal without these characters
+    word = tok.encode('learnt')
+    legend = paint(tok, word, [1] * len(word), colour)
+    print(f'{cfg.peek}: {len(records)} {kind}; what is {legend} looks like this')
+    for n, record in enumerate(records[:cfg.rows], 1):
+        print(f'\nrow {n}')
+        for name, ids, mask in parts_of(tok, record, kind):
+            more = f' … and {len(ids) - 1000} more' if len(ids) > 1000 else '' # of a whole book
+            print(f'[{name}: {len(ids)} tokens, {sum(mask)} learnt]\n'
+                  + paint(tok, ids[:1000], mask[:1000], colour, '1;31' if name == 'rejected' else '1;32') + more)
+
+
+if __name__ == '__main__':
+    if '--peek' in sys.argv[:-1]: # `--peek FILE` as well as --peek=FILE
+        at = sys.argv.index('--peek')
+        sys.argv[at:at + 2] = ['--peek=' + sys.argv[at + 1]]
+    launch(peek, Config)
