@@ -196,6 +196,11 @@ class Run:
         dist.all_gather_object(everybody, x)
         return everybody
 
+    def mean(self, totals, n):
+        """{name: total / n} over all processes, of numbers; one that had no rows passes {} and 0."""
+        found = self.gather((totals, n))
+        return {k: sum(t.get(k, 0.0) for t, _ in found) / sum(n for _, n in found) for k in found[0][0]}
+
     def rows(self, batch):
         """This process's share of the rows of a batch."""
         return batch[self.rank::self.world_size]

@@ -1,9 +1,10 @@
 """
 The whole pipeline on the toy world, from text to an aligned model, in minutes on two CPU cores:
 
-    pretrain -> SFT -> collect preferences -> reward model -> PPO and DPO -> evaluate
+    pretrain -> SFT -> collect preferences -> reward model -> PPO, DPO and what else --methods asks for -> evaluate
 
     python demo.py
+    python demo.py --methods=all
     python demo.py --seed=2 --out_dir=out/toy2
     python demo.py --fresh=True
 
@@ -23,16 +24,24 @@ from dataclasses import dataclass
 from common import fail, launch, require, write_atomic
 
 DEFAULT = 'out/toy' # where the files in config/toy point
+METHODS = dict(ppo='ppo.py', dpo='dpo.py', reinforce='reinforce.py', rloo='reinforce.py', grpo='reinforce.py',
+               rrhf='rrhf.py', ipo='dpo.py') # a config file and a folder each, and their script
 
 
 @dataclass
 class Config:
     out_dir: str = DEFAULT # everything that is made, but for the data
+    methods: str = 'ppo,dpo' # what to train from the preferences: some of METHODS above, or all
     seed: int = 1 # of every stage
     fresh: bool = False # do everything again
 
     def __post_init__(self):
-        require(self, seed=(self.seed >= 0, 'at least 0'))
+        if self.methods == 'all':
+            self.methods = ','.join(METHODS)
+        names = self.methods.split(',')
+        require(self, seed=(self.seed >= 0, 'at least 0'),
+                methods=(set(names) <= set(METHODS) and len(set(names)) == len(names),
+                         f"all, or names among {','.join(METHODS)}, each once"))
 
 
 def stages(cfg):
@@ -42,11 +51,14 @@ def stages(cfg):
         f'{cfg.out_dir}/rankings_{split}.jsonl')
     train = lambda name, script, folder: (
         name, script, f'config/toy/{name}.py', {}, f'{cfg.out_dir}/{folder}/model.safetensors')
+    methods = cfg.methods.split(',')
+    models = ','.join(f'{name}={cfg.out_dir}/{name}' for name in ['base', 'sft', *methods])
     return [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken'),
             train('pretrain', 'sft.py', 'base'), train('sft', 'sft.py', 'sft'),
             collect('train'), collect('test'),
-            train('reward', 'reward.py', 'reward'), train('ppo', 'ppo.py', 'ppo'), train('dpo', 'dpo.py', 'dpo'),
-            ('evaluate', 'evaluate.py', 'config/toy/evaluate.py', {}, f'{cfg.out_dir}/evaluate/results.json')]
+            train('reward', 'reward.py', 'reward'), *(train(name, METHODS[name], name) for name in methods),
+            ('evaluate', 'evaluate.py', 'config/toy/evaluate.py', dict(models=models),
+             f'{cfg.out_dir}/evaluate/results.json')]
 
 
 def moved_paths(path, out_dir):
@@ -113,7 +125,8 @@ def main(cfg):
     print('\nseconds: ' + ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), end='')
     print(f'; {sum(seconds.values()):.0f} in all')
     print(f"results: {path}; figures: {cfg.out_dir}/evaluate/*.png")
-    print(f'talk to it: python sample.py --policy={cfg.out_dir}/ppo --prompt="Where does the fox live?"')
+    first = cfg.methods.split(',')[0]
+    print(f'talk to it: python sample.py --policy={cfg.out_dir}/{first} --prompt="Where does the fox live?"')
 
 
 if __name__ == '__main__':

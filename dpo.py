@@ -13,17 +13,16 @@ however many pairs it is in. The reference is the model that training starts fro
 once. AdamW instead of RMSprop.
 """
 
-import math
 from dataclasses import dataclass
 
 import common
-from common import check_common, fail, launch, require
+from common import check_common, launch, require
 
 import torch
 import torch.nn.functional as F
 
 from model import load_policy
-from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_preferences
+from tokens import Batches, by_length, collate_answers, encode_rankings, load_tokenizer, read_ranked
 
 
 @dataclass
@@ -114,12 +113,6 @@ def pair_loss(logp, ref_logp, answers, cfg):
     return loss, metrics
 
 
-def by_length(rows, batch_size):
-    """Indices of rows (prompt, [answers], ranks) in parts of about batch_size prompts of like length."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + sum(map(len, rows[i][1])))
-    return common.split(order, math.ceil(len(order) / batch_size))
-
-
 @torch.no_grad()
 def reference_logp(model, rows, cfg, run, name):
     """The reference's summed log-probability of every answer, computed once: a list of (K,) tensors, one per prompt."""
@@ -133,11 +126,8 @@ def reference_logp(model, rows, cfg, run, name):
 
 
 def load_data(path, tok, block_size, name):
-    """Encoded rows (prompt, [answers], ranks); a prompt whose answers all tie teaches nothing and is left out."""
-    records = [r for r in read_preferences(path) if len(set(r['ranks'])) > 1]
-    if not records:
-        fail(f"{path}: all answers of every prompt tie; wanted some that are ranked above others")
-    return encode_rankings(tok, records, block_size, name)
+    """Encoded rows (prompt, [answers], ranks)."""
+    return encode_rankings(tok, read_ranked(path), block_size, name)
 
 
 @torch.no_grad()
@@ -154,7 +144,7 @@ def evaluate(model, rows, ref, cfg, run):
             totals[k] = totals.get(k, 0.0) + v.item() * len(answers.pairs)
         n += len(answers.pairs)
     model.train()
-    return {'val_' + k: (run.sum(v) / run.sum(n)).item() for k, v in totals.items()}
+    return {'val_' + k: v for k, v in run.mean(totals, n).items()}
 
 
 def main(cfg):

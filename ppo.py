@@ -23,13 +23,13 @@ that does not end loses a fixed amount instead of scoring -1.
 from dataclasses import dataclass
 
 import common
-from common import check_common, fail, launch, require
+from common import check_common, launch, require
 
 import torch
 
-from model import load_policy, load_reward_model
-from rollout import (check_same_vocabulary, frozen_logp, frozen_rewards, frozen_values, gold_scores, kl_k1, kl_k3,
-                     masked_mean, pack, sample_answers, whiten)
+from model import load_reward_model
+from rollout import (frozen_values, kl_k1, load_actors, masked_mean, micro_batches, policy_loss, ratio_stats,
+                     sample_and_score, whiten)
 from tokens import Batches, collate, encode_prompts, load_tokenizer, load_training_set, read_records
 
 
@@ -121,17 +121,6 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip):
-    """
-    Clipped surrogate, Schulman et al. 2017, equation 7, negated: the mean () over counted tokens of
-    -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A) with ratio = pi / pi_old. All (B, T).
-    """
-    ratio = ((logp - old_logp) * mask).exp() # (B, T), 1 outside the mask
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.max(unclipped, clipped), mask)
-
-
 def value_loss(values, old_values, returns, mask, clip):
     """
     Clipped value loss: the mean () over counted tokens of 1/2 max((V - R)^2, (V_clipped - R)^2), where V_clipped is V
@@ -159,18 +148,12 @@ class Models:
 
 def load_models(cfg, device):
     shared = cfg.critic == 'shared'
-    policy = load_policy(cfg.policy, value_head=shared).to(device)
-    reward = load_reward_model(cfg.reward_model).to(device)
-    check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model)
-    if reward.config.block_size < policy.config.block_size:
-        fail(f"--reward_model={cfg.reward_model}: its context is {reward.config.block_size} tokens, the policy's "
-             f"{policy.config.block_size}; wanted one at least as long")
+    policy, reward, reference = load_actors(cfg, device, value_head=shared)
     critic = policy
     if not shared: # its value head starts as the reward head
         critic = load_reward_model(cfg.reward_model, value_head=True).to(device)
         critic.reward_head = None
-    reference = load_policy(cfg.policy).to(device)
-    return Models(policy, critic, reward.requires_grad_(False), reference.requires_grad_(False))
+    return Models(policy, critic, reward, reference)
 
 
 def roll_out(models, prompts, questions, tok, cfg, kl_coef, run):
@@ -178,17 +161,12 @@ def roll_out(models, prompts, questions, tok, cfg, kl_coef, run):
     Steps 1 to 4 for prompts (lists of ids) and the records they come from. Returns a batch of tensors, idx (B, T) and
     the rest (B, T-1), the rows' lengths (B,), and what was measured.
     """
-    # 1. sample, and record log pi_old while sampling
-    with run.autocast():
-        answers, logps = sample_answers(models.policy, prompts, tok, cfg.max_new_tokens)
-    rolls = pack(prompts, answers, logps, tok.eos).to(run.device)
+    # 1. sample, and record log pi_old while sampling; 2. score
+    rolls, ref_logp, scores, measured = sample_and_score(models.policy, models.reward, models.reference, prompts,
+                                                         questions, tok, cfg, run)
     mask, lengths = rolls.mask, rolls.lengths # (B, T-1), (B,)
     with run.autocast():
-        ref_logp = frozen_logp(models.reference, rolls.idx, mask, lengths) # (B, T-1)
         values = frozen_values(models.critic, rolls.idx, mask, lengths) # (B, T-1)
-        # 2. score
-        reward = frozen_rewards(models.reward, rolls.idx, lengths) # (B,)
-    scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (B,)
     # 3. reward per token
     kl = kl_k1(rolls.logp, ref_logp) * mask # (B, T-1)
     rewards = token_rewards(scores, kl, mask, kl_coef) # (B, T-1)
@@ -200,15 +178,9 @@ def roll_out(models, prompts, questions, tok, cfg, kl_coef, run):
                  advantages=whiten(advantages, mask))
 
     variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-    measured = dict(
-        reward=reward.mean(), score=scores.mean(), kl=kl.sum(1).mean(), # nats per answer
-        kl_k3=(kl_k3(rolls.logp, ref_logp) * mask).sum(1).mean(),
-        entropy=-masked_mean(rolls.logp, mask), # nats per token, estimated by the sampled tokens themselves
-        ended=rolls.ended.mean(), length=mask.sum(1).mean(), values=masked_mean(values, mask),
-        returns=masked_mean(returns, mask), returns_std=variance(returns).sqrt(),
+    measured |= dict(
+        values=masked_mean(values, mask), returns=masked_mean(returns, mask), returns_std=variance(returns).sqrt(),
         explained_variance=1 - variance(returns - values) / variance(returns).clamp(min=1e-8))
-    if cfg.gold:
-        measured['gold'] = torch.tensor(gold_scores(questions, answers, tok)).mean()
     return batch, lengths, measured
 
 
@@ -221,12 +193,8 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
     totals, n_updates, norms, first_ratio = {}, 0, [], 0.0
     lr, critic_lr = common.lr_at(step, cfg), common.lr_at(step, cfg, cfg.critic_lr)
     for rows in (rows for _ in range(cfg.epochs) for rows in torch.randperm(len(lengths)).chunk(cfg.minibatches)):
-        rows = rows.to(run.device)
-        n_tokens = run.sum(batch['mask'][rows].sum()) # every answer token of the minibatch weighs the same
         measured = {}
-        for micro in rows[lengths[rows].argsort()].chunk(cfg.grad_accum):
-            T = int(lengths[micro].max()) # no work on padding that these rows do not need
-            b = {k: v[micro, :T if k == 'idx' else T - 1] for k, v in batch.items()}
+        for b, share in micro_batches(batch, lengths, rows.to(run.device), cfg.grad_accum, run):
             idx, mask, old_logp = b['idx'], b['mask'], b['old_logp'] # (B, T), (B, T-1), (B, T-1)
             with run.autocast():
                 if cfg.critic == 'shared':
@@ -239,18 +207,14 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
             loss = pg_loss + (cfg.value_coef if cfg.critic == 'shared' else 1.0) * vf_loss
             if cfg.entropy_coef:
                 loss = loss - cfg.entropy_coef * masked_mean(entropy, mask)
-            share = mask.sum() / n_tokens # ()
             (loss * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
 
             with torch.no_grad():
-                ratio = ((logp - old_logp) * mask).exp() # (B, T-1)
+                far, stats = ratio_stats(logp, old_logp, mask, cfg.clip)
                 if n_updates == 0:
-                    first_ratio = max(first_ratio, (ratio - 1).abs().max().item())
-                now = dict(loss=loss, policy_loss=pg_loss, value_loss=vf_loss, ratio=masked_mean(ratio, mask),
-                           clipfrac=masked_mean(((ratio - 1).abs() > cfg.clip).float(), mask),
-                           approx_kl=masked_mean(kl_k3(old_logp, logp), mask), # KL(old || new) per token
-                           value_clipfrac=masked_mean(
-                               ((values - b['old_values']).abs() > cfg.value_clip).float(), mask))
+                    first_ratio = max(first_ratio, far.item())
+                now = stats | dict(loss=loss, policy_loss=pg_loss, value_loss=vf_loss, value_clipfrac=masked_mean(
+                    ((values - b['old_values']).abs() > cfg.value_clip).float(), mask))
                 measured = {k: measured.get(k, 0.0) + v * share for k, v in now.items()}
 
         measured = {k: run.sum(v).item() for k, v in measured.items()}

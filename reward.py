@@ -18,14 +18,14 @@ answers, which the SFT model wrote; Ziegler et al. 2019) are folded into the wei
 from dataclasses import dataclass
 
 import common
-from common import check_common, fail, launch, require
+from common import check_common, launch, require
 
 import torch
 import torch.nn.functional as F
 
 from model import load_policy
 from rollout import pair_agreement
-from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_preferences
+from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_ranked, to_table
 
 
 @dataclass
@@ -92,13 +92,6 @@ def ranking_loss(scores, ranks):
     return per_prompt.sum() / (n_pairs > 0).sum().clamp(min=1)
 
 
-def to_table(values, rows, fill):
-    """One value per answer, (N,) in the order of collate_answers, as (B, K) with `fill` where a prompt has fewer."""
-    sizes = torch.tensor([len(answers) for _, answers, _ in rows], device=values.device) # (B,)
-    there = torch.arange(int(sizes.max()), device=values.device) < sizes[:, None] # (B, K)
-    return torch.full(there.shape, fill, dtype=values.dtype, device=values.device).masked_scatter(there, values)
-
-
 @torch.no_grad()
 def score_rows(model, rows, run):
     """Scores of all answers of rows (prompt, [answers], ranks), a flat list in their order."""
@@ -133,9 +126,7 @@ def evaluate(model, rows, records, run):
 
 def load_data(path, tok, block_size, name):
     """Encoded rows (prompt, [answers], ranks) and the records they come from, those left out by length excepted."""
-    records = [r for r in read_preferences(path) if len(set(r['ranks'])) > 1] # all tied: nothing to learn
-    if not records:
-        fail(f"{path}: all answers of every prompt tie; wanted some that are ranked above others")
+    records = read_ranked(path)
     numbered = [r | {'ranks': i} for i, r in enumerate(records)] # the encoder passes them through
     rows = encode_rankings(tok, numbered, block_size, name)
     return [(p, answers, records[i]['ranks']) for p, answers, i in rows], [records[i] for _, _, i in rows]

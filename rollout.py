@@ -1,6 +1,6 @@
 """
 What the reinforcement learning scripts share: sampling answers, scoring them, log-probabilities of frozen models, the
-masked statistics, and the KL estimators.
+masked statistics, the KL estimators, and the clipped surrogate over micro-batches.
 
 All per-token arrays are (B, T-1) and follow the convention that position t speaks of token t+1.
 """
@@ -11,6 +11,8 @@ import common
 from common import fail
 
 import torch
+
+from model import load_policy, load_reward_model
 from tokens import pad
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -40,6 +42,40 @@ def kl_k3(logp, ref_logp):
     """As kl_k1, but never negative and of less variance: k3 = q/p - 1 - log(q/p)."""
     log_ratio = ref_logp - logp # log(q / p)
     return log_ratio.exp() - 1 - log_ratio
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip):
+    """
+    Clipped surrogate, Schulman et al. 2017, equation 7, negated: the mean () over counted tokens of
+    -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A) with ratio = pi / pi_old. All (B, T). At ratio 1 its gradient is
+    that of -A log pi: plain REINFORCE (Williams 1992).
+    """
+    ratio = ((logp - old_logp) * mask).exp() # (B, T), 1 outside the mask
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.max(unclipped, clipped), mask)
+
+
+@torch.no_grad()
+def ratio_stats(logp, old_logp, mask, clip):
+    """What is logged of ratio = pi / pi_old: its largest distance from 1, (), and means over the mask; all (B, T)."""
+    ratio = ((logp - old_logp) * mask).exp() # (B, T)
+    return (ratio - 1).abs().max(), dict(
+        ratio=masked_mean(ratio, mask), clipfrac=masked_mean(((ratio - 1).abs() > clip).float(), mask),
+        approx_kl=masked_mean(kl_k3(old_logp, logp), mask)) # KL(old || new) per token
+
+
+def micro_batches(batch, lengths, rows, grad_accum, run):
+    """
+    The rows of an optimizer step in grad_accum parts of like length. batch: idx (N, T) and arrays (N, T-1) with one
+    called mask; lengths (N,). Yields each part's tensors, and its share () of the counted tokens of all processes: with
+    it as its weight every answer token counts the same.
+    """
+    n_tokens = run.sum(batch['mask'][rows].sum()) # ()
+    for micro in rows[lengths[rows].argsort()].chunk(grad_accum):
+        T = int(lengths[micro].max()) # no work on padding that these rows do not need
+        part = {k: v[micro, :T if k == 'idx' else T - 1] for k, v in batch.items()}
+        yield part, part['mask'].sum() / n_tokens
 
 # ----------------------------------------------------------------------------------------------------------------
 # sampling
@@ -132,6 +168,44 @@ def score_answers(reward_model, prompts, answers, device, rows=64):
     idx = pad([p + a for p, a in zip(prompts, answers)]).to(device)
     lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)], device=device)
     return frozen_rewards(reward_model, idx, lengths, rows)
+
+# ----------------------------------------------------------------------------------------------------------------
+# rolling out
+
+def load_actors(cfg, device, **overrides):
+    """Policy (with overrides of its configuration), reward model and reference (the policy as it is now, frozen)."""
+    policy = load_policy(cfg.policy, **overrides).to(device)
+    reward = load_reward_model(cfg.reward_model).to(device)
+    check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model)
+    if reward.config.block_size < policy.config.block_size:
+        fail(f"--reward_model={cfg.reward_model}: its context is {reward.config.block_size} tokens, the policy's "
+             f"{policy.config.block_size}; wanted one at least as long")
+    reference = load_policy(cfg.policy).to(device)
+    return policy, reward.requires_grad_(False), reference.requires_grad_(False)
+
+
+def sample_and_score(policy, reward_model, reference, prompts, questions, tok, cfg, run):
+    """
+    An answer to each of the prompts (lists of ids), whose records' prompts the questions are. Returns Rollouts, the
+    reference's log-probabilities (B, T-1), the scores (B,) less what it costs not to end, and what is logged, () each.
+    """
+    with run.autocast():
+        answers, logps = sample_answers(policy, prompts, tok, cfg.max_new_tokens) # recording log pi_old
+    rolls = pack(prompts, answers, logps, tok.eos).to(run.device)
+    mask = rolls.mask # (B, T-1)
+    with run.autocast():
+        ref_logp = frozen_logp(reference, rolls.idx, mask, rolls.lengths) # (B, T-1)
+        reward = frozen_rewards(reward_model, rolls.idx, rolls.lengths) # (B,)
+    scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (B,)
+    measured = dict(
+        reward=reward.mean(), score=scores.mean(),
+        kl=(kl_k1(rolls.logp, ref_logp) * mask).sum(1).mean(), # nats per answer
+        kl_k3=(kl_k3(rolls.logp, ref_logp) * mask).sum(1).mean(),
+        entropy=-masked_mean(rolls.logp, mask), # nats per token, estimated by the sampled tokens themselves
+        ended=rolls.ended.mean(), length=mask.sum(1).mean())
+    if cfg.gold:
+        measured['gold'] = torch.tensor(gold_scores(questions, answers, tok)).mean()
+    return rolls, ref_logp, scores, measured
 
 # ----------------------------------------------------------------------------------------------------------------
 # measuring

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from common import fail, launch, note, require, write_atomic # before torch: it sets how torch's threads wait
+from common import fail, launch, note, require, split, write_atomic # before torch: it sets how torch's threads wait
 
 import numpy as np
 import regex # comes with tiktoken
@@ -450,6 +450,20 @@ def read_preferences(path):
     return read_records(path, 'rankings')
 
 
+def read_ranked(path, use_scores=False):
+    """
+    As read_preferences, less the records whose answers all tie: they teach nothing. use_scores: in records that have
+    `scores`, these take the place of the ranks, as `ranks` of -score.
+    """
+    records = read_preferences(path)
+    if use_scores:
+        records = [r | {'ranks': [-score for score in r['scores']]} if r.get('scores') else r for r in records]
+    records = [r for r in records if len(set(r['ranks'])) > 1]
+    if not records:
+        fail(f'{path}: all answers of every prompt tie; wanted some that are ranked above others')
+    return records
+
+
 def encode_comparisons(tok, records, block_size, name='comparisons'):
     """-> list of (prompt ids, chosen ids, rejected ids, margin); both answers follow the same prompt, cut alike."""
     as_rankings = [{'prompt': r['prompt'], 'responses': [r['chosen'], r['rejected']], 'ranks': r.get('margin', 0.0)}
@@ -532,6 +546,19 @@ def collate_answers(rows):
         ids.append(row), positions.append(at), parts.append(part)
     flat = (torch.tensor(x, dtype=torch.long) for x in (sources, targets, owners, last, sizes))
     return Answers(pad(ids), pad(positions), pad(parts), *flat, torch.tensor(pairs, dtype=torch.long).view(-1, 2))
+
+
+def to_table(values, rows, fill):
+    """One value per answer, (N,) in the order of collate_answers, as (B, K) with `fill` where a prompt has fewer."""
+    sizes = torch.tensor([len(answers) for _, answers, _ in rows], device=values.device) # (B,)
+    there = torch.arange(int(sizes.max()), device=values.device) < sizes[:, None] # (B, K)
+    return torch.full(there.shape, fill, dtype=values.dtype, device=values.device).masked_scatter(there, values)
+
+
+def by_length(rows, batch_size):
+    """Indices of rows (prompt, [answers], ranks) in parts of about batch_size prompts of like length."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + sum(map(len, rows[i][1])))
+    return split(order, math.ceil(len(order) / batch_size))
 
 
 class Batches:

@@ -594,7 +594,8 @@ def one_of_two(rank, port, folder):
     run = start(cfg)
     prepare_out_dir(run, cfg)
     run.interrupted = rank == 1 # one process was sent Ctrl-C
-    torch.save(dict(grads=gradient(run), sum=run.sum(rank + 1.0).item(), stop=run.stop_requested(),
+    mean = run.mean(dict(a=6.0), 4) if rank == 0 else run.mean({}, 0) # the second one had no rows
+    torch.save(dict(grads=gradient(run), sum=run.sum(rank + 1.0).item(), stop=run.stop_requested(), mean=mean,
                     drawn=torch.rand(2)), os.path.join(folder, f"{rank}.pt"))
     stop(run)
 
@@ -608,5 +609,6 @@ def test_two_processes_equal_one(tmp_path):
         assert torch.equal(first['grads'][name], second['grads'][name])
         torch.testing.assert_close(first['grads'][name], expected[name], rtol=0, atol=1e-6)
     assert first['sum'] == second['sum'] == 3.0 # 1 + 2
+    assert first['mean'] == second['mean'] == dict(a=1.5)
     assert first['stop'] and second['stop'] # both stop after one was asked to
     assert not torch.equal(first['drawn'], second['drawn']) # each process samples its own answers

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import common
 import demo
 
 STAGES = ['data', 'pretrain', 'sft', 'collect train', 'collect test', 'reward', 'ppo', 'dpo', 'evaluate']
@@ -19,8 +20,7 @@ class Fake:
 
     def __call__(self, command):
         self.commands.append(command)
-        name, *_, product = next(s for s in demo.stages(self.cfg) if s[1] == command[1]
-                                 and (s[1] != 'sft.py' and s[1] != 'collect.py' or self.is_stage(s, command)))
+        name, *_, product = next(s for s in demo.stages(self.cfg) if self.is_stage(s, command))
         os.makedirs(os.path.dirname(product), exist_ok=True)
         if name == self.fail_at:
             Path(os.path.dirname(product), 'state.pt').touch()
@@ -30,7 +30,8 @@ class Fake:
 
     @staticmethod
     def is_stage(stage, command):
-        return stage[2] in command and all(f'--{k}={v}' in command for k, v in stage[3].items())
+        return (command[1] == stage[1] and stage[2] in ('', *command)
+                and all(f'--{k}={v}' in command for k, v in stage[3].items()))
 
 
 @pytest.fixture
@@ -56,6 +57,43 @@ def test_all_stages_then_none(cfg, monkeypatch, capsys):
     demo.main(cfg)
     assert len(fake.commands) == 9 # a second run reuses everything
     assert capsys.readouterr().out.count('done before') == 9
+
+
+def test_all_methods(cfg, monkeypatch):
+    cfg = demo.Config(out_dir='out/two', seed=7)
+    fake = Fake(monkeypatch, cfg)
+    demo.main(cfg)
+    everything = demo.Config(out_dir='out/two', seed=7, methods='all')
+    fake.cfg = everything
+    demo.main(everything)
+    new = ['reinforce', 'rloo', 'grpo', 'rrhf', 'ipo']
+    scripts = ['reinforce.py'] * 3 + ['rrhf.py', 'dpo.py', 'evaluate.py'] # PPO and DPO are there
+    assert [c[1] for c in fake.commands[9:]] == scripts
+    for name, command in zip(new, fake.commands[9:]):
+        assert command[2] == f'config/toy/{name}.py' and f'--out_dir=out/two/{name}' in command
+        assert Path(f'out/two/{name}/model.safetensors').exists()
+    models = ['base', 'sft', 'ppo', 'dpo', *new]
+    assert '--models=' + ','.join(f'{m}=out/two/{m}' for m in models) in fake.commands[-1]
+    results = json.loads(Path('out/two/evaluate/results.json').read_text())
+    assert list(results['seconds']) == STAGES[:-1] + new + ['evaluate']
+
+
+def test_a_list_of_methods(cfg, monkeypatch, capsys):
+    chosen = demo.Config(out_dir='out/two', seed=7, methods='rrhf,ppo')
+    fake = Fake(monkeypatch, chosen)
+    demo.main(chosen)
+    assert [c[1] for c in fake.commands[5:]] == ['reward.py', 'rrhf.py', 'ppo.py', 'evaluate.py']
+    assert '--models=base=out/two/base,sft=out/two/sft,rrhf=out/two/rrhf,ppo=out/two/ppo' in fake.commands[-1]
+    assert '--policy=out/two/rrhf' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('methods', ['', 'ppo,a2c', 'ppo, dpo', 'ppo,ppo', 'all,ppo'])
+def test_methods_that_are_not_there(methods, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        common.parse_config(demo.Config, [f'--methods={methods}'])
+    assert stopped.value.code == 2 and capsys.readouterr().err == (
+        f"error: --methods={methods}: methods must be all, or names among ppo,dpo,reinforce,rloo,grpo,rrhf,ipo, "
+        f"each once, got {methods!r}\n")
 
 
 def test_goes_on_after_a_stop(cfg, monkeypatch):

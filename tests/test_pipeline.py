@@ -9,7 +9,9 @@ import collect
 import common
 import dpo
 import ppo
+import reinforce
 import reward
+import rrhf
 import sft
 from data.toy import prepare, world
 from model import load_policy, load_reward_model
@@ -53,6 +55,9 @@ def test_the_toy_world_from_text_to_dpo(tmp_path, monkeypatch):
         log = run(dpo, out_dir=at(loss), max_steps=4, batch_size=4, loss=loss, **preferences)
         assert log[-1]['step'] == 4 and 'val_margin' in log[-1] and log[0]['val_margin'] == pytest.approx(0.0, abs=1e-5)
 
+    log = run(rrhf, out_dir=at('rrhf'), max_steps=4, batch_size=4, **preferences)
+    assert log[-1]['step'] == 4 and 'val_rank_loss' in log[-1]
+
     options = dict(policy=at('sft'), reward_model=at('reward'), prompts=data('prompts_train'), max_new_tokens=12,
                    batch_size=4, minibatches=2, epochs=2, max_steps=2, gold='toy')
     for name, more in dict(separate=dict(whiten_rewards=True, entropy_coef=0.01),
@@ -61,6 +66,10 @@ def test_the_toy_world_from_text_to_dpo(tmp_path, monkeypatch):
         log = run(ppo, out_dir=at(name), **options | more)
         assert log[0]['first_ratio'] < 1e-4 and {'reward', 'kl', 'gold', 'ended'} <= set(log[1])
         load_policy(at(name))
+    for kind in ('reinforce', 'rloo', 'grpo'):
+        log = run(reinforce, out_dir=at(kind), kind=kind, n_answers=2, **options)
+        assert log[0]['first_ratio'] < 1e-4 and {'reward', 'kl', 'gold', 'ended'} <= set(log[1])
+        load_policy(at(kind))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ expected reward and the KL are sums; the options of the update; resuming, micro-
 """
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +11,12 @@ import torch
 import common
 import ppo
 from data.toy import world
-from model import GPT, GPTConfig
+from model import GPT
 from ppo import Models, adapt_kl_coef, gae, policy_loss, roll_out, token_rewards, update, value_loss
 from rollout import kl_k1, masked_mean, pack
-from tiny import (DEMONSTRATIONS, PROMPTS, TOK, assert_ctrl_c_resumes_exactly, assert_resumes_exactly, by_hand,
-                  checkpoint, gradients, has_checkpoint, records, run, stops, weights)
-
-RUN = common.Run('cpu', 'float32')
+from tiny import (ANSWERS, BED_TOK, DEMONSTRATIONS, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes,
+                  assert_ctrl_c_resumes_exactly, assert_resumes_exactly, bed, by_hand, checkpoint, enumerated,
+                  gradients, has_checkpoint, records, run, stops, weights)
 
 
 def T(values, requires_grad=False):
@@ -116,31 +114,7 @@ def test_adapt_kl_coef_by_hand(kl, expected):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the test bed: words 0 1 2 and the end of text 3, the prompt [0], answers of at most 2 tokens
-
-EOS, PROMPT = 3, [0]
-BED_TOK = SimpleNamespace(eos=EOS)
-ANSWERS = [[EOS]] + [[a, b] for a in range(3) for b in range(4)] # all 13 of them
-N_TOKENS = 25 # 1 + 12 * 2
-
-
-def bed(seed, **heads):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=4, vocab_size=4, n_layer=1, n_head=1, n_embd=8, **heads))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn(p.shape))
-    return model
-
-
-def enumerated(policy, reference=None):
-    """log pi of all answers (13,), and, with a reference, KL(policy || reference), a sum over them."""
-    r = pack([PROMPT] * 13, ANSWERS, [[0.0] * len(a) for a in ANSWERS], EOS)
-    logp = policy.logp(r.idx, r.mask).sum(1) # (13,)
-    if reference is None:
-        return logp
-    return logp, (logp.exp() * (logp - enumerated(reference))).sum()
-
+# the test bed of tiny.py
 
 def test_the_bed_is_complete():
     assert enumerated(bed(0)).exp().sum().item() == by_hand(1.0)
@@ -174,16 +148,6 @@ def test_the_losss_gradient_is_that_of_the_enumerated_objective(beta):
     assert max(g.abs().max().item() for g in expected) > 0.01
     for p, g in zip(policy.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=0, atol=1e-6)
-
-
-class LikesOnes(torch.nn.Module):
-    """A reward of 1 for each 1 in the answer."""
-
-    def rewards(self, idx, lengths):
-        return T([float((row[1:n] == 1).sum()) for row, n in zip(idx, lengths)])
-
-
-REWARDS = T([float(a.count(1)) for a in ANSWERS])
 
 
 def config(**more):

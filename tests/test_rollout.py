@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import common
 from model import GPT, GPTConfig, token_logp
-from rollout import (check_same_vocabulary, frozen_logp, frozen_rewards, frozen_values, kl_k1, kl_k3, masked_mean, pack,
-                     pair_agreement, sample_answers, score_answers, whiten)
+from rollout import (check_same_vocabulary, frozen_logp, frozen_rewards, frozen_values, kl_k1, kl_k3, masked_mean,
+                     micro_batches, pack, pair_agreement, ratio_stats, sample_answers, score_answers, whiten)
 
 EOS = 9
 
@@ -73,6 +74,33 @@ def test_kl_gradients_by_hand():
     # d/dlogp (q/p - 1 - ln q/p) = 1 - q/p: 1 - 1/2, 1 - 2
     assert torch.autograd.grad(kl_k3(logp, ref_logp).sum(), logp)[0].tolist() == by_hand([0.5, -1.0])
     assert torch.autograd.grad(kl_k1(logp, ref_logp).sum(), logp)[0].tolist() == by_hand([1.0, 1.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what an update is made of
+
+def test_ratio_stats_by_hand():
+    logp = torch.log(torch.tensor([[1.5, 1.1, 3.0], [0.4, 5.0, 5.0]])) # the last column and the row's end are padding
+    mask = torch.tensor([[1., 1., 0.], [1., 0., 0.]])
+    far, stats = ratio_stats(logp * mask, torch.zeros(2, 3), mask, 0.2)
+    assert far.item() == by_hand(0.6) # 1 - 0.4
+    assert stats['ratio'].item() == by_hand(1.0) # (1.5 + 1.1 + 0.4) / 3
+    assert stats['clipfrac'].item() == by_hand(0.666667) # 1.1 alone is within 0.8 to 1.2
+    # k3 = ratio - 1 - log(ratio): 0.5 - 0.405465, 0.1 - 0.095310, -0.6 + 0.916291; their mean
+    assert stats['approx_kl'].item() == by_hand(0.138505)
+
+
+def test_micro_batches_by_hand():
+    lengths = torch.tensor([5, 3, 4, 2])
+    mask = torch.tensor([[0., 0., 1., 1.], [1., 1., 0., 0.], [0., 0., 1., 0.], [1., 0., 0., 0.]])
+    batch = dict(idx=torch.arange(20).view(4, 5), mask=mask, x=torch.arange(16).view(4, 4))
+    parts = list(micro_batches(batch, lengths, torch.tensor([0, 3, 1]), 2, common.Run('cpu', 'float32')))
+    # rows by length are 3 1 0, in parts of two and one; 1 + 2 and 2 of their 5 tokens; row 2 is not asked for
+    assert [share.item() for _, share in parts] == by_hand([0.6, 0.4])
+    (first, _), (second, _) = parts
+    assert first['idx'].tolist() == [[15, 16, 17], [5, 6, 7]] and first['x'].tolist() == [[12, 13], [4, 5]]
+    assert first['mask'].tolist() == [[1, 0], [1, 1]]
+    assert second['idx'].tolist() == [[0, 1, 2, 3, 4]] and second['x'].tolist() == [[0, 1, 2, 3]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

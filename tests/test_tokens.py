@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tokens
-from tokens import (Batches, Rows, Stream, collate, collate_answers, dialogue, encode_comparisons,
+from tokens import (Batches, Rows, Stream, by_length, collate, collate_answers, dialogue, encode_comparisons,
                     encode_demonstrations, encode_prompts, encode_rankings, encode_text, is_text_file, load_tokenizer,
-                    load_training_set, merge, pad, prompt_ids, read_preferences, read_records, response_ids, save_bpe,
-                    train_bpe, truncate, write_records)
+                    load_training_set, merge, pad, prompt_ids, read_preferences, read_ranked, read_records,
+                    response_ids, save_bpe, train_bpe, truncate, write_records)
 
 CACHE = Path(__file__).resolve().parents[2] / "shared" / "tiktoken_cache"
 BYTES = load_tokenizer("bytes")
@@ -559,3 +559,27 @@ def test_preferences(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             read_preferences(tmp_path / "bad.jsonl")
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_ranked_preferences(tmp_path, capsys):
+    """Records whose answers all tie are left out; scores, where asked for and there, come before the ranks."""
+    rows = [dict(prompt="a", responses=["x", "y"], ranks=[1, 1]),
+            dict(prompt="b", responses=["x", "y"], ranks=[0, 1], scores=[0.25, 1.5]),
+            dict(prompt="c", responses=["x", "y"], ranks=[0, 1], scores=[2, 2]),
+            dict(prompt="d", responses=["x", "y"], ranks=[1, 0], scores=None),
+            dict(prompt="e", responses=["x", "y"], ranks=[1, 1], scores=[0, 1])]
+    write_records(tmp_path / "r.jsonl", rows)
+    found = lambda *more: [(r["prompt"], r["ranks"]) for r in read_ranked(tmp_path / "r.jsonl", *more)]
+    assert found() == [("b", [0, 1]), ("c", [0, 1]), ("d", [1, 0])]
+    assert found(True) == [("b", [-0.25, -1.5]), ("d", [1, 0]), ("e", [0, -1])]
+    write_records(tmp_path / "ties.jsonl", rows[:1])
+    with pytest.raises(SystemExit) as stopped:
+        read_ranked(tmp_path / "ties.jsonl")
+    assert stopped.value.code == 2 and capsys.readouterr().err == (
+        f"error: {tmp_path / 'ties.jsonl'}: all answers of every prompt tie; wanted some that are ranked above others\n")
+
+
+def test_rows_by_length():
+    rows = [([1] * p, [[2] * n for n in answers], None) for p, answers in ((4, (4, 4)), (1, (1, 1)), (2, (9,)), (3, (2,)),
+                                                                           (5, (1, 1, 1)))] # 12 3 11 5 8 tokens
+    assert by_length(rows, 2) == [[1, 3], [4, 2], [0]] and by_length(rows, 9) == [[1, 3, 4, 2, 0]]

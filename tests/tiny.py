@@ -2,12 +2,14 @@
 import os
 import signal
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import common
 from model import GPT, GPTConfig
+from rollout import pack
 from tokens import load_tokenizer, write_records
 
 torch.set_num_threads(1)
@@ -188,3 +190,41 @@ def assert_nan_stops(tmp_path, capsys, script, option, **options):
     assert 'step 2' in line
     assert torch.load(os.path.join(out, 'state.pt'), weights_only=True)['step'] == 1
     GPT.from_pretrained(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a test bed that can be enumerated: words 0 1 2 and the end of text 3, the prompt [0], answers of at most 2 tokens
+
+RUN = common.Run('cpu', 'float32')
+EOS, PROMPT = 3, [0]
+BED_TOK = SimpleNamespace(eos=EOS)
+ANSWERS = [[EOS]] + [[a, b] for a in range(3) for b in range(4)] # all 13 of them
+N_TOKENS = 25 # 1 + 12 * 2
+
+
+def bed(seed, **heads):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=4, vocab_size=4, n_layer=1, n_head=1, n_embd=8, **heads))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    return model
+
+
+def enumerated(policy, reference=None):
+    """log pi of all answers (13,), and, with a reference, KL(policy || reference), a sum over them."""
+    r = pack([PROMPT] * 13, ANSWERS, [[0.0] * len(a) for a in ANSWERS], EOS)
+    logp = policy.logp(r.idx, r.mask).sum(1) # (13,)
+    if reference is None:
+        return logp
+    return logp, (logp.exp() * (logp - enumerated(reference))).sum()
+
+
+class LikesOnes(torch.nn.Module):
+    """A reward of 1 for each 1 in the answer."""
+
+    def rewards(self, idx, lengths):
+        return torch.tensor([float((row[1:n] == 1).sum()) for row, n in zip(idx, lengths)])
+
+
+REWARDS = torch.tensor([float(a.count(1)) for a in ANSWERS])

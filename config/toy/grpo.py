@@ -1,0 +1,16 @@
+# GRPO on the toy world
+#   python reinforce.py config/toy/grpo.py
+policy = "out/toy/sft"
+reward_model = "out/toy/reward"
+prompts = "data/toy/prompts_train.jsonl"
+max_new_tokens = 32
+kind = "grpo"
+epochs = 2
+minibatches = 2
+max_steps = 44
+batch_size = 64
+grad_accum = 4
+lr = 5e-4
+kl_coef = 0.1
+gold = "toy"
+out_dir = "out/toy/grpo"

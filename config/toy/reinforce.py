@@ -1,0 +1,14 @@
+# RLOO on the toy world: four answers to a prompt, each judged by the mean of the other three. No critic.
+#   python reinforce.py config/toy/rloo.py
+policy = "out/toy/sft"
+reward_model = "out/toy/reward"
+prompts = "data/toy/prompts_train.jsonl"
+max_new_tokens = 32
+kind = "reinforce"
+max_steps = 60
+batch_size = 128
+grad_accum = 4
+lr = 1e-3
+kl_coef = 0.07
+gold = "toy"
+out_dir = "out/toy/reinforce"

@@ -1,0 +1,206 @@
+"""rrhf.py: the loss and the logged metrics by hand, scores or ranks, resuming, micro-batches, what is refused."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rrhf
+from model import GPT
+from rrhf import batch_loss, rrhf_loss
+from tiny import (COMPARISONS, RANKINGS, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
+                  assert_same_for_micro_batches, by_hand, checkpoint, gradients, has_checkpoint, records, run, stops,
+                  weights)
+from tokens import prompt_ids, response_ids
+
+NAN = float('nan')
+
+
+def T(values, requires_grad=False):
+    return torch.tensor(values, requires_grad=requires_grad)
+
+
+@pytest.fixture
+def sft_model(tmp_path):
+    return checkpoint(tmp_path / 'sft')
+
+
+@pytest.fixture
+def data(tmp_path):
+    return records(tmp_path / 'rankings.jsonl', RANKINGS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss
+
+@pytest.mark.parametrize('p, scores, loss, grad', [
+    # the wrong way round: 1 over 2 by 1, 1 over 3 by 2, 2 over 3 by 1; each pair pulls by 1 whatever its distance
+    ([-1., -2., -3.], [0., 1., 2.], 4.0, [2.0, 0.0, -2.0]),
+    ([-1., -2., -3.], [2., 1., 0.], 0.0, [0.0, 0.0, 0.0]), # in order: nothing, there is no margin
+    ([-1., -.5, -2.], [1., 3., 3.], 1.0, [1.0, 0.0, -1.0]), # the tie of the last two gives no term; -1 over -2
+    ([-1., -2., -3.], [5., 5., 5.], 0.0, [0.0, 0.0, 0.0]),
+    ([-2., -2.5], [0.1, 0.2], 0.5, [1.0, -1.0]), # how far apart the scores are does not count
+])
+def test_rrhf_loss_by_hand(p, scores, loss, grad):
+    p = T([p], True)
+    out = rrhf_loss(p, T([scores]))
+    out.backward()
+    assert out.shape == () and out.item() == by_hand(loss) and p.grad.tolist() == [by_hand(grad)]
+
+
+@pytest.mark.parametrize('absurd', [1e6, -7e8, math.inf, NAN])
+def test_rrhf_loss_is_a_mean_over_prompts_and_blind_to_answers_that_are_not_there(absurd):
+    p = T([[-1., -2., -3.], [-2., -2.5, absurd]], True)
+    out = rrhf_loss(p, T([[0., 1., 2.], [0., 1., NAN]]))
+    out.backward()
+    assert out.item() == by_hand(2.25) # (4 + 0.5) / 2
+    assert p.grad.tolist() == [by_hand([1.0, 0.0, -1.0]), by_hand([0.5, -0.5, 0.0])]
+
+
+def test_batch_loss_by_hand():
+    # answers of 2, 4, 1 tokens and of 1, 2; their mean log-probabilities -1 -0.5 -3 and -2 -1
+    rows = [([7], [[1, 1], [1, 1, 1, 1], [1]], [0, 1, 1]), ([7], [[1], [1, 1]], [0.75, 1.5])] # the second: -scores
+    answers = SimpleNamespace(sizes=T([2, 4, 1, 1, 2]))
+    logp = T([-2., -2., -3., -2., -2.], True)
+    loss, metrics = batch_loss(logp, rows, answers, SimpleNamespace(rank_coef=4.0))
+    loss.backward()
+    # prompt 1: its best, answer 1, is below answer 2 by 0.5; prompt 2: its best is below the other one by 1
+    assert metrics['rank_loss'].item() == by_hand(0.75)
+    assert metrics['sft_loss'].item() == by_hand(1.5) # (1 + 2) / 2
+    assert loss.item() == by_hand(4.5) # 4 * 0.75 + 1.5
+    assert metrics['accuracy'].item() == by_hand(0.25) # half of prompt 1's pairs, none of prompt 2's
+    assert not any(v.requires_grad for v in metrics.values())
+    # d/dp: answer 1 is best, -1/2, and too unlikely, -4/2: -2.5 for 2 tokens; answer 2 +4/2 for 4 tokens; …
+    assert logp.grad.tolist() == by_hand([-1.25, 0.5, 0.0, -2.5, 1.0])
+
+
+def test_the_first_of_equally_good_answers_is_learnt():
+    rows = [([7], [[1], [1], [1]], [1, 0, 0])]
+    logp = T([-3., -1., -2.], True)
+    loss, _ = batch_loss(logp, rows, SimpleNamespace(sizes=T([1, 1, 1])), SimpleNamespace(rank_coef=1.0))
+    loss.backward()
+    assert loss.item() == by_hand(1.0) and logp.grad.tolist() == by_hand([0.0, -1.0, 0.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+def test_the_gradient_of_a_run_by_one_answer_at_a_time(tmp_path, sft_model, data, monkeypatch):
+    """The whole loss of all eight prompts, each answer on its own row, pair by pair."""
+    (grads,), log = gradients(monkeypatch, rrhf, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data,
+                              batch_size=8, max_steps=1, rank_coef=3.0)
+    model, total = GPT.from_pretrained(sft_model), 0.0
+    for r in RANKINGS:
+        prompt, p = prompt_ids(TOK, r['prompt']), []
+        for response in r['responses']:
+            ids = prompt + response_ids(TOK, response)
+            logp = model(T([ids]))[0].log_softmax(-1)[0]
+            p.append(sum(logp[t - 1, ids[t]] for t in range(len(prompt), len(ids))) / (len(ids) - len(prompt)))
+        total = total - p[r['ranks'].index(0)] / 8
+        for i, worse in enumerate(r['ranks']):
+            for j, better in enumerate(r['ranks']):
+                if better < worse and p[i] > p[j]:
+                    total = total + 3.0 * (p[i] - p[j]) / 8
+    assert log[0]['loss'] == pytest.approx(total.item(), abs=1e-5)
+    for g, e in zip(grads, torch.autograd.grad(total, list(model.parameters())), strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=1e-5)
+
+
+def test_a_run_learns_the_order(tmp_path, sft_model, data):
+    log = run(rrhf, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, batch_size=8,
+              max_steps=40, lr=0.01, eval_every=20)
+    names = ['loss', 'rank_loss', 'sft_loss', 'accuracy']
+    assert set(log[0]) == {'step', 'time'} | {'val_' + name for name in names}
+    assert set(log[1]) == {'step', 'time', 'lr', 'grad_norm'} | set(names)
+    assert [line['step'] for line in log if 'val_loss' in line] == [0, 20, 40]
+    for name in names: # before the first update the training batch is the held-out set
+        assert log[0]['val_' + name] == pytest.approx(log[1][name], abs=1e-5)
+    assert log[-1]['val_accuracy'] > 0.9 and log[-1]['val_loss'] < log[0]['val_loss'] - 0.5
+
+
+def test_scores_come_before_ranks(tmp_path, sft_model):
+    """Scores that contradict the ranks win; use_scores=False, and records without scores, go by the ranks."""
+    turned = [r | dict(scores=[float(k) for k in r['ranks']]) for r in RANKINGS] # the worst rank scores best
+    reverse = [r | dict(ranks=[max(r['ranks']) - k for k in r['ranks']]) for r in RANKINGS]
+    options = dict(init_from=sft_model, batch_size=8, max_steps=1)
+    first = lambda name, rows, **more: run(rrhf, out_dir=str(tmp_path / name), **options | more,
+                                           train_data=records(tmp_path / f"{name}.jsonl", rows))[0]['loss']
+    by_ranks = first('a', RANKINGS)
+    assert first('b', turned) == by_hand(first('c', reverse)) != by_ranks
+    assert first('d', turned, use_scores=False) == by_hand(by_ranks)
+
+
+def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
+    assert_resumes_exactly(tmp_path, rrhf, init_from=sft_model, train_data=data, batch_size=4)
+
+
+def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
+    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, rrhf, init_from=sft_model, train_data=data,
+                                  batch_size=4)
+
+
+def test_micro_batches_of_different_token_counts(tmp_path, sft_model, data, monkeypatch):
+    assert_same_for_micro_batches(monkeypatch, tmp_path, rrhf, ('loss', 'rank_loss', 'sft_loss', 'accuracy'),
+                                  init_from=sft_model, train_data=data, batch_size=8, max_steps=2)
+
+
+def test_comparisons_are_rankings_of_two(tmp_path, sft_model):
+    rows = [dict(prompt=r['prompt'], responses=[r['rejected'], r['chosen']], ranks=[1, 0]) for r in COMPARISONS]
+    logs = [run(rrhf, out_dir=str(tmp_path / name), init_from=sft_model, batch_size=4, max_steps=2,
+                train_data=records(tmp_path / f"{name}.jsonl", data))
+            for name, data in (('a', COMPARISONS), ('b', rows))]
+    for a, b in zip(*logs, strict=True):
+        assert a['loss'] == by_hand(b['loss']) and a['accuracy'] == by_hand(b['accuracy'])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
+    assert_nan_stops(tmp_path, capsys, rrhf, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
+                     grad_clip=0.0)
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(rank_coeff=2), '--rank_coeff=2: unknown option rank_coeff, did you mean rank_coef?'),
+    (dict(rank_coef=-1), '--rank_coef=-1: rank_coef must be at least 0, got -1.0'),
+    (dict(use_scores=1), '--use_scores=1: use_scores must be bool, got 1'),
+    (dict(train_data=''), "train_data must be a file of rankings or comparisons, got ''"),
+    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(init_from='nowhere'), 'nowhere'),
+    (dict(resume=True), 'state.pt is missing'),
+])
+def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
+    out = str(tmp_path / 'out')
+    assert expected in stops(capsys, rrhf, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
+    assert not has_checkpoint(out)
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('{"prompt": "Hi", "responses": ["a", "b"]}', 'to have `ranks`'),
+    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0]}', '`ranks` to be 2 integers'),
+    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1], "scores": [1]}', '`scores` to be 2 numbers'),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
+    path, out = tmp_path / 'd.jsonl', str(tmp_path / 'out')
+    path.write_text('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]}\n' + line + '\n')
+    said = stops(capsys, rrhf, out_dir=out, init_from=sft_model, train_data=str(path))
+    assert said.startswith(f"{path}:2: ") and expected in said and not has_checkpoint(out)
+
+
+def test_answers_that_all_tie(tmp_path, sft_model, capsys):
+    rows, out = [dict(prompt='Hi', responses=['a', 'b'], ranks=[0, 1], scores=[0.5, 0.5])], str(tmp_path / 'out')
+    path = records(tmp_path / 'ties.jsonl', rows)
+    said = stops(capsys, rrhf, out_dir=out, init_from=sft_model, train_data=path)
+    assert said == f"{path}: all answers of every prompt tie; wanted some that are ranked above others"
+    assert not has_checkpoint(out)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
+    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
+    said = stops(capsys, rrhf, out_dir=out, init_from=head, train_data=data)
+    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
+    before = weights(sft_model)
+    assert 'holds a checkpoint' in stops(capsys, rrhf, out_dir=sft_model, init_from=sft_model, train_data=data)
+    assert weights(sft_model) == before
