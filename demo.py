@@ -8,14 +8,16 @@ The whole pipeline on the toy world, from text to an aligned model, in minutes o
     python demo.py --seed=2 --out_dir=out/toy2
     python demo.py --fresh=True
 
-It runs the scripts that one would run by hand, and prints each command before. A second run reuses what is finished
-and goes on with what is not. In the end it prints tables, three dialogues, and where the figures are.
+It runs the scripts that one would run by hand, two side by side where they do not need each other, and prints each
+command before. A second run reuses what is finished and goes on with what is not. In the end it prints tables, three dialogues, and where the figures are.
 """
 
 import ast
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,8 @@ from common import fail, launch, require, write_atomic
 DEFAULT = 'out/toy' # where the files in config/toy point
 METHODS = dict(ppo='ppo.py', dpo='dpo.py', reinforce='reinforce.py', rloo='reinforce.py', grpo='reinforce.py',
                rrhf='rrhf.py', ipo='dpo.py') # a config file and a folder each, and their script
+ONLINE = ('ppo.py', 'reinforce.py') # sample their own answers, which a reward model scores
+AT_ONCE = 2 # stages that run side by side, where they do not stand on one another
 
 
 @dataclass
@@ -45,20 +49,24 @@ class Config:
 
 
 def stages(cfg):
-    """(name, script, config file or '', further options, the file that is there once it is done) of every stage."""
-    collect = lambda split, **more: (f'collect {split}', 'collect.py', 'config/toy/collect.py', dict(
-        prompts=f'data/toy/prompts_{split}.jsonl', out=f'{cfg.out_dir}/rankings_{split}.jsonl', **more),
-        f'{cfg.out_dir}/rankings_{split}.jsonl')
-    train = lambda name, script, folder: (
-        name, script, f'config/toy/{name}.py', {}, f'{cfg.out_dir}/{folder}/model.safetensors')
-    methods = cfg.methods.split(',')
+    """
+    Every stage: name, script, config file or '', further options, the file that is there once it is done, and the names
+    of the stages that it stands on.
+    """
+    collect = lambda split: (f'collect {split}', 'collect.py', 'config/toy/collect.py', dict(
+        prompts=f'data/toy/prompts_{split}.jsonl', out=f'{cfg.out_dir}/rankings_{split}.jsonl'),
+        f'{cfg.out_dir}/rankings_{split}.jsonl', ['sft'])
+    train = lambda name, script, folder, *needs: (
+        name, script, f'config/toy/{name}.py', {}, f'{cfg.out_dir}/{folder}/model.safetensors', needs)
+    rankings, methods = ['collect train', 'collect test'], cfg.methods.split(',')
     models = ','.join(f'{name}={cfg.out_dir}/{name}' for name in ['base', 'sft', *methods])
-    return [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken'),
-            train('pretrain', 'sft.py', 'base'), train('sft', 'sft.py', 'sft'),
-            collect('train'), collect('test'),
-            train('reward', 'reward.py', 'reward'), *(train(name, METHODS[name], name) for name in methods),
+    return [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken', []),
+            train('pretrain', 'sft.py', 'base', 'data'), train('sft', 'sft.py', 'sft', 'pretrain'),
+            collect('train'), collect('test'), train('reward', 'reward.py', 'reward', *rankings),
+            *(train(name, METHODS[name], name, *(['reward'] if METHODS[name] in ONLINE else rankings))
+              for name in methods),
             ('evaluate', 'evaluate.py', 'config/toy/evaluate.py', dict(models=models),
-             f'{cfg.out_dir}/evaluate/results.json')]
+             f'{cfg.out_dir}/evaluate/results.json', ['reward', *methods])]
 
 
 def moved_paths(path, out_dir):
@@ -71,59 +79,90 @@ def moved_paths(path, out_dir):
     return {k: v.replace(DEFAULT, out_dir) for k, v in options.items() if isinstance(v, str) and DEFAULT in v}
 
 
-def run(command):
-    """Run a command as a user would type it; Ctrl-C reaches it too, and ends the demo once it has saved."""
-    process = subprocess.Popen(command)
+def command_of(stage, cfg):
+    """The words of a stage's command, as a user would type them."""
+    name, script, config, options, *_ = stage
+    options = moved_paths(config, cfg.out_dir) | options | (dict(seed=cfg.seed) if name != 'data' else {})
+    return ['python', script, *([config] if config else []), *(f'--{k}={v}' for k, v in options.items())]
+
+
+def start(command, slot):
+    """Print a command and start it. slot: the terminal's line for its progress bar."""
+    threads = dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1')) # so small a model gains nothing by a second
+    print('\n$ ' + ' '.join([*(f'{k}={v}' for k, v in threads.items()), *command]), flush=True)
+    return subprocess.Popen([sys.executable, *command[1:]], env=os.environ | threads | dict(TQDM_POSITION=str(slot)))
+
+
+def first_to_end(running):
+    """The name of the first of {name: (process, …)} that ends. Ctrl-C reaches all of them: they save and end."""
     while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            pass # the stage was sent the same signal: it saves and ends
+        with contextlib.suppress(KeyboardInterrupt):
+            for name, (process, *_) in running.items():
+                if process.poll() is not None:
+                    return name
+            time.sleep(0.02)
 
 
 def main(cfg):
+    began = time.time()
     if cfg.fresh:
         shutil.rmtree(cfg.out_dir, ignore_errors=True)
     os.makedirs(cfg.out_dir, exist_ok=True)
-    record = f'{cfg.out_dir}/demo.json' # {stage: [its command, seconds; null while it runs]}
-    before, done = {}, {}
-    if os.path.exists(record):
-        with open(record, encoding='utf-8') as f:
+    path, before = f'{cfg.out_dir}/demo.json', {}
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
             before = json.load(f)
+    todo, record = stages(cfg), {} # record: {stage: [its command, seconds; null until it is done]}
+    anew, running, code = set(), {}, 0 # stages done by this run; {stage: (process, slot, when it began)}
 
-    for name, script, config, options, product in stages(cfg):
-        options = moved_paths(config, cfg.out_dir) | options
-        if script != 'data/toy/prepare.py':
-            options |= dict(seed=cfg.seed)
-        words = ['python', script, *([config] if config else []), *(f'--{k}={v}' for k, v in options.items())]
-        last, seconds = before.get(name, (None, None))
-        if last == words and seconds is not None and os.path.exists(product):
-            print(f"{name}: done before, in {seconds:.0f} s")
-            done[name] = before[name]
-            continue
-        command = words
-        if script not in ('data/toy/prepare.py', 'evaluate.py'):
-            state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
-            stopped = last == words and seconds is None and os.path.exists(state)
-            command = words + ['--resume=True' if stopped else '--overwrite=True']
-        before = {} # what stands on this stage has to be made anew
-        write_atomic(record, json.dumps(done | {name: [words, None]}, indent=1))
-        print('\n$ ' + ' '.join(command), flush=True)
-        start = time.time()
-        code = run([sys.executable, *command[1:]])
-        if code:
-            print(f"{name} ended with exit code {code}; python demo.py goes on from here", file=sys.stderr)
-            raise SystemExit(code)
-        done[name] = [words, round(time.time() - start, 2)]
-        write_atomic(record, json.dumps(done, indent=1))
+    def put(name, words, seconds):
+        record[name] = [words, seconds]
+        write_atomic(path, json.dumps(record, indent=1))
 
-    seconds = {name: done[name][1] for name, *_ in stages(cfg)}
+    while running or todo and not code:
+        for stage in list(todo):
+            name, script, _, _, product, needs = stage
+            if code or len(running) == AT_ONCE or not all(record.get(n, (0, None))[1] is not None for n in needs):
+                continue
+            todo.remove(stage)
+            words = command_of(stage, cfg)
+            last, seconds = before.get(name, (None, None))
+            same = last == words and not anew & set(needs) # else what it was made from has changed
+            if same and seconds is not None and os.path.exists(product):
+                print(f"{name}: done before, in {seconds:.0f} s")
+                put(name, words, seconds)
+                continue
+            command = words
+            if name not in ('data', 'evaluate'):
+                state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
+                stopped = same and seconds is None and os.path.exists(state)
+                command = words + ['--resume=True' if stopped else '--overwrite=True']
+            slot = min(set(range(AT_ONCE)) - {slot for _, slot, _ in running.values()})
+            put(name, words, None)
+            running[name] = start(command, slot), slot, time.time()
+        if running:
+            name = first_to_end(running)
+            process, _, started = running.pop(name)
+            if process.returncode == 0:
+                anew.add(name)
+                put(name, record[name][0], round(time.time() - started, 2))
+            else:
+                print(f"{name} ended with exit code {process.returncode}; python demo.py goes on from here",
+                      file=sys.stderr)
+                if not code and process.returncode != 130: # after Ctrl-C the other one knows already
+                    for other, *_ in running.values():
+                        other.send_signal(signal.SIGINT) # it saves and ends
+                code = code or process.returncode
+    if code:
+        raise SystemExit(code)
+
+    seconds = {name: record[name][1] for name, *_ in stages(cfg)}
     path = f'{cfg.out_dir}/evaluate/results.json'
     with open(path, encoding='utf-8') as f:
         results = json.load(f)
     write_atomic(path, json.dumps(results | dict(seconds=seconds, seed=cfg.seed), indent=1))
     print('\nseconds: ' + ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), end='')
-    print(f'; {sum(seconds.values()):.0f} in all')
+    print(f'; {time.time() - began:.0f} in all, {AT_ONCE} at a time')
     print(f"results: {path}; figures: {cfg.out_dir}/evaluate/*.png")
     first = cfg.methods.split(',')[0]
     print(f'talk to it: python sample.py --policy={cfg.out_dir}/{first} --prompt="Where does the fox live?"')

@@ -1,6 +1,7 @@
 """demo.py: which commands it runs, what it reuses, and how it goes on after a stop. The stages themselves are faked."""
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,26 +13,50 @@ STAGES = ['data', 'pretrain', 'sft', 'collect train', 'collect test', 'reward', 
 
 
 class Fake:
-    """Stands in for demo.run: notes the commands, leaves each stage's product, and fails where it is told to."""
+    """Stands in for demo.start: notes the commands, leaves each stage's product, and fails where it is told to."""
 
     def __init__(self, monkeypatch, cfg):
         self.commands, self.fail_at, self.cfg = [], None, cfg
-        monkeypatch.setattr(demo, 'run', self)
+        self.signals, self.busy, self.at_once, self.code = [], set(), 0, 130
+        monkeypatch.setattr(demo, 'start', self)
 
-    def __call__(self, command):
+    def __call__(self, command, slot):
+        assert slot == min({0, 1} - self.busy) # the lowest line that is free
         self.commands.append(command)
-        name, *_, product = next(s for s in demo.stages(self.cfg) if self.is_stage(s, command))
-        os.makedirs(os.path.dirname(product), exist_ok=True)
-        if name == self.fail_at:
-            Path(os.path.dirname(product), 'state.pt').touch()
-            return 130
-        Path(product).write_text('{}')
-        return 0
+        name, *_, product, needs = next(s for s in demo.stages(self.cfg) if self.is_stage(s, command))
+        self.busy.add(slot)
+        self.at_once = max(self.at_once, len(self.busy))
+        return FakeProcess(self, name, product, needs, slot)
 
     @staticmethod
     def is_stage(stage, command):
         return (command[1] == stage[1] and stage[2] in ('', *command)
                 and all(f'--{k}={v}' in command for k, v in stage[3].items()))
+
+
+class FakeProcess:
+    """Ends when it is asked for the second time."""
+
+    def __init__(self, fake, name, product, needs, slot):
+        self.fake, self.name, self.product, self.slot = fake, name, product, slot
+        self.returncode, self.asked = None, 0
+        done = json.loads(Path(fake.cfg.out_dir, 'demo.json').read_text())
+        assert all(done[need][1] is not None for need in needs) # what it stands on is there
+
+    def poll(self):
+        self.asked += 1
+        if self.asked == 2:
+            os.makedirs(os.path.dirname(self.product), exist_ok=True)
+            self.returncode = self.fake.code if self.name == self.fake.fail_at else 0
+            if self.returncode:
+                Path(os.path.dirname(self.product), 'state.pt').touch()
+            else:
+                Path(self.product).write_text('{}')
+            self.fake.busy.remove(self.slot)
+        return self.returncode
+
+    def send_signal(self, number):
+        self.fake.signals.append((self.name, number))
 
 
 @pytest.fixture
@@ -50,7 +75,8 @@ def test_all_stages_then_none(cfg, monkeypatch, capsys):
     pretrain = fake.commands[1]
     assert pretrain[1:3] == ['sft.py', 'config/toy/pretrain.py']
     assert '--out_dir=out/two/base' in pretrain and '--seed=7' in pretrain and '--overwrite=True' in pretrain
-    ppo = fake.commands[6] # every path into out/toy now points into out/two
+    assert fake.at_once == 2 and [c[1] for c in fake.commands[5:8]] == ['reward.py', 'dpo.py', 'ppo.py']
+    ppo = fake.commands[7] # every path into out/toy now points into out/two
     assert {'--policy=out/two/sft', '--reward_model=out/two/reward', '--out_dir=out/two/ppo'} <= set(ppo)
     results = json.loads(Path('out/two/evaluate/results.json').read_text())
     assert list(results['seconds']) == STAGES and results['seed'] == 7
@@ -101,11 +127,23 @@ def test_goes_on_after_a_stop(cfg, monkeypatch):
     fake.fail_at = 'ppo'
     with pytest.raises(SystemExit) as stop:
         demo.main(cfg)
-    assert stop.value.code == 130 and len(fake.commands) == 7
+    assert stop.value.code == 130 and len(fake.commands) == 8 and fake.signals == []
     fake.fail_at = None
     demo.main(cfg)
-    assert fake.commands[7][1] == 'ppo.py' and '--resume=True' in fake.commands[7]
-    assert fake.commands[8][1] == 'dpo.py' and '--overwrite=True' in fake.commands[8]
+    assert fake.commands[8][1] == 'ppo.py' and '--resume=True' in fake.commands[8]
+    assert fake.commands[9][1] == 'evaluate.py' and len(fake.commands) == 10
+
+
+def test_a_stage_that_fails_stops_the_one_beside_it(cfg, monkeypatch, capsys):
+    fake = Fake(monkeypatch, cfg)
+    fake.fail_at, fake.code = 'reward', 1
+    with pytest.raises(SystemExit) as stop:
+        demo.main(cfg)
+    assert stop.value.code == 1 and fake.signals == [('dpo', signal.SIGINT)]
+    assert 'reward ended with exit code 1' in capsys.readouterr().err
+    record = json.loads(Path('out/two/demo.json').read_text())
+    assert record['reward'][1] is None and record['dpo'][1] is not None # it had come to its end all the same
+    assert 'ppo' not in record
 
 
 def test_what_stands_on_a_changed_stage_is_made_anew(cfg, monkeypatch):
@@ -113,7 +151,7 @@ def test_what_stands_on_a_changed_stage_is_made_anew(cfg, monkeypatch):
     demo.main(cfg)
     os.remove('out/two/reward/model.safetensors')
     demo.main(cfg)
-    assert [c[1] for c in fake.commands[9:]] == ['reward.py', 'ppo.py', 'dpo.py', 'evaluate.py']
+    assert [c[1] for c in fake.commands[9:]] == ['reward.py', 'ppo.py', 'evaluate.py'] # DPO does not need it
     assert all('--resume=True' not in c for c in fake.commands)
     fake.commands.clear()
     demo.main(demo.Config(out_dir='out/two', seed=8)) # another seed: all but the data
