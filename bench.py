@@ -22,14 +22,13 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import common
-from common import fail, launch, require
+from common import checkpoint_file, fail, launch, require
 
 import numpy as np
 import torch
@@ -51,7 +50,8 @@ DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), 
 class Config:
     workload: str = '' # generate, lm, sft, rm, dpo or ppo
     preset: str = 'tiny' # tiny, small or gpt2: random weights of that shape
-    init_from: str = '' # a language model's folder instead of random weights; then its shape counts
+    init_from: str = '' # a language model, folder or on the hub, instead of random weights; then its shape counts
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64
     data: str = '' # comparisons; without: random ids
     batch_size: int = 0 # rows, pairs or prompts at a time; 0 = as above, 8 in the training steps
     steps: int = 4 # optimizer steps in a lap
@@ -74,14 +74,16 @@ class Config:
 def make_model(cfg, run, **heads):
     """The weights of init_from, or random ones of the preset's shape; with the heads asked for, untrained."""
     if cfg.init_from:
-        return load_policy(cfg.init_from, 'init_from', **heads).to(run.device)
+        return load_policy(cfg.init_from, 'init_from', pad_vocab=cfg.pad_vocab, **heads).to(run.device)
     n_layer, n_head, n_embd, vocab_size = PRESETS[cfg.preset]
-    return GPT(GPTConfig(LONGEST + 1, vocab_size, n_layer, n_head, n_embd, **heads)).to(run.device)
+    config = GPTConfig(LONGEST + 1, vocab_size, n_layer, n_head, n_embd, pad_vocab=cfg.pad_vocab, **heads)
+    return GPT(config).to(run.device)
 
 
 def choose_tokenizer(cfg, pairs, vocab_size):
     """The tokenizer beside the weights; else one of the model's size: gpt2, bytes, or a BPE trained on the data."""
-    if cfg.init_from and any(name.startswith('tokenizer') for name in os.listdir(cfg.init_from)):
+    ours = ('tokenizer.tiktoken', 'tokenizer_name')
+    if cfg.init_from and any(checkpoint_file(cfg.init_from, name, absent_ok=True) for name in ours):
         return load_tokenizer(cfg.init_from)
     if vocab_size in (50257, 257):
         return load_tokenizer('gpt2' if vocab_size == 50257 else 'bytes')

@@ -27,7 +27,7 @@ from tokens import encode_prompts, load_tokenizer, parse_line, read_lines, read_
 @dataclass
 class Config:
     out: str = 'out/rankings.jsonl' # the ranking records
-    policy: str = 'out/sft' # who answers
+    policy: str = 'out/sft' # who answers: a folder, or a model on the hub
     prompts: str = '' # prompt records
     max_prompts: int = 0 # use the first so many; 0 = all
     n_answers: int = 4 # K, answers per prompt

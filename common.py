@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -144,19 +145,6 @@ def launch(main, Config):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
-
-
-def fetch_from_hub(repo_id, filename, repo_type='model'):
-    """
-    The local path of a file of the hub, fetched unless it is in the cache already. It is everybody's cache and token,
-    and HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they mean everywhere.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(repo_id, filename, repo_type=repo_type)
-    except Exception as error: # no network, no such file, no permission: one line for each
-        fail(f"{repo_type} {repo_id}: cannot fetch {filename} ({type(error).__name__}); get the file by other means "
-             "and name it or its folder (for a data set: --source=…)")
 
 # ----------------------------------------------------------------------------------------------------------------
 # device, precision, processes
@@ -343,6 +331,68 @@ def check_finite(name, value, step, out_dir):
         raise SystemExit(1)
 
 # ----------------------------------------------------------------------------------------------------------------
+# checkpoints from elsewhere
+
+HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2') # the hub's GPT-2s that have no owner
+
+
+def on_hub(name):
+    """
+    Whether a checkpoint's name means a model on the hub: one of HUB_NAMES, or OWNER/NAME. What is a folder here is the
+    folder; out/NAME and FOLDER/NAME with a folder that is here are mistyped paths, and nobody goes looking for them.
+    """
+    owner, slash, _ = name.partition('/')
+    if os.path.exists(name) or slash and (owner == 'out' or os.path.exists(owner)):
+        return False
+    return name in HUB_NAMES or re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name, re.ASCII) is not None
+
+
+def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
+    """
+    The local path of a file of the hub, fetched into huggingface_hub's cache; its environment variables hold, HF_HOME,
+    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE among them. repo_type: model or dataset. What cannot be asked for is taken
+    from the cache. With absent_ok a file that is not there is None; all else ends the program with one line.
+    """
+    import huggingface_hub as hub # here and nowhere else: whoever stays with folders needs no hub
+    from huggingface_hub import errors
+    file = dict(repo_id=repo_id, filename=filename, repo_type=repo_type)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(**file)) # hf_hub_download alone asks for 25 s where no network is
+        return hub.hf_hub_download(**file)
+    except errors.RemoteEntryNotFoundError:
+        if absent_ok:
+            return None
+        fail(f"{repo_id}: the {repo_type} on the hub has no file {filename}")
+    except errors.GatedRepoError:
+        reason = 'it is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN'
+    except errors.RepositoryNotFoundError:
+        reason = f"no folder of this name here, and no such {repo_type} there; a private one needs HF_TOKEN"
+    except Exception as e: # no network, a switch that forbids it, a proxy, a full disk: the hub has no one exception
+        reason = ' '.join((str(e) or type(e).__name__).split())[:200]
+    try:
+        return hub.hf_hub_download(**file, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        if absent_ok:
+            return None
+    files = 'config.json and model.safetensors' if repo_type == 'model' else filename
+    fail(f"{repo_id}: cannot fetch {filename} from the hub ({reason}); without it, put {files} into a folder and name "
+         f"that folder instead{' (--source=)' if repo_type == 'dataset' else ''}")
+
+
+def checkpoint_file(name, filename, absent_ok=False):
+    """The path of a checkpoint's file; name: a folder, or a model on the hub. absent_ok as in fetch_from_hub."""
+    name = os.fspath(name)
+    if on_hub(name):
+        return fetch_from_hub(name, filename, absent_ok=absent_ok)
+    path = os.path.join(name, filename)
+    if os.path.exists(path):
+        return path
+    if absent_ok:
+        return None
+    fail(f"{path}: No such file or directory; wanted a checkpoint folder with config.json and model.safetensors, or a "
+         f"model on the hub: {', '.join(HUB_NAMES)} or OWNER/NAME (with no folder OWNER here)")
+
+# ----------------------------------------------------------------------------------------------------------------
 # checkpoints and log
 
 def write_atomic(path, text):
@@ -394,7 +444,7 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
-        model.save_pretrained(new)
+        model.save_pretrained(new, tokenizer.eos)
         tokenizer.save(new)
         rng = {'cpu': torch.get_rng_state()}
         if run.device.startswith('cuda'):
@@ -444,12 +494,12 @@ def load_checkpoint(run, cfg, model, optimizers):
     path = os.path.join(cfg.out_dir, 'state.pt')
     if not os.path.exists(path):
         fail(f"--resume=True: {path} is missing, there is no checkpoint to go on from")
-    saved = type(model).from_pretrained(cfg.out_dir)
+    saved, *weights = model.open_pretrained(cfg.out_dir)
     for f in dataclasses.fields(model.config):
-        old, new = getattr(saved.config, f.name), getattr(model.config, f.name)
-        if f.name != 'dropout' and old != new:
+        old, new = getattr(saved, f.name), getattr(model.config, f.name)
+        if f.name not in ('dropout', 'pad_vocab') and old != new: # these two are not in the checkpoint
             fail(f"--resume=True: {f.name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
-    model.load_state_dict(saved.state_dict())
+    model.load_tensors(*weights)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         for name, optimizer in optimizers.items():

@@ -28,7 +28,8 @@ from tokens import Batches, by_length, collate_answers, encode_rankings, load_to
 @dataclass
 class Config:
     out_dir: str = 'out/dpo' # the checkpoint
-    init_from: str = 'out/sft' # the SFT model; also the reference
+    init_from: str = 'out/sft' # the SFT model, a folder or a model on the hub; also the reference
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
     train_data: str = '' # comparisons or rankings
     val_data: str = '' # the same, held out
     loss: str = 'dpo' # dpo or ipo
@@ -150,7 +151,7 @@ def evaluate(model, rows, ref, cfg, run):
 def main(cfg):
     run = common.start(cfg)
     tok = load_tokenizer(cfg.init_from)
-    model = load_policy(cfg.init_from, 'init_from').to(run.device)
+    model = load_policy(cfg.init_from, 'init_from', pad_vocab=cfg.pad_vocab).to(run.device)
 
     rows = load_data(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None

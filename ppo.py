@@ -36,8 +36,9 @@ from tokens import Batches, collate, encode_prompts, load_tokenizer, load_traini
 @dataclass
 class Config:
     out_dir: str = 'out/ppo' # the checkpoint
-    policy: str = 'out/sft' # where the policy starts; also the reference
-    reward_model: str = 'out/reward'
+    policy: str = 'out/sft' # where the policy starts, a folder or a model on the hub; also the reference
+    reward_model: str = 'out/reward' # a folder or a model on the hub
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
     prompts: str = '' # prompt records
     max_new_tokens: int = 64 # longest answer, EOS included
     critic: str = 'separate' # separate: a model of its own; shared: a value head on the policy
@@ -148,7 +149,7 @@ class Models:
 
 def load_models(cfg, device):
     shared = cfg.critic == 'shared'
-    policy, reward, reference = load_actors(cfg, device, value_head=shared)
+    policy, reward, reference = load_actors(cfg, device, cfg.pad_vocab, value_head=shared)
     critic = policy
     if not shared: # its value head starts as the reward head
         critic = load_reward_model(cfg.reward_model, value_head=True).to(device)

@@ -31,7 +31,7 @@ from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, re
 @dataclass
 class Config:
     out_dir: str = 'out/reward' # the checkpoint
-    init_from: str = 'out/sft' # the SFT model
+    init_from: str = 'out/sft' # the SFT model: a folder, or a model on the hub
     dropout: float = 0.0
     train_data: str = '' # rankings or comparisons
     val_data: str = '' # the same, held out

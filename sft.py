@@ -28,13 +28,14 @@ from tokens import collate, load_tokenizer, load_training_set
 @dataclass
 class Config:
     out_dir: str = 'out/sft' # the checkpoint
-    init_from: str = 'scratch' # scratch, or a checkpoint folder
+    init_from: str = 'scratch' # scratch, a checkpoint folder, or a model on the hub: gpt2, gpt2-xl, OWNER/NAME
     tokenizer: str = 'gpt2' # with scratch: gpt2, bytes or a .tiktoken file
     n_layer: int = 12 # with scratch: the model's shape
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 1024 # with scratch: the model's context; rows are at most this long
     dropout: float = 0.0
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
     train_data: str = '' # demonstrations (.jsonl), or text (.jsonl or .txt)
     val_data: str = '' # the same, held out
     val_fraction: float = 0.0 # without val_data: hold out this last part of train_data
@@ -98,10 +99,11 @@ def main(cfg):
     # model
     if cfg.init_from == 'scratch':
         tok = load_tokenizer(cfg.tokenizer)
-        model = GPT(GPTConfig(cfg.block_size, tok.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout))
+        model = GPT(GPTConfig(cfg.block_size, tok.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout,
+                              pad_vocab=cfg.pad_vocab))
     else:
         tok = load_tokenizer(cfg.init_from)
-        model = load_policy(cfg.init_from, 'init_from', dropout=cfg.dropout)
+        model = load_policy(cfg.init_from, 'init_from', dropout=cfg.dropout, pad_vocab=cfg.pad_vocab)
     model.to(run.device)
     block_size = model.config.block_size
 
