@@ -149,7 +149,7 @@ def logits(folder):
 def one_line(result):
     code, err, seconds = result
     assert code == 2 and err.startswith('error: ') and err.endswith('\n') and err.count('\n') == 1, err
-    assert seconds < 8 # huggingface_hub alone would go on asking for 25
+    assert seconds < 20 # huggingface_hub alone would go on asking for 25, on an idle machine
     return err
 
 
