@@ -502,6 +502,9 @@ def load_checkpoint(run, cfg, model, optimizers):
     model.load_tensors(*weights)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
+        old, new = state['options'].get('pad_vocab', False), model.config.pad_vocab
+        if old != new: # the weights would fit, the optimizer's rows would not
+            fail(f"--resume=True: pad_vocab is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state['optimizers'][name])
         torch.set_rng_state(state['rng']['cpu'])

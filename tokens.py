@@ -95,6 +95,7 @@ def load_tokenizer(name):
         if not on_hub(name):
             fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {name!r}, which is '
                  'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
+        checkpoint_file(name, 'config.json') # ends here where the hub cannot be asked: the others may well be absent
     if path := checkpoint_file(name, 'tokenizer.tiktoken', absent_ok=True):
         return Tokenizer('tiktoken', load_bpe(path))
     if path := checkpoint_file(name, 'tokenizer_name', absent_ok=True):

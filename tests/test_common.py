@@ -408,6 +408,13 @@ def test_resume_without_a_checkpoint_is_told(tmp_path, capsys):
     assert load_checkpoint(RUN, config(tmp_path), model, {}) is None
 
 
+def test_the_end_of_text_is_the_tokenizers_where_the_model_has_more_words(tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=8))
+    save_checkpoint(RUN, config(tmp_path), model, BYTES, 1, {})
+    saved = json.loads((tmp_path / 'config.json').read_text())
+    assert (saved['vocab_size'], saved['eos_token_id'], saved['bos_token_id']) == (300, 256, 256)
+
+
 def test_resume_with_another_shape_is_told(tmp_path, capsys):
     save_step(tmp_path, 1)
     line = one_line(capsys, lambda: load_checkpoint(RUN, config(tmp_path, resume=True), tiny(n_embd=16), {}))

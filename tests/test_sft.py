@@ -99,6 +99,19 @@ def test_four_steps_equal_two_and_two_more(tmp_path, data):
     assert_resumes_exactly(tmp_path, sft, train_data=data, dropout=0.1, **SCRATCH) # dropout: the generator counts
 
 
+def test_a_padded_vocabulary_resumes_and_leaves_no_trace(tmp_path, data, capsys):
+    """257 tokens in 320 rows: from the same weights the run is the same, and 257 rows are saved."""
+    assert_resumes_exactly(tmp_path, sft, train_data=data, pad_vocab=True, **SCRATCH)
+    options = dict(init_from=checkpoint(tmp_path / 'base'), train_data=data, batch_size=4, max_steps=2)
+    plain = run(sft, out_dir=str(tmp_path / 'a'), **options)
+    padded = run(sft, out_dir=str(tmp_path / 'b'), pad_vocab=True, **options)
+    for a, b in zip(plain, padded, strict=True):
+        assert a['loss'] == by_hand(b['loss']) and a['grad_norm'] == pytest.approx(b['grad_norm'], abs=1e-4)
+    assert GPT.from_pretrained(tmp_path / 'b').wte.weight.shape == (257, 16)
+    line = stops(capsys, sft, out_dir=str(tmp_path / 'b'), resume=True, **options)
+    assert 'pad_vocab is True in' in line and 'False in this run' in line # the optimizer's rows would not fit
+
+
 def test_ctrl_c(tmp_path, data, monkeypatch, capsys):
     assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, sft, train_data=data, **SCRATCH)
 
