@@ -542,22 +542,25 @@ def test_compare(capsys):
 def test_merge(tmp_path, capsys):
     """
     Anna: x > y > z, Ben: y > z > x. Beaten, a tie is half: x 2 + 0, y 1 + 2, z 0 + 1: y, x, z. Of three pairs they
-    agree on y > z alone. Their second rows stand alone.
+    agree on y > z alone. Of s, Ben finds y and z equal: x 2 + 0, y 1 + 1.5, z 0 + 1.5. q and r stand alone.
     """
     anna = records(tmp_path / 'anna.jsonl', [
         dict(prompt='p', responses=['x', 'y', 'z'], ranks=[0, 1, 2], annotator='human', again=[0, 1, 2], number=7),
-        dict(prompt='q', responses=['x', 'y'], ranks=[1, 0], annotator='human')])
+        dict(prompt='q', responses=['x', 'y'], ranks=[1, 0], annotator='human'),
+        dict(prompt='s', responses=['x', 'y', 'z'], ranks=[0, 1, 2])])
     ben = records(tmp_path / 'ben.jsonl', [
         dict(prompt='p', responses=['z', 'y', 'x', 'x'], ranks=[1, 0, 2, 2], annotator='ai', scores=[1., 2., 0., 0.]),
-        dict(prompt='r', chosen='x', rejected='y', responses=['x', 'y'], ranks=[0, 1])])
+        dict(prompt='r', responses=['x', 'y'], ranks=[0, 1]),
+        dict(prompt='s', responses=['x', 'y', 'z'], ranks=[1, 0, 0])])
     out = str(tmp_path / 'out.jsonl')
     run(collect, merge=f'{anna},{ben}', out=out)
     rows = read_records(out, 'rankings')
     assert rows[0] == dict(prompt='p', responses=['x', 'y', 'z'], ranks=[1, 0, 2], annotator='human, ai', raters=2,
                            number=7)
-    assert rows[1]['ranks'] == [1, 0] and rows[1]['raters'] == 1 and rows[2]['ranks'] == [0, 1] and len(rows) == 3
+    assert [(row['prompt'], row['ranks'], row['raters']) for row in rows[1:]] == [
+        ('q', [1, 0], 1), ('s', [1, 0, 2], 2), ('r', [0, 1], 1)]
     said = capsys.readouterr().out
-    # (1/3 - 1/2) / (1/2) = -1/3
-    assert f'{anna} and {ben}: 1 rows in common; the same on 0.333 of 3 pairs, kappa -0.333' in said
+    # of s they agree on no pair: p_o = 1/6; Ben ties one pair of six: p_e = (5/6) / 2 = 5/12; (2/12 - 5/12) / (7/12)
+    assert f'{anna} and {ben}: 2 rows in common; the same on 0.167 of 6 pairs, kappa -0.429' in said
     assert f'{anna}, with themself: 1 rows ranked twice; the same on 1.000 of 3 pairs' in said
-    assert '3 prompts, 1 of them ranked in several files' in said
+    assert '4 prompts, 2 of them ranked in several files' in said
