@@ -6,6 +6,7 @@ with three outcomes: one is better, the other is better, both are equal.
 """
 
 import json
+import os
 from itertools import combinations
 
 from common import fail
@@ -103,6 +104,7 @@ def merge(files, out):
         merged.append(row | dict(ranks=to_ranks([wins[text] for text in row['responses']]), raters=len(rows))
                       | (dict(annotator=', '.join(names)) if names else {}))
     try:
+        os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
         write_records(out, merged)
     except OSError as e:
         fail(f"--out={out}: {e.strerror}")

@@ -121,14 +121,14 @@ def write_answers(cfg, run, writers, records, stretch):
 
 
 def main(cfg):
+    if os.path.exists(cfg.out) and not cfg.overwrite:
+        fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
     if cfg.merge:
         return agreement.merge(cfg.merge.split(','), cfg.out)
     run = common.start(cfg)
     if cfg.annotator == 'human':
         signal.signal(signal.SIGINT, signal.default_int_handler) # everything said is saved: the first Ctrl-C ends
     partial = cfg.out + '.partial'
-    if os.path.exists(cfg.out) and not cfg.overwrite:
-        fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
     if os.path.exists(partial) and not cfg.resume and not cfg.overwrite:
         fail(f"--out={cfg.out}: {partial} holds what is ranked already; go on with it by --resume=True, or drop it by "
              "--overwrite=True")
@@ -159,7 +159,6 @@ def main(cfg):
             f.flush()
             if cfg.annotator == 'human':
                 os.fsync(f.fileno())
-        annotator.progress = len(kept), total
         bar.update()
 
     try:
@@ -177,9 +176,8 @@ def main(cfg):
             todo = (rows + [row | dict(repeat=True) for row in again])[len(done):][::-1] # the next one last
             annotator.rng.seed(seed)
             annotator.look_ahead(todo)
-            annotator.progress = len(kept), total
             while todo and not (by_row and run.interrupted):
-                row = todo.pop()
+                row, annotator.progress = todo.pop(), (len(kept), total)
                 try:
                     ranks = scores = None
                     if len(row['responses']) >= 2:
@@ -190,7 +188,6 @@ def main(cfg):
                     while kept and (todo[-1] is row or len(set(todo[-1]['responses'])) < 2): # to one that was shown
                         todo.append({k: v for k, v in kept.pop().items() if k not in ('ranks', 'scores')})
                     os.truncate(partial, len(to_lines(kept).encode()))
-                    annotator.progress = len(kept), total
             if run.interrupted:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -203,6 +200,7 @@ def main(cfg):
         raise SystemExit(code)
     finally:
         bar.close()
+        annotator.progress = len(kept), total
         said = annotator.close()
 
     firsts = [row for row in kept if 'repeat' not in row]

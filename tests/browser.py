@@ -45,7 +45,7 @@ class Browser:
     def js(self, expression):
         return self.send('POST', '/execute/sync', script=f'return {expression}', args=[])
 
-    def wait(self, expression, seconds=20):
+    def wait(self, expression, seconds=60):
         """Until an expression holds."""
         for _ in range(10 * seconds):
             if self.js(expression):

@@ -207,7 +207,7 @@ def test_in_a_real_terminal(some):
     until('quit > ')
     os.write(mine, b'\x03') # Ctrl-C
     until('--resume=True goes on')
-    assert process.wait(20) == 130
+    assert process.wait(60) == 130
     assert len(open(some['out'] + '.partial').readlines()) == 1
     os.close(mine)
 
@@ -554,6 +554,8 @@ def test_merge(tmp_path, capsys):
         dict(prompt='s', responses=['x', 'y', 'z'], ranks=[1, 0, 0])])
     out = str(tmp_path / 'out.jsonl')
     run(collect, merge=f'{anna},{ben}', out=out)
+    assert 'exists already' in stops(capsys, collect, merge=f'{anna},{anna}', out=out)
+    run(collect, merge=f'{anna},{ben}', out=out, overwrite=True)
     rows = read_records(out, 'rankings')
     assert rows[0] == dict(prompt='p', responses=['x', 'y', 'z'], ranks=[1, 0, 2], annotator='human, ai', raters=2,
                            number=7)

@@ -236,7 +236,7 @@ def test_in_a_browser(tmp_path):
         assert len(saved()) == 3
         browser.press('s')
         browser.wait('document.getElementById("count").textContent.startsWith("All 4")')
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert browser.js('document.title') == '4 of 4 ranked'
     finally:
         process.kill()
@@ -278,7 +278,7 @@ def test_stopping_on_the_page_ends_with_130(tmp_path):
         _, task = call(there, 'POST', '/said', dict(id=task['id'], said=[0, 1, 2]))
         assert task['done'] == 1
         assert call(there, 'POST', '/said', dict(id=task['id'], said='quit')) == (200, dict(over=True, done=1, total=2))
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
     finally:
         process.kill()
     assert len(open(tmp_path / 'out.jsonl.partial').readlines()) == 1 and not os.path.exists(tmp_path / 'out.jsonl')
