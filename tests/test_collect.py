@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import collect
-from collect import SimulatedPerson, to_ranks
+from annotators import SimulatedPerson, to_ranks
 from data.toy import world
 from tiny import checkpoint, launch, records, run, stops
 from tokens import read_records
@@ -29,7 +29,7 @@ def test_to_ranks(values, tie, ranks):
 
 def person(noise, tie=0.0, seed=1):
     """Somebody for whom an answer is as good as the number it says."""
-    someone = SimulatedPerson(SimpleNamespace(noise=noise, tie=tie), seed)
+    someone = SimulatedPerson(SimpleNamespace(noise=noise, tie=tie, seed=seed))
     someone.gold = lambda prompt, response: float(response)
     return someone
 
@@ -111,6 +111,24 @@ def test_every_prompt_is_answered_k_times_at_the_temperature(tmp_path, given, mo
         assert all(prompts[i] == prompts[i + 1] == prompts[i + 2] for i in range(0, len(prompts), 3))
 
 
+def test_several_policies_answer_in_turn(tmp_path, given, monkeypatch, capsys):
+    """Of three answers the first policy gives two, the second one; the record says whose each is, empty ones apart."""
+    other = checkpoint(tmp_path / 'other', seed=3)
+    given_to = []
+
+    def sampling(model, prompts, tok, *_):
+        given_to.append(len(prompts))
+        text = [b'one', b'uno', b'eins', b''] if len(prompts) == 4 else [b'two', b'due']
+        return [list(t) + [256] for t in text], None
+
+    monkeypatch.setattr(collect, 'sample_answers', sampling)
+    run(collect, out=str(tmp_path / 'r.jsonl'), max_prompts=2, **given | dict(policy=f"{given['policy']},{other}"))
+    rows = read_records(tmp_path / 'r.jsonl', 'rankings')
+    assert given_to == [4, 2]
+    assert [row['responses'] for row in rows] == [['one', 'uno', 'two'], ['eins', 'due']]
+    assert [row['policies'] for row in rows] == [[given['policy'], given['policy'], other], [given['policy'], other]]
+
+
 def interrupted(monkeypatch, stretch):
     """Ctrl-C while the stretch of that number is sampled."""
     sample, calls = collect.sample_answers, []
@@ -169,7 +187,7 @@ def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, cap
     (dict(noise='much'), "--noise=much: noise must be float, got 'much'"),
     (dict(temperature=0), '--temperature=0: temperature must be above 0, got 0.0'),
     (dict(annotator='oracle'), '--annotator=oracle: annotator must be one of simulated'),
-    (dict(prompts=''), "prompts must be a file of prompts, got ''"),
+    (dict(prompts=''), "prompts must be a file of prompts, unless answers is given, got ''"),
     (dict(prompts='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(policy='nowhere'), 'nowhere'),
     (dict(max_new_tokens=64), 'wanted block_size above max_new_tokens'),
