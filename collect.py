@@ -1,10 +1,15 @@
 """
 Collect preferences: sample K answers per prompt from a checkpoint, have an annotator rank them, write ranking records.
 
-The annotator here is a simulated person, who compares answers by a gold score with noise. Pairs follow from the ranks:
-C > A > B gives three (Ouyang et al. 2022, section 3.4).
+The annotator here is a simulated person, who compares answers by a gold score with noise, or a reward model. Pairs
+follow from the ranks: C > A > B gives three (Ouyang et al. 2022, section 3.4).
 
     python collect.py config/toy/collect.py --policy=out/toy/sft --prompts=data/toy/prompts_train.jsonl
+    python collect.py config/toy/collect_best.py
+
+With --keep=best only the best answer to each prompt is written, as a demonstration for sft.py: best-of-n distilled into
+the policy, also called rejection sampling (Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288, section
+3.2.3; Dong et al. 2023, RAFT, https://arxiv.org/abs/2304.06767).
 
 A run that was stopped goes on where it was with --resume=True: what is ranked is kept in OUT.partial.
 """
@@ -19,24 +24,27 @@ from common import check_common, fail, launch, require
 
 import torch
 
-from model import load_policy
+from model import load_policy, load_reward_model
 from rollout import sample_answers
-from tokens import encode_prompts, load_tokenizer, parse_line, read_lines, read_records, to_lines, write_records
+from tokens import (collate_answers, encode_prompts, load_tokenizer, parse_line, prompt_ids, read_lines, read_records,
+                    response_ids, to_lines, truncate, write_records)
 
 
 @dataclass
 class Config:
-    out: str = 'out/rankings.jsonl' # the ranking records
+    out: str = 'out/rankings.jsonl' # the records
+    keep: str = 'all' # all: every answer, as rankings; best: the best answer to each prompt, as demonstrations
     policy: str = 'out/sft' # who answers
     prompts: str = '' # prompt records
     max_prompts: int = 0 # use the first so many; 0 = all
     n_answers: int = 4 # K, answers per prompt
     max_new_tokens: int = 64
     temperature: float = 1.0 # of sampling
-    annotator: str = 'simulated' # simulated: a person who knows the gold score
+    annotator: str = 'simulated' # simulated: a person who knows the gold score; reward_model: its score
+    reward_model: str = '' # a reward model's folder, for annotator=reward_model
     gold: str = 'toy' # whose gold score: toy (data/toy/world.py)
     noise: float = 0.15 # of the simulated person: a gold difference of `noise` is seen with sigmoid(1) = 73 %; 0 = none
-    tie: float = 0.0 # neighbours that seem at most this far apart (in gold units) get the same rank
+    tie: float = 0.0 # neighbours that seem at most this far apart (in units of the score) get the same rank
     rows: int = 256 # prompts answered between two saves
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
@@ -49,12 +57,16 @@ class Config:
         require(self, prompts=(self.prompts != '', 'a file of prompts'),
                 n_answers=(self.n_answers >= 2, 'at least 2'), temperature=(self.temperature > 0, 'above 0'),
                 annotator=(self.annotator in ANNOTATORS, f"one of {', '.join(ANNOTATORS)}"),
+                keep=(self.keep in ('all', 'best'), 'all or best'),
+                reward_model=((self.reward_model != '') == (self.annotator == 'reward_model'),
+                              "a reward model's folder with annotator=reward_model, else empty"),
                 gold=(self.gold == 'toy', 'toy'), noise=(self.noise >= 0, 'at least 0'),
                 tie=(self.tie >= 0, 'at least 0'), rows=(self.rows >= 1, 'at least 1'))
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# annotators: made from (cfg, seed), with rank(prompt, responses) -> (ranks (K,), 0 = best, scores (K,) or None)
+# annotators: made from (cfg, seed) for a stretch of prompts, the reward model from (cfg, run) for all of them;
+# with rank(prompt, responses) -> (ranks (K,), 0 = best, scores (K,) or None)
 
 class SimulatedPerson:
     """
@@ -77,7 +89,23 @@ class SimulatedPerson:
         return to_ranks([seems[score] for score in scores], self.tie), scores
 
 
-ANNOTATORS = {'simulated': SimulatedPerson}
+class RewardModel:
+    """Ranks by a reward model's scores, with a tokenizer of its own; neighbours at most `tie` apart tie."""
+
+    def __init__(self, cfg, run):
+        self.model = load_reward_model(cfg.reward_model).to(run.device).eval()
+        self.tok, self.tie, self.device = load_tokenizer(cfg.reward_model), cfg.tie, run.device
+
+    @torch.no_grad()
+    def rank(self, prompt, responses):
+        answers = [response_ids(self.tok, r) for r in responses]
+        prompt = truncate(prompt_ids(self.tok, prompt), max(map(len, answers)), self.model.config.block_size)
+        batch = collate_answers([(prompt, answers, [0] * len(answers))]).to(self.device)
+        scores = self.model.answer_rewards(batch).tolist() # (K,)
+        return to_ranks(scores, self.tie), scores
+
+
+ANNOTATORS = {'simulated': SimulatedPerson, 'reward_model': RewardModel}
 
 
 def to_ranks(values, tie=0.0):
@@ -101,6 +129,7 @@ def main(cfg):
              "--overwrite=True")
     tok = load_tokenizer(cfg.policy)
     model = load_policy(cfg.policy).to(run.device)
+    judge = RewardModel(cfg, run) if cfg.annotator == 'reward_model' else None
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]
     prompts = encode_prompts(tok, records, model.config.block_size - cfg.max_new_tokens)
     try: # once all input is read
@@ -116,7 +145,7 @@ def main(cfg):
     for start in range(len(done), len(records), cfg.rows):
         seed = cfg.seed * 1_000_003 + start # of this stretch alone: a resumed run samples what it would have sampled
         torch.manual_seed(seed)
-        annotator = ANNOTATORS[cfg.annotator](cfg, seed)
+        annotator = judge or ANNOTATORS[cfg.annotator](cfg, seed)
         K, stretch = cfg.n_answers, range(start, min(start + cfg.rows, len(records)))
         with run.autocast():
             answers, _ = sample_answers(model, [prompts[i] for i in stretch for _ in range(K)], tok,
@@ -141,10 +170,12 @@ def main(cfg):
 
     rows = [parse_line(line) for _, line in read_lines(partial)]
     ranked = [row for row in rows if 'ranks' in row]
-    write_records(cfg.out, ranked)
+    best = [dict(prompt=row['prompt'], response=row['responses'][row['ranks'].index(0)]) for row in ranked]
+    write_records(cfg.out, best if cfg.keep == 'best' else ranked)
     os.remove(partial)
     pairs = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks'])
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
+          f"{'the best answers kept, ' if cfg.keep == 'best' else ''}"
           f"{len(rows) - len(ranked)} prompts left out (fewer than two answers that are not empty)")
     common.stop(run)
 
