@@ -1,6 +1,6 @@
 """
 Who ranks the answers that collect.py shows: a simulated person, a person at the keyboard (page.py serves the same task
-in a browser), or an AI judge: a GPT checkpoint of ours, or any server that speaks the OpenAI chat API.
+in a browser), a reward model, or an AI judge: a GPT checkpoint of ours, or any server that speaks the OpenAI chat API.
 
 An annotator has `rank(prompt, responses) -> (ranks (K,), 0 = best, or None: left out; scores (K,) or None)`. Before the
 first of a stretch of rows is ranked, `look_ahead(rows)` shows them all, so that a judge can work on many at once; `rng`
@@ -27,9 +27,10 @@ from common import fail
 
 import torch
 
-from model import load_policy
+from model import load_policy, load_reward_model
 from rollout import in_chunks
-from tokens import load_tokenizer, pad, parse_line, prompt_ids, read_lines, to_lines, write_records
+from tokens import (collate_answers, load_tokenizer, pad, parse_line, prompt_ids, read_lines, response_ids, to_lines,
+                    truncate, write_records)
 
 
 class Undo(Exception):
@@ -53,6 +54,8 @@ def make_annotator(cfg, run):
     if cfg.annotator == 'human':
         from page import Page
         return Page(cfg) if cfg.page else Terminal(cfg)
+    if cfg.annotator == 'reward_model':
+        return RewardModel(cfg, run)
     return ApiJudge(cfg) if cfg.judge_url else GPTJudge(cfg, run)
 
 
@@ -85,6 +88,23 @@ class SimulatedPerson(Annotator):
             gumbel = -math.log(-math.log(self.rng.random() or 1e-300))
             seems.setdefault(score, score + self.cfg.noise * gumbel)
         return to_ranks([seems[score] for score in scores], self.cfg.tie), scores
+
+
+class RewardModel(Annotator):
+    """Ranks by a reward model's scores, with a tokenizer of its own; neighbours at most `tie` apart tie."""
+
+    def __init__(self, cfg, run):
+        super().__init__(cfg, run)
+        self.model = load_reward_model(cfg.reward_model).to(run.device).eval()
+        self.tok = load_tokenizer(cfg.reward_model)
+
+    @torch.no_grad()
+    def rank(self, prompt, responses):
+        answers = [response_ids(self.tok, r) for r in responses]
+        prompt = truncate(prompt_ids(self.tok, prompt), max(map(len, answers)), self.model.config.block_size)
+        batch = collate_answers([(prompt, answers, [0] * len(answers))]).to(self.run.device)
+        scores = self.model.answer_rewards(batch).tolist() # (K,)
+        return to_ranks(scores, self.cfg.tie), scores
 
 # ----------------------------------------------------------------------------------------------------------------
 # a person

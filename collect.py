@@ -5,9 +5,15 @@ Collect preferences: sample K answers per prompt from a checkpoint, have an anno
     python collect.py --annotator=human --page=True --policy=out/sft --prompts=prompts.jsonl --out=out/anna.jsonl
     python collect.py --annotator=ai --judge=out/judge --answers=out/anna.jsonl --out=out/ai.jsonl
     python collect.py --merge=out/anna.jsonl,out/ben.jsonl --out=out/both.jsonl
+    python collect.py config/toy/collect_best.py
 
-The annotators are in annotators.py: a simulated person who knows a gold score, a person, an AI judge. Pairs follow from
-the ranks: C > A > B gives three (Ouyang et al. 2022, section 3.4). Answers are sampled a stretch of prompts ahead.
+The annotators are in annotators.py: a simulated person who knows a gold score, a person, an AI judge, a reward model.
+Pairs follow from the ranks: C > A > B gives three (Ouyang et al. 2022, section 3.4). Answers are sampled a stretch of
+prompts ahead.
+
+With --keep=best only the best answer to each prompt is written, as a demonstration for sft.py: best-of-n distilled into
+the policy, also called rejection sampling (Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288, section
+3.2.3; Dong et al. 2023, RAFT, https://arxiv.org/abs/2304.06767).
 
 A run that was stopped goes on where it was with --resume=True: what is ranked is kept in OUT.partial, whose n-th line
 is the n-th task; what a person says is on the disk before the next question is asked.
@@ -34,7 +40,8 @@ from tokens import (encode_prompts, load_tokenizer, parse_line, read_lines, read
 
 @dataclass
 class Config:
-    out: str = 'out/rankings.jsonl' # the ranking records
+    out: str = 'out/rankings.jsonl' # the records
+    keep: str = 'all' # all: every answer, as rankings; best: the best answer to each prompt, as demonstrations
     policy: str = 'out/sft' # who answers: folders, or models on the hub; several, separated by commas, in turn
     prompts: str = '' # prompt records
     answers: str = '' # instead of policy and prompts: rankings or comparisons, whose answers are ranked anew
@@ -42,10 +49,11 @@ class Config:
     n_answers: int = 4 # K, answers per prompt
     max_new_tokens: int = 64
     temperature: float = 1.0 # of sampling
-    annotator: str = 'simulated' # simulated: a person who knows the gold score; human: you; ai: a judge
+    annotator: str = 'simulated' # simulated: a person who knows the gold score; human: you; ai: a judge; reward_model
+    reward_model: str = '' # for annotator=reward_model: the one whose scores rank
     gold: str = 'toy' # whose gold score: toy (data/toy/world.py)
     noise: float = 0.15 # of the simulated person: a gold difference of `noise` is seen with sigmoid(1) = 73 %; 0 = none
-    tie: float = 0.0 # neighbours that seem at most this far apart (in gold units, or the judge's) get the same rank
+    tie: float = 0.0 # neighbours that seem at most this far apart (in units of its score) get the same rank
     page: bool = False # human: in a browser on this machine, not in the terminal
     port: int = 0 # of the page; 0 = any that is free
     repeat: float = 0.0 # this share of each stretch is asked a second time: the rater's agreement with themself
@@ -75,7 +83,11 @@ class Config:
         require(self, prompts=(bool(self.prompts) != bool(self.answers), 'a file of prompts, unless answers is given'),
                 n_answers=(self.n_answers >= max(2, n), f'at least {max(2, n)}'),
                 temperature=(self.temperature > 0, 'above 0'),
-                annotator=(self.annotator in ('simulated', 'human', 'ai'), 'one of simulated, human, ai'),
+                annotator=(self.annotator in ('simulated', 'human', 'ai', 'reward_model'),
+                           'one of simulated, human, ai, reward_model'),
+                keep=(self.keep in ('all', 'best'), 'all or best'),
+                reward_model=((self.reward_model != '') == (self.annotator == 'reward_model'),
+                              "a reward model's folder with annotator=reward_model, else empty"),
                 gold=(self.gold == 'toy', 'toy'), noise=(self.noise >= 0, 'at least 0'),
                 tie=(self.tie >= 0, 'at least 0'), rows=(self.rows >= 0, 'at least 0'),
                 repeat=(0 <= self.repeat <= 0.5, 'between 0 and 0.5'), port=(0 <= self.port < 65536, '0 to 65535'),
@@ -210,10 +222,12 @@ def main(cfg):
             first = known[agreement.key(row)]
             first['again' if 'ranks' in first else 'ranks'] = row['ranks'] # it may have been skipped the first time
     ranked = [row for row in firsts if 'ranks' in row]
-    write_records(cfg.out, ranked)
+    best = [dict(prompt=row['prompt'], response=row['responses'][row['ranks'].index(0)]) for row in ranked]
+    write_records(cfg.out, best if cfg.keep == 'best' else ranked)
     os.remove(partial)
     pairs = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks'])
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
+          f"{'the best answers kept, ' if cfg.keep == 'best' else ''}"
           f"{len(firsts) - len(ranked)} prompts left out (skipped, fewer than two answers that are not empty, or a "
           "verdict that cannot be read)")
     if said:

@@ -279,7 +279,8 @@ def check_messages(key, messages, last):
 def check_record(row, kind):
     """ValueError says what a row of this kind lacks (see the table of records in README.md); extra keys are welcome."""
     needs = {'text': ['text'], 'demonstrations': ['prompt', 'response'], 'prompts': ['prompt'],
-             'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks']}[kind]
+             'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks'],
+             'unpaired': ['prompt', 'response', 'label']}[kind]
     if kind == 'demonstrations' and 'messages' in row:
         return check_messages('messages', row['messages'], last='assistant')
     for key in needs:
@@ -291,6 +292,8 @@ def check_record(row, kind):
         check_messages('prompt', row['prompt'], last='user')
     elif 'prompt' in needs:
         check('`prompt` to be text that is not empty, or a list of messages', is_text(row['prompt']))
+    if kind == 'unpaired':
+        check('`label` to be true (a good answer) or false', isinstance(row['label'], bool))
     if kind == 'comparisons' and 'margin' in row:
         check('`margin` to be a number', is_number(row['margin']))
     if kind == 'rankings':
@@ -306,7 +309,8 @@ def check_record(row, kind):
 def read_records(path, kind):
     """
     The rows of a .jsonl or .jsonl.gz file as dicts, each checked to be a record of its kind: "text", "demonstrations",
-    "comparisons", "rankings" or "prompts". A .txt file is one text. The first bad row ends the program with its line.
+    "comparisons", "rankings", "unpaired" or "prompts". A .txt file is one text. The first bad row ends the program with
+    its line.
     """
     if str(path).endswith(('.txt', '.txt.gz')):
         if kind != 'text':
@@ -492,6 +496,21 @@ def read_ranked(path, use_scores=False):
     if not records:
         fail(f'{path}: all answers of every prompt tie; wanted some that are ranked above others')
     return records
+
+def read_unpaired(path):
+    """
+    A file of unpaired records; or one of rankings or comparisons, taken apart: an answer that beats more of the other
+    answers to its prompt than beat it is good, one that is beaten by more is bad, and one in the middle is left out.
+    """
+    if 'label' in first_keys(path):
+        return read_records(path, 'unpaired')
+    rows = []
+    for r in read_preferences(path):
+        for response, rank in zip(r['responses'], r['ranks']):
+            lead = sum((rank < other) - (rank > other) for other in r['ranks']) # beaten ones less those it is beaten by
+            if lead:
+                rows.append({'prompt': r['prompt'], 'response': response, 'label': lead > 0})
+    return rows
 
 
 def encode_comparisons(tok, records, block_size, name='comparisons'):

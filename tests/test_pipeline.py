@@ -75,9 +75,9 @@ def test_the_toy_world_from_text_to_dpo(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # the pages of options
 
-SCRIPTS = [name for name in ('sft', 'reward', 'dpo', 'ppo', 'reinforce', 'rrhf', 'collect', 'evaluate',
+SCRIPTS = [name for name in ('sft', 'reward', 'dpo', 'kto', 'ppo', 'reinforce', 'rrhf', 'collect', 'evaluate',
                                'sample', 'demo', 'bench') if os.path.exists(os.path.join(ROOT, f"{name}.py"))]
-STAGES = [name for name in ('sft', 'reward', 'dpo', 'ppo', 'reinforce', 'rrhf') if name in SCRIPTS]
+STAGES = [name for name in ('sft', 'reward', 'dpo', 'kto', 'ppo', 'reinforce', 'rrhf') if name in SCRIPTS]
 
 
 def options_of(name):
