@@ -39,8 +39,9 @@ from tokens import Batches, encode_prompts, load_tokenizer, read_records
 @dataclass
 class Config:
     out_dir: str = 'out/reinforce' # the checkpoint
-    policy: str = 'out/sft' # where the policy starts; also the reference
-    reward_model: str = 'out/reward'
+    policy: str = 'out/sft' # where the policy starts, a folder or a model on the hub; also the reference
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
+    reward_model: str = 'out/reward' # a folder or a model on the hub
     prompts: str = '' # prompt records
     max_new_tokens: int = 64 # longest answer, EOS included
     kind: str = 'rloo' # of advantage: reinforce, rloo or grpo
@@ -163,7 +164,7 @@ def main(cfg):
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {run.world_size * cfg.n_answers}, "
              "processes x n_answers")
     tok = load_tokenizer(cfg.policy)
-    models = policy, *_ = load_actors(cfg, run.device) # policy, reward model, reference
+    models = policy, *_ = load_actors(cfg, run.device, cfg.pad_vocab) # policy, reward model, reference
     questions = read_records(cfg.prompts, 'prompts')
     prompts = encode_prompts(tok, questions, policy.config.block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), n_prompts, cfg.seed) # in random order

@@ -26,7 +26,8 @@ from tokens import Batches, by_length, collate_answers, encode_rankings, load_to
 @dataclass
 class Config:
     out_dir: str = 'out/rrhf' # the checkpoint
-    init_from: str = 'out/sft' # the SFT model
+    init_from: str = 'out/sft' # the SFT model, a folder or a model on the hub
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
     train_data: str = '' # rankings or comparisons
     val_data: str = '' # the same, held out
     use_scores: bool = True # rank by the records' scores where they have them; False: by the ranks always
@@ -110,7 +111,7 @@ def evaluate(model, rows, cfg, run):
 def main(cfg):
     run = common.start(cfg)
     tok = load_tokenizer(cfg.init_from)
-    model = load_policy(cfg.init_from, 'init_from').to(run.device)
+    model = load_policy(cfg.init_from, 'init_from', pad_vocab=cfg.pad_vocab).to(run.device)
 
     def load(path, name):
         return encode_rankings(tok, read_ranked(path, cfg.use_scores), model.config.block_size, name)
