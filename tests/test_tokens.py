@@ -93,7 +93,7 @@ def test_bpe_encodes_as_trained():
         assert tok.decode(tok.encode(text)) == text
 
 
-def test_tiktoken_file_round_trip(tmp_path):
+def test_tiktoken_file_round_trip(tmp_path, monkeypatch):
     ranks = train_bpe(["aab aab aab ab"], 1000, 2)
     save_bpe(ranks, tmp_path / "toy.tiktoken")
     lines = (tmp_path / "toy.tiktoken").read_text().splitlines()
@@ -101,6 +101,7 @@ def test_tiktoken_file_round_trip(tmp_path):
     tok = load_tokenizer(str(tmp_path / "toy.tiktoken"))
     assert (tok.name, tok.ranks, tok.n_vocab) == ("tiktoken", ranks, len(ranks) + 1)
     import tiktoken.load # tiktoken's own reader agrees
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "") # it would leave a copy of the file there
     assert tiktoken.load.load_tiktoken_bpe(str(tmp_path / "toy.tiktoken")) == ranks
 
 
