@@ -6,7 +6,8 @@ C > A > B gives three (Ouyang et al. 2022, section 3.4).
 
     python collect.py config/toy/collect.py --policy=out/toy/sft --prompts=data/toy/prompts_train.jsonl
 
-A run that was stopped goes on where it was with --resume=True: what is ranked is kept in OUT.partial.
+A run that was stopped goes on where it was with --resume=True: what is ranked is kept in OUT.partial. Several processes
+(torchrun) share the sampling; each number of processes has answers of its own, the same every time.
 """
 
 import math
@@ -94,51 +95,59 @@ def to_ranks(values, tie=0.0):
 def main(cfg):
     run = common.start(cfg)
     partial = cfg.out + '.partial'
-    if os.path.exists(cfg.out) and not cfg.overwrite:
+    if run.is_master and os.path.exists(cfg.out) and not cfg.overwrite:
         fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
-    if os.path.exists(partial) and not cfg.resume and not cfg.overwrite:
+    if run.is_master and os.path.exists(partial) and not cfg.resume and not cfg.overwrite:
         fail(f"--out={cfg.out}: {partial} holds what is ranked already; go on with it by --resume=True, or drop it by "
              "--overwrite=True")
     tok = load_tokenizer(cfg.policy)
     model = load_policy(cfg.policy).to(run.device)
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]
     prompts = encode_prompts(tok, records, model.config.block_size - cfg.max_new_tokens)
-    try: # once all input is read
-        os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-        lines = [line for _, line in read_lines(partial)] if cfg.resume else []
-        done = [parse_line(line) for line in lines if line.endswith(b'\n')] # a kill may have cut the last one
-        done = done[:len(done) // cfg.rows * cfg.rows] # a stretch is sampled as a whole
-        write_records(partial, done)
-    except (OSError, ValueError) as e:
-        fail(f"--out={cfg.out}: {e}")
+    done = []
+    if run.is_master:
+        try: # once all input is read
+            os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
+            lines = [line for _, line in read_lines(partial)] if cfg.resume else []
+            done = [parse_line(line) for line in lines if line.endswith(b'\n')] # a kill may have cut the last one
+            done = done[:len(done) // cfg.rows * cfg.rows] # a stretch is sampled as a whole
+            write_records(partial, done)
+        except (OSError, ValueError) as e:
+            fail(f"--out={cfg.out}: {e}")
+    n_done = run.gather(len(done))[0]
 
-    bar = common.progress(total=len(records), initial=len(done), desc=cfg.out, unit='prompts')
-    for start in range(len(done), len(records), cfg.rows):
+    bar = common.progress(total=len(records), initial=n_done, desc=cfg.out, unit='prompts', disable=not run.is_master)
+    for start in range(n_done, len(records), cfg.rows):
         seed = cfg.seed * 1_000_003 + start # of this stretch alone: a resumed run samples what it would have sampled
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + run.rank)
         annotator = ANNOTATORS[cfg.annotator](cfg, seed)
         K, stretch = cfg.n_answers, range(start, min(start + cfg.rows, len(records)))
         with run.autocast():
-            answers, _ = sample_answers(model, [prompts[i] for i in stretch for _ in range(K)], tok,
+            answers, _ = sample_answers(model, [prompts[i] for i in run.rows(stretch) for _ in range(K)], tok,
                                         cfg.max_new_tokens, cfg.temperature) # K per prompt, in a row
+        answers = run.merge({i: answers[n * K:(n + 1) * K] for n, i in enumerate(run.rows(stretch))})
         rows = []
-        for n, i in enumerate(stretch):
-            texts = [tok.decode(a).removeprefix(' ') for a in answers[n * K:(n + 1) * K]]
+        for i in stretch if run.is_master else (): # the first process ranks and writes
+            texts = [tok.decode(a).removeprefix(' ') for a in answers[i]]
             texts = [t for t in texts if t.strip()] # an empty answer cannot be shown to anybody
             row = records[i] | dict(responses=texts, annotator=cfg.annotator)
             if len(texts) >= 2:
                 ranks, scores = annotator.rank(row['prompt'], texts)
                 row |= dict(ranks=ranks) | (dict(scores=scores) if scores else {})
             rows.append(row)
-        with open(partial, 'a', encoding='utf-8') as f:
-            f.write(to_lines(rows))
+        if run.is_master:
+            with open(partial, 'a', encoding='utf-8') as f:
+                f.write(to_lines(rows))
         bar.update(len(rows))
-        if run.interrupted:
+        if run.stop_requested():
             bar.close()
-            print(f"kept {partial}; --resume=True goes on from there")
+            common.note(f"kept {partial}; --resume=True goes on from there")
             raise KeyboardInterrupt
     bar.close()
 
+    common.stop(run)
+    if not run.is_master:
+        return
     rows = [parse_line(line) for _, line in read_lines(partial)]
     ranked = [row for row in rows if 'ranks' in row]
     write_records(cfg.out, ranked)
@@ -146,7 +155,6 @@ def main(cfg):
     pairs = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks'])
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
           f"{len(rows) - len(ranked)} prompts left out (fewer than two answers that are not empty)")
-    common.stop(run)
 
 
 if __name__ == '__main__':
