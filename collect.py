@@ -16,7 +16,8 @@ the policy, also called rejection sampling (Touvron et al. 2023, Llama 2, https:
 3.2.3; Dong et al. 2023, RAFT, https://arxiv.org/abs/2304.06767).
 
 A run that was stopped goes on where it was with --resume=True: what is ranked is kept in OUT.partial, whose n-th line
-is the n-th task; what a person says is on the disk before the next question is asked.
+is the n-th task; what a person says is on the disk before the next question is asked. Several processes (torchrun)
+share the sampling; each number of processes has answers of its own, the same every time.
 """
 
 import os
@@ -118,51 +119,60 @@ def write_answers(cfg, run, writers, records, stretch):
     Rows to be ranked: the records numbered `stretch` with K sampled `responses` each, less those that are empty, which
     cannot be shown to anybody. Several writers answer in turn, and `policies` then says who wrote what.
     """
-    answers = [[] for _ in stretch] # per prompt: (name, text)
+    mine = run.rows(stretch) # each process writes its share
+    answers = {i: [] for i in mine} # per prompt: (name, text)
     for w, (name, model, tok, prompts) in enumerate(writers):
         K = len(range(w, cfg.n_answers, len(writers))) # answers of this one
         with run.autocast():
-            sampled, _ = sample_answers(model, [prompts[i] for i in stretch for _ in range(K)], tok,
+            sampled, _ = sample_answers(model, [prompts[i] for i in mine for _ in range(K)], tok,
                                         cfg.max_new_tokens, cfg.temperature) # K per prompt, in a row
         texts = [tok.decode(ids).removeprefix(' ') for ids in sampled]
         for n, text in enumerate(texts):
-            answers[n // K] += [(name, text)] if text.strip() else []
+            answers[mine[n // K]] += [(name, text)] if text.strip() else []
+    answers = run.merge(answers)
     return [records[i] | dict(responses=[text for _, text in these])
             | (dict(policies=[name for name, _ in these]) if len(writers) > 1 else {})
-            for i, these in zip(stretch, answers)]
+            for i, these in ((i, answers[i]) for i in stretch)]
 
 
 def main(cfg):
-    if os.path.exists(cfg.out) and not cfg.overwrite:
-        fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
     if cfg.merge:
+        if os.path.exists(cfg.out) and not cfg.overwrite:
+            fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
         return agreement.merge(cfg.merge.split(','), cfg.out)
     run = common.start(cfg)
     if cfg.annotator == 'human':
+        if run.world_size > 1:
+            fail(f"--annotator=human: wanted one process, got {run.world_size}")
         signal.signal(signal.SIGINT, signal.default_int_handler) # everything said is saved: the first Ctrl-C ends
     partial = cfg.out + '.partial'
-    if os.path.exists(partial) and not cfg.resume and not cfg.overwrite:
+    if run.is_master and os.path.exists(cfg.out) and not cfg.overwrite:
+        fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
+    if run.is_master and os.path.exists(partial) and not cfg.resume and not cfg.overwrite:
         fail(f"--out={cfg.out}: {partial} holds what is ranked already; go on with it by --resume=True, or drop it by "
              "--overwrite=True")
     others = read_preferences(cfg.compare) if cfg.compare else []
     records = read_preferences(cfg.answers) if cfg.answers else read_records(cfg.prompts, 'prompts')
     records = [task(record) for record in records[:cfg.max_prompts or None]]
     writers = [] if cfg.answers else [load_writer(name, cfg, run, records) for name in cfg.policy.split(',')]
-    annotator = make_annotator(cfg, run)
+    annotator = make_annotator(cfg, run) if run.is_master else None # the first process ranks and writes
     by_row = cfg.annotator != 'simulated' # whose noise is drawn in a row for a stretch: it is ranked as a whole
     size = lambda prompts: prompts + round(cfg.repeat * prompts) # tasks of a stretch of so many prompts
-    try: # once all input is read
-        os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-        lines = [line for _, line in read_lines(partial)] if cfg.resume else []
-        kept = [parse_line(line) for line in lines if line.endswith(b'\n')] # a kill may have cut the last one
-        kept = kept if by_row else kept[:len(kept) // size(cfg.rows) * size(cfg.rows)]
-        write_records(partial, kept)
-    except (OSError, ValueError) as e:
-        fail(f"--out={cfg.out}: {e}")
+    kept = []
+    if run.is_master:
+        try: # once all input is read
+            os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
+            lines = [line for _, line in read_lines(partial)] if cfg.resume else []
+            kept = [parse_line(line) for line in lines if line.endswith(b'\n')] # a kill may have cut the last one
+            kept = kept if by_row else kept[:len(kept) // size(cfg.rows) * size(cfg.rows)]
+            write_records(partial, kept)
+        except (OSError, ValueError) as e:
+            fail(f"--out={cfg.out}: {e}")
+    n_kept = run.gather(len(kept))[0]
     starts = range(0, len(records), cfg.rows)
     total = sum(size(len(records[start:start + cfg.rows])) for start in starts)
     bar = common.progress(total=total, initial=len(kept), desc=cfg.out, unit='prompts',
-                          disable=cfg.annotator == 'human')
+                          disable=cfg.annotator == 'human' or not run.is_master)
 
     def keep(row):
         kept.append(row)
@@ -174,10 +184,10 @@ def main(cfg):
         bar.update()
 
     try:
-        for n in range(len(kept) // size(cfg.rows), len(starts)):
+        for n in range(n_kept // size(cfg.rows), len(starts)):
             stretch = range(starts[n], min(starts[n] + cfg.rows, len(records)))
             seed = cfg.seed * 1_000_003 + starts[n] # of this stretch alone: a resumed run samples what it would have
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + run.rank)
             if cfg.annotator == 'human' and not cfg.answers:
                 common.note(f"{cfg.policy}: writing answers to the next {len(stretch)} prompts …")
             rows = [records[i] for i in stretch] if cfg.answers else write_answers(cfg, run, writers, records, stretch)
@@ -186,8 +196,11 @@ def main(cfg):
             rows = [row | dict(annotator=cfg.annotator) for row in rows]
             again = random.Random(seed).sample(rows[:(len(rows) + 1) // 2], size(len(rows)) - len(rows)) # some time ago
             todo = (rows + [row | dict(repeat=True) for row in again])[len(done):][::-1] # the next one last
-            annotator.rng.seed(seed)
-            annotator.look_ahead(todo)
+            if run.is_master:
+                annotator.rng.seed(seed)
+                annotator.look_ahead(todo)
+            else:
+                todo = []
             while todo and not (by_row and run.interrupted):
                 row, annotator.progress = todo.pop(), (len(kept), total)
                 try:
@@ -200,10 +213,11 @@ def main(cfg):
                     while kept and (todo[-1] is row or len(set(todo[-1]['responses'])) < 2): # to one that was shown
                         todo.append({k: v for k, v in kept.pop().items() if k not in ('ranks', 'scores')})
                     os.truncate(partial, len(to_lines(kept).encode()))
-            if run.interrupted:
+            if run.stop_requested():
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
-        print(f"kept {partial}; --resume=True goes on from there")
+        if run.is_master:
+            print(f"kept {partial}; --resume=True goes on from there")
         raise
     except JudgeError as e:
         bar.close()
@@ -212,9 +226,13 @@ def main(cfg):
         raise SystemExit(code)
     finally:
         bar.close()
-        annotator.progress = len(kept), total
-        said = annotator.close()
+        if run.is_master:
+            annotator.progress = len(kept), total
+            said = annotator.close()
 
+    common.stop(run)
+    if not run.is_master:
+        return
     firsts = [row for row in kept if 'repeat' not in row]
     known = {agreement.key(row): row for row in firsts} if len(firsts) < len(kept) else {}
     for row in kept:
@@ -236,7 +254,6 @@ def main(cfg):
         print(f"with themself: {agreement.with_oneself(ranked)}")
     if others:
         print(f"with {cfg.compare}: {agreement.compare(ranked, others)}")
-    common.stop(run)
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 
 # Two OpenMP threads that spin while they wait starve each other as soon as any other process is busy.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -136,6 +137,8 @@ def check_common(cfg):
             name = getattr(cfg, key)
             holds = name in choices or (key == 'device' and name.startswith('cuda:'))
             require(cfg, **{key: (holds, f"one of {', '.join(choices)}")})
+    if getattr(cfg, 'fsdp', False):
+        require(cfg, compile=(not cfg.compile, 'False with fsdp=True'))
 
 
 def launch(main, Config):
@@ -184,6 +187,10 @@ class Run:
         dist.all_gather_object(everybody, x)
         return everybody
 
+    def merge(self, mine):
+        """The entries of every process's dict, in one dict."""
+        return {k: v for part in self.gather(mine) for k, v in part.items()}
+
     def mean(self, totals, n):
         """{name: total / n} over all processes, of numbers; one that had no rows passes {} and 0."""
         found = self.gather((totals, n))
@@ -193,22 +200,64 @@ class Run:
         """This process's share of the rows of a batch."""
         return batch[self.rank::self.world_size]
 
-    def parallel(self, model, compile=False):
+    def parallel(self, model, compile=False, fsdp=False):
         """
         A callable `net('method', *args)` for the model's methods, with gradients averaged over the processes.
         DistributedDataParallel sees only what passes through its forward, so every method goes through it.
+
+        fsdp: each process keeps a part of every weight, and later of its gradient and its optimizer's state. A block's
+        weights are gathered while it works (fully_shard: Zhao et al. 2023, https://arxiv.org/abs/2304.11277). To be
+        called before the optimizer is made: the parameters are replaced.
         """
         net = Methods(model)
         if compile:
             net.compile()
-        if self.world_size > 1:
+        if fsdp:
+            from torch.distributed.device_mesh import init_device_mesh # slow to import
+            from torch.distributed.fsdp import fully_shard
+            for p in model.parameters():
+                dist.broadcast(p.data, 0) # as DistributedDataParallel does: fresh weights are the first process's
+            # "returned a view tensor": nothing here changes an output in place
+            warnings.filterwarnings('ignore', message='FSDP2-wrapped module')
+            mesh = init_device_mesh(self.device.split(':')[0], (self.world_size,))
+            for part in (*model.h, net): # the rest, embeddings and heads, goes with the root
+                fully_shard(part, mesh=mesh)
+        elif self.world_size > 1:
             ids = [int(self.device.split(':')[1])] if self.device.startswith('cuda') else None
             net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
         return net
 
+    @torch.no_grad()
+    def whole(self, model):
+        """
+        The model itself or, where fsdp has spread its weights over the processes, a copy that has them all: for
+        sampling, measuring and saving, in which the processes go separate ways. All of them have to call this.
+        """
+        if not any(is_spread(p) for p in model.parameters()):
+            return model
+        with torch.device('meta'): # draws no random numbers
+            copy = type(model)(model.config)
+        copy.to_empty(device=self.device).train(model.training)
+        for p, q in zip(copy.parameters(), model.parameters(), strict=True):
+            p.copy_(q.full_tensor())
+        return copy
+
     def stop_requested(self):
         """True on every process once any of them was sent Ctrl-C."""
         return bool(self.sum(float(self.interrupted)) > 0) if self.world_size > 1 else self.interrupted
+
+
+def is_spread(x):
+    """Whether fsdp has spread a tensor over the processes (torch calls it a DTensor)."""
+    return hasattr(x, 'full_tensor')
+
+
+def spread_like(p, x):
+    """A whole tensor x, the same in every process, laid out as the parameter p is."""
+    if not is_spread(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) # no sending: everybody has it
 
 
 class Methods(torch.nn.Module):
@@ -236,9 +285,16 @@ def start(cfg):
     pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
     if getattr(cfg, 'batch_size', pieces) % pieces:
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
+    if getattr(cfg, 'fsdp', False) and run.world_size == 1:
+        fail("--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2")
     if run.world_size > 1:
+        if device not in ('cuda', 'cpu'):
+            fail(f"--device={cfg.device}: several processes take --device=cuda, one GPU for each, or --device=cpu")
         if device == 'cuda':
-            run.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            local, here = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+            if local >= here:
+                fail(f"process {local} finds no GPU of its own; wanted --nproc_per_node of at most {here}")
+            run.device = f"cuda:{local}"
             torch.cuda.set_device(run.device)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
     if device.startswith('cuda'):
@@ -249,7 +305,8 @@ def start(cfg):
         if run.interrupted:
             raise KeyboardInterrupt # the second Ctrl-C does not wait for the end of the step
         run.interrupted = True
-        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+        if run.is_master:
+            print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
 
     signal.signal(signal.SIGINT, on_interrupt)
     return run
@@ -314,7 +371,7 @@ def optimizer_step(optimizer, model, lr, grad_clip):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return (norm.full_tensor() if is_spread(norm) else norm).item()
 
 
 def split(rows, parts):
@@ -436,8 +493,22 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
 
     step: the number of finished steps. optimizers: {name: optimizer}. more: further state, tensors and plain values.
     All files are first written to out_dir/.saving; the rename to .saved is the moment at which the new checkpoint
-    counts, and what a kill interrupts after it is finished by `finish_save` at the next start.
+    counts, and what a kill interrupts after it is finished by `finish_save` at the next start. The first process
+    writes, but all have to call this: each has a random generator of its own, and with fsdp a part of everything.
     """
+    def whole(x): # every process takes part, the first one keeps it
+        if is_spread(x):
+            x = x.full_tensor()
+        return x.cpu() if run.is_master else None
+
+    rng = {'cpu': torch.get_rng_state()}
+    if run.device.startswith('cuda'):
+        rng['cuda'] = torch.cuda.get_rng_state(run.device)
+    rng, model = run.gather(rng), run.whole(model)
+    states = {}
+    for name, optimizer in optimizers.items():
+        states[name] = state = optimizer.state_dict()
+        state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
     if not run.is_master:
         return
     new = os.path.join(cfg.out_dir, '.saving')
@@ -446,11 +517,7 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
         os.makedirs(new)
         model.save_pretrained(new, tokenizer.eos)
         tokenizer.save(new)
-        rng = {'cpu': torch.get_rng_state()}
-        if run.device.startswith('cuda'):
-            rng['cuda'] = torch.cuda.get_rng_state(run.device)
-        torch.save(dict(step=step, options=dataclasses.asdict(cfg), rng=rng,
-                        optimizers={k: o.state_dict() for k, o in optimizers.items()}, **more),
+        torch.save(dict(step=step, options=dataclasses.asdict(cfg), rng=rng, optimizers=states, **more),
                    os.path.join(new, 'state.pt'))
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
@@ -484,10 +551,17 @@ def finish_save(out_dir):
         os.rmdir(done)
 
 
+def load_weights(model, tensors):
+    """Fill the named parameters of a model, fsdp or not, from whole tensors."""
+    params = dict(model.named_parameters())
+    model.load_state_dict({k: spread_like(params[k], v) for k, v in tensors.items()}, strict=False)
+
+
 def load_checkpoint(run, cfg, model, optimizers):
     """
     Put the weights, optimizers and random generators of cfg.out_dir's checkpoint back; returns its state (with
-    'step'), or None when the run is not resumed. Called once everything else is built, just before the loop.
+    'step'), or None when the run is not resumed. Called once everything else is built, just before the loop. The number
+    of processes, and whether they use fsdp, may differ from those that saved.
     """
     if not cfg.resume:
         return None
@@ -499,21 +573,31 @@ def load_checkpoint(run, cfg, model, optimizers):
         old, new = getattr(saved, f.name), getattr(model.config, f.name)
         if f.name not in ('dropout', 'pad_vocab') and old != new: # these two are not in the checkpoint
             fail(f"--resume=True: {f.name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
-    model.load_tensors(*weights)
+    if any(map(is_spread, model.parameters())): # they cannot be filled in place
+        whole = type(model)(model.config)
+        whole.load_tensors(*weights)
+        load_weights(model, whole.state_dict())
+    else:
+        model.load_tensors(*weights)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         old, new = state['options'].get('pad_vocab', False), model.config.pad_vocab
         if old != new: # the weights would fit, the optimizer's rows would not
             fail(f"--resume=True: pad_vocab is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state['optimizers'][name])
-        torch.set_rng_state(state['rng']['cpu'])
+            new = state['optimizers'][name]
+            params = [p for group in optimizer.param_groups for p in group['params']]
+            new['state'] = {i: {k: spread_like(params[i], v) if v.dim() else v for k, v in slot.items()}
+                            for i, slot in new['state'].items()}
+            optimizer.load_state_dict(new)
+        if run.rank < len(state['rng']): # each process's own
+            torch.set_rng_state(state['rng'][run.rank]['cpu'])
+            if run.device.startswith('cuda') and 'cuda' in state['rng'][run.rank]:
+                torch.cuda.set_rng_state(state['rng'][run.rank]['cuda'], run.device)
+        else: # there were fewer processes
+            torch.manual_seed(cfg.seed + run.rank + 1000 * state['step'])
     except Exception as e: # a damaged file makes torch.load raise nearly anything, some of it without a message
         fail(f"{path}: not a state to go on from ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
-    if run.rank: # the saved generator is the first process's; the others get streams of their own
-        torch.manual_seed(cfg.seed + run.rank + 1000 * state['step'])
-    elif 'cuda' in state['rng'] and run.device.startswith('cuda'):
-        torch.cuda.set_rng_state(state['rng']['cuda'], run.device)
     if run.is_master:
         log = os.path.join(cfg.out_dir, 'log.jsonl') # forget what was logged after the checkpoint
         lines = read_log(log)

@@ -62,6 +62,7 @@ class Config:
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
     dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
     compile: bool = False # torch.compile: pays off after minutes
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -199,7 +200,7 @@ def reference_logp(model, rows, cfg, run, name):
         with run.autocast():
             logp = model.answer_logp(collate_answers([rows[i] for i in part]).to(run.device)).cpu() # (N,)
         mine |= zip(part, logp.split([len(rows[i][1]) for i in part]))
-    everybody = {i: values for part in run.gather(mine) for i, values in part.items()}
+    everybody = run.merge(mine)
     return [everybody[i] for i in range(len(rows))]
 
 
@@ -212,7 +213,7 @@ def load_data(path, tok, block_size, name):
 def evaluate(model, rows, ref, cfg, run):
     """The loss and the logged metrics, mean over the pairs of held-out rows."""
     totals, n = {}, 0
-    model.eval()
+    model = run.whole(model).eval()
     for part in run.rows(by_length(rows, cfg.batch_size)):
         answers = collate_answers([rows[i] for i in part]).to(run.device)
         with run.autocast():
@@ -238,10 +239,10 @@ def main(cfg):
     ref = reference_logp(model, rows, cfg, run, 'train') # before the first update the model is the reference
     val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
 
+    net = run.parallel(model, cfg.compile, cfg.fsdp)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
-    net = run.parallel(model, cfg.compile)
 
     def save(step):
         common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))

@@ -67,6 +67,7 @@ class Config:
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
     dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
     compile: bool = False # torch.compile of the updates: pays off after minutes
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -154,7 +155,7 @@ def update(policy, net, optimizer, batch, lengths, cfg, run, step):
         norms.append(common.optimizer_step(optimizer, policy, common.lr_at(step, cfg), cfg.grad_clip))
         common.check_finite('the gradient norm', norms[-1], step + 1, cfg.out_dir)
     return {k: v / len(norms) for k, v in totals.items()} | dict(
-        grad_norm=sum(norms) / len(norms), first_ratio=first_ratio, updates=len(norms))
+        grad_norm=sum(norms) / len(norms), first_ratio=max(run.gather(first_ratio)), updates=len(norms))
 
 
 def main(cfg):
@@ -170,8 +171,8 @@ def main(cfg):
     batches = Batches([0] * len(prompts), n_prompts, cfg.seed) # in random order
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
+    net = run.parallel(policy, cfg.compile, cfg.fsdp)
     optimizer = common.make_optimizer(policy, cfg, eps=1e-5)
-    net = run.parallel(policy, cfg.compile)
     state = common.load_checkpoint(run, cfg, policy, dict(policy=optimizer))
     # a new reward model scores the reference's answers 0 on average (see reward.py): a fair first guess
     first, baseline = (state['step'], state['baseline']) if state else (0, 0.0)

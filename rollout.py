@@ -18,15 +18,24 @@ from tokens import pad
 # ----------------------------------------------------------------------------------------------------------------
 # masked statistics
 
-def masked_mean(x, mask):
-    """Mean () of x over the positions that mask counts; both (B, T-1). 0 where nothing is counted."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(x, mask, run=None):
+    """
+    Mean () of x over the positions that mask counts; both (B, T-1). 0 where nothing is counted. With a Run the mean
+    over all processes, through which no gradient flows.
+    """
+    total, n = (x * mask).sum(), mask.sum()
+    if run is not None:
+        total, n = run.sum(total), run.sum(n)
+    return total / n.clamp(min=1)
 
 
-def whiten(x, mask):
-    """x with mean 0 and variance 1 over the positions that mask counts, 0 elsewhere; both (B, T-1)."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
+def whiten(x, mask, run=None):
+    """
+    x with mean 0 and variance 1 over the positions that mask counts, 0 elsewhere; both (B, T-1). With a Run mean and
+    variance are those of all processes together.
+    """
+    mean = masked_mean(x, mask, run)
+    variance = masked_mean((x - mean) ** 2, mask, run)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
@@ -190,7 +199,7 @@ def sample_and_score(policy, reward_model, reference, prompts, questions, tok, c
     reference's log-probabilities (B, T-1), the scores (B,) less what it costs not to end, and what is logged, () each.
     """
     with run.autocast():
-        answers, logps = sample_answers(policy, prompts, tok, cfg.max_new_tokens) # recording log pi_old
+        answers, logps = sample_answers(run.whole(policy), prompts, tok, cfg.max_new_tokens) # recording log pi_old
     rolls = pack(prompts, answers, logps, tok.eos).to(run.device)
     mask = rolls.mask # (B, T-1)
     with run.autocast():
@@ -201,7 +210,7 @@ def sample_and_score(policy, reward_model, reference, prompts, questions, tok, c
         reward=reward.mean(), score=scores.mean(),
         kl=(kl_k1(rolls.logp, ref_logp) * mask).sum(1).mean(), # nats per answer
         kl_k3=(kl_k3(rolls.logp, ref_logp) * mask).sum(1).mean(),
-        entropy=-masked_mean(rolls.logp, mask), # nats per token, estimated by the sampled tokens themselves
+        entropy=-masked_mean(rolls.logp, mask, run), # nats per token, estimated by the sampled tokens themselves
         ended=rolls.ended.mean(), length=mask.sum(1).mean())
     if cfg.gold:
         measured['gold'] = torch.tensor(gold_scores(questions, answers, tok)).mean()

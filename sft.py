@@ -66,6 +66,7 @@ class Config:
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
     dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
     compile: bool = False # torch.compile: pays off after minutes
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -122,7 +123,7 @@ def evaluate(model, data, run, cfg):
     student too, so that it can be compared with the teacher's own.
     """
     total = counted = 0.0
-    model.eval()
+    model = run.whole(model).eval()
     for batch in run.rows(data.in_order(cfg.eval_batches)): # each process takes its share of the batches
         idx, mask = (x.to(run.device) for x in collate(batch))
         with run.autocast():
@@ -158,10 +159,10 @@ def main(cfg):
     cfg.max_steps = cfg.max_steps or cfg.epochs * train.epoch_steps
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
+    net = run.parallel(model, cfg.compile, cfg.fsdp)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
-    net = run.parallel(model, cfg.compile)
 
     def save(step):
         common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))

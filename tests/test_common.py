@@ -3,7 +3,6 @@ import json
 import math
 import os
 import signal
-import socket
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +12,7 @@ from common import (Run, check_common, check_finite, finish_save, launch, load_c
                     optimizer_step, parse_config, prepare_out_dir, read_log, require, save_checkpoint, save_if_due,
                     split, start, stop, write_atomic)
 from model import GPT, GPTConfig
+from tiny import in_processes
 from tokens import load_tokenizer
 
 
@@ -573,12 +573,6 @@ def test_save_if_due(capsys):
     assert saved[-1] == 3 and 'step 3' in capsys.readouterr().err
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
 IDX = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
 MASK = torch.tensor([[1., 1., 1.], [0., 0., 1.], [0., 1., 1.], [1., 0., 0.]]) # 4 rows share 7 tokens unevenly
 
@@ -593,12 +587,10 @@ def gradient(run):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def one_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                      MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def one_of_two(folder):
     cfg = config(os.path.join(folder, 'out'))
     run = start(cfg)
+    rank = run.rank
     prepare_out_dir(run, cfg)
     run.interrupted = rank == 1 # one process was sent Ctrl-C
     mean = run.mean(dict(a=6.0), 4) if rank == 0 else run.mean({}, 0) # the second one had no rows
@@ -608,7 +600,7 @@ def one_of_two(rank, port, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (free_port(), str(tmp_path)), nprocs=2)
+    assert in_processes(2, one_of_two, str(tmp_path)) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     expected = gradient(RUN)
     assert first['grads'].keys() == second['grads'].keys() == expected.keys()

@@ -95,7 +95,7 @@ def test_an_option_has_one_type_everywhere():
 
 
 @pytest.mark.parametrize('key, default', [
-    ('seed', 1), ('device', 'auto'), ('dtype', 'auto'), ('compile', False), ('resume', False), ('overwrite', False),
+    ('seed', 1), ('device', 'auto'), ('dtype', 'auto'), ('compile', False), ('fsdp', False), ('resume', False), ('overwrite', False),
     ('grad_accum', 1), ('grad_clip', 1.0), ('weight_decay', 0.0), ('max_new_tokens', 64), ('train_data', ''),
     ('val_data', ''), ('prompts', ''), ('policy', 'out/sft'), ('dropout', 0.0), ('beta2', 0.99)])
 def test_a_shared_option_has_one_default(key, default):
@@ -107,7 +107,7 @@ def test_every_stage_has_the_options_of_a_stage():
     for name in STAGES:
         wanted = {'out_dir', 'seed', 'device', 'dtype', 'compile', 'max_steps', 'batch_size', 'grad_accum', 'lr',
                   'lr_schedule', 'warmup_steps', 'weight_decay', 'grad_clip', 'save_every', 'log_every', 'resume',
-                  'overwrite'}
+                  'overwrite', 'fsdp'}
         wanted |= {'policy', 'reward_model', 'prompts'} if name in ('ppo', 'reinforce') else {
             'init_from', 'train_data', 'val_data', 'eval_every'}
         assert wanted <= set(options_of(name)), (name, wanted - set(options_of(name)))

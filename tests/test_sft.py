@@ -1,9 +1,7 @@
-"""sft.py: the loss by hand, resuming bit for bit, micro-batches, two processes, and what is refused."""
+"""sft.py: the loss by hand, resuming bit for bit, micro-batches, and what is refused."""
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -175,7 +173,7 @@ def test_dropout_is_off_while_measuring(tmp_path, data):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# resuming, micro-batches, processes
+# resuming, micro-batches; test_processes.py has the rest
 
 def test_four_steps_equal_two_and_two_more(tmp_path, data):
     assert_resumes_exactly(tmp_path, sft, train_data=data, dropout=0.1, **SCRATCH) # dropout: the generator counts
@@ -201,46 +199,6 @@ def test_ctrl_c(tmp_path, data, monkeypatch, capsys):
 def test_micro_batches_of_different_token_counts(tmp_path, data, monkeypatch):
     assert_same_for_micro_batches(monkeypatch, tmp_path, sft, ('loss', 'grad_norm'), train_data=data, max_steps=2,
                                   **SCRATCH | dict(batch_size=8))
-
-
-def shell(tmp_path, launcher, **options):
-    argv = [f"--{k}={v}" for k, v in (dict(device='cpu', lr_schedule='constant', log_every=1) | options).items()]
-    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=ROOT)
-    return subprocess.run([sys.executable, *launcher, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
-
-
-def test_two_processes_equal_one(tmp_path, data):
-    options = dict(train_data=data, val_data=data, max_steps=2, lr=1e-3, **SCRATCH)
-    one = run(sft, out_dir=str(tmp_path / 'one'), **options)
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', os.path.join(ROOT, 'sft.py')]
-    done = shell(tmp_path, launcher, out_dir=str(tmp_path / 'two'), warmup_steps=0, **options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    two = [json.loads(line) for line in (tmp_path / 'two' / 'log.jsonl').read_text().splitlines()]
-    assert len(one) == len(two) == 4
-    for a, b in zip(losses(one), losses(two)):
-        assert a == pytest.approx(b, abs=1e-5)
-
-
-KILLED = """
-import os, signal, common, sft
-save_if_due = common.save_if_due
-def then_die(run, cfg, step, save):
-    save_if_due(run, cfg, step, save)
-    if step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-common.save_if_due = then_die
-common.launch(sft.main, sft.Config)
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, data):
-    options = dict(train_data=data, max_steps=4, save_every=2, lr=1e-3, warmup_steps=0, **SCRATCH)
-    expected = run(sft, out_dir=str(tmp_path / 'whole'), **options)
-    out = str(tmp_path / 'killed')
-    assert shell(tmp_path, ['-c', KILLED], out_dir=out, **options).returncode == -9
-    assert len((tmp_path / 'killed' / 'log.jsonl').read_text().splitlines()) == 3 # the third was never saved
-    assert losses(run(sft, out_dir=out, resume=True, **options)) == losses(expected)
-    assert weights(out) == weights(tmp_path / 'whole')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
