@@ -10,12 +10,14 @@ The whole pipeline on the toy world, from text to an aligned model, in minutes o
     python demo.py --rounds=3
 
 It runs the scripts that one would run by hand, two side by side where they do not need each other, and prints each
-command before. A second run reuses what is finished and goes on with what is not. In the end it prints tables, three dialogues, and where the figures are.
+command before. A second run reuses what is finished and goes on with what is not. In the end it prints tables, three
+dialogues, and where the figures are.
 
 With --rounds=N the feedback is online (Bai et al. 2022, https://arxiv.org/abs/2204.05862, section 4.5): after the first
 round the PPO policy answers the training prompts, its answers are ranked, the reward model is trained anew from the SFT
-model on all rankings so far (as many steps as the first), and PPO goes on from the policy against it. PPO's reference is the policy that it
-starts from, so that beta prices what one round changes; the KL that evaluate.py prints is to the SFT model.
+model on all rankings so far (as many steps as the first), and PPO goes on from the policy against it. PPO's reference
+is the policy that it starts from, so that beta prices what one round changes; the KL that evaluate.py prints is to the
+SFT model, and its reward model is the first round's.
 """
 
 import ast
