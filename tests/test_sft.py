@@ -99,6 +99,10 @@ def test_four_steps_equal_two_and_two_more(tmp_path, data):
     assert_resumes_exactly(tmp_path, sft, train_data=data, dropout=0.1, **SCRATCH) # dropout: the generator counts
 
 
+def test_four_steps_equal_two_and_two_more_in_float16(tmp_path, data):
+    assert_resumes_exactly(tmp_path, sft, train_data=data, **SCRATCH | dict(dtype='float16', checkpointing=True))
+
+
 def test_ctrl_c(tmp_path, data, monkeypatch, capsys):
     assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, sft, train_data=data, **SCRATCH)
 

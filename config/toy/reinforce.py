@@ -1,5 +1,5 @@
-# RLOO on the toy world: four answers to a prompt, each judged by the mean of the other three. No critic.
-#   python reinforce.py config/toy/rloo.py
+# REINFORCE on the toy world: each answer is judged by a running mean of all before it. No critic.
+#   python reinforce.py config/toy/reinforce.py
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"
