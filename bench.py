@@ -27,7 +27,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from types import SimpleNamespace
 
 import common
 import memory
-from common import fail, launch, require
+from common import checkpoint_file, fail, launch, require
 
 import numpy as np
 import torch
@@ -57,7 +56,8 @@ DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), 
 class Config:
     workload: str = '' # generate, lm, sft, rm, dpo, ppo or memory
     preset: str = 'tiny' # tiny, small or gpt2: random weights of that shape
-    init_from: str = '' # a language model's folder instead of random weights; then its shape counts
+    init_from: str = '' # a language model, folder or on the hub, instead of random weights; then its shape counts
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64
     data: str = '' # comparisons; without: random ids
     batch_size: int = 0 # rows, pairs or prompts at a time; 0 = as above, 8 in the training steps
     tokens: int = 1024 # memory: of a row
@@ -83,14 +83,16 @@ class Config:
 def make_model(cfg, run, **heads):
     """The weights of init_from, or random ones of the preset's shape; with the heads asked for, untrained."""
     if cfg.init_from:
-        return load_policy(cfg.init_from, 'init_from', **heads).to(run.device)
+        return load_policy(cfg.init_from, 'init_from', pad_vocab=cfg.pad_vocab, **heads).to(run.device)
     n_layer, n_head, n_embd, vocab_size = PRESETS[cfg.preset]
-    return GPT(GPTConfig(LONGEST + 1, vocab_size, n_layer, n_head, n_embd, **heads)).to(run.device)
+    config = GPTConfig(LONGEST + 1, vocab_size, n_layer, n_head, n_embd, pad_vocab=cfg.pad_vocab, **heads)
+    return GPT(config).to(run.device)
 
 
 def choose_tokenizer(cfg, pairs, vocab_size):
     """The tokenizer beside the weights; else one of the model's size: gpt2, bytes, or a BPE trained on the data."""
-    if cfg.init_from and any(name.startswith('tokenizer') for name in os.listdir(cfg.init_from)):
+    ours = ('tokenizer.tiktoken', 'tokenizer_name')
+    if cfg.init_from and any(checkpoint_file(cfg.init_from, name, absent_ok=True) for name in ours):
         return load_tokenizer(cfg.init_from)
     if vocab_size in (50257, 257):
         return load_tokenizer('gpt2' if vocab_size == 50257 else 'bytes')
@@ -153,7 +155,7 @@ def generate_lap(cfg, run, model, rows):
 def training_lap(cfg, run, model, step_loss, begin=None):
     """Laps of optimizer steps; step_loss(net, step) -> the loss, the tokens that count, and the positions."""
     model.train()
-    net = run.parallel(model, cfg.compile, cfg.checkpointing)
+    net = run.parallel(model, cfg.compile, checkpointing=cfg.checkpointing)
     optimizer = common.make_optimizer(model, SimpleNamespace(lr=1e-4, weight_decay=0.0))
 
     def lap():
@@ -245,7 +247,7 @@ def ppo_lap(cfg, run, model, rows):
     models = ppo.Models(model, make_model(cfg, run, value_head=True), frozen(reward_head=True), frozen())
     trained = dict(policy=models.policy, critic=models.critic)
     optimizers = {name: common.make_optimizer(net, options, eps=1e-5) for name, net in trained.items()}
-    nets = {name: run.parallel(net, cfg.compile, cfg.checkpointing) for name, net in trained.items()}
+    nets = {name: run.parallel(net, cfg.compile, checkpointing=cfg.checkpointing) for name, net in trained.items()}
 
     def lap():
         batch, lengths, _ = ppo.roll_out(models, prompts, prompts, tok, options, options.kl_coef, run)

@@ -15,10 +15,12 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+import warnings
 
 # Two OpenMP threads that spin while they wait starve each other as soon as any other process is busy.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -137,6 +139,8 @@ def check_common(cfg):
             name = getattr(cfg, key)
             holds = name in choices or (key == 'device' and name.startswith('cuda:'))
             require(cfg, **{key: (holds, f"one of {', '.join(choices)}")})
+    if getattr(cfg, 'fsdp', False):
+        require(cfg, compile=(not cfg.compile, 'False with fsdp=True'))
 
 
 def launch(main, Config):
@@ -146,19 +150,6 @@ def launch(main, Config):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
-
-
-def fetch_from_hub(repo_id, filename, repo_type='model'):
-    """
-    The local path of a file of the hub, fetched unless it is in the cache already. It is everybody's cache and token,
-    and HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE mean what they mean everywhere.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(repo_id, filename, repo_type=repo_type)
-    except Exception as error: # no network, no such file, no permission: one line for each
-        fail(f"{repo_type} {repo_id}: cannot fetch {filename} ({type(error).__name__}); get the file by other means "
-             "and name it or its folder (for a data set: --source=…)")
 
 # ----------------------------------------------------------------------------------------------------------------
 # device, precision, processes
@@ -217,6 +208,10 @@ class Run:
         dist.all_gather_object(everybody, x)
         return everybody
 
+    def merge(self, mine):
+        """The entries of every process's dict, in one dict."""
+        return {k: v for part in self.gather(mine) for k, v in part.items()}
+
     def mean(self, totals, n):
         """{name: total / n} over all processes, of numbers; one that had no rows passes {} and 0."""
         found = self.gather((totals, n))
@@ -226,24 +221,66 @@ class Run:
         """This process's share of the rows of a batch."""
         return batch[self.rank::self.world_size]
 
-    def parallel(self, model, compile=False, checkpointing=False):
+    def parallel(self, model, compile=False, fsdp=False, checkpointing=False):
         """
         A callable `net('method', *args)` for the model's methods, with gradients averaged over the processes.
         DistributedDataParallel sees only what passes through its forward, so every method goes through it.
+
+        fsdp: each process keeps a part of every weight, and later of its gradient and its optimizer's state. A block's
+        weights are gathered while it works (fully_shard: Zhao et al. 2023, https://arxiv.org/abs/2304.11277). To be
+        called before the optimizer is made: the parameters are replaced.
         """
         net = Methods(model)
         model.checkpointing = checkpointing
         if compile:
             net.compile()
             model.compile_decoding()
-        if self.world_size > 1:
+        if fsdp:
+            from torch.distributed.device_mesh import init_device_mesh # slow to import
+            from torch.distributed.fsdp import fully_shard
+            for p in model.parameters():
+                dist.broadcast(p.data, 0) # as DistributedDataParallel does: fresh weights are the first process's
+            # "returned a view tensor": nothing here changes an output in place
+            warnings.filterwarnings('ignore', message='FSDP2-wrapped module')
+            mesh = init_device_mesh(self.device.split(':')[0], (self.world_size,))
+            for part in (*model.h, net): # the rest, embeddings and heads, goes with the root
+                fully_shard(part, mesh=mesh)
+        elif self.world_size > 1:
             ids = [int(self.device.split(':')[1])] if self.device.startswith('cuda') else None
             net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
         return net
 
+    @torch.no_grad()
+    def whole(self, model):
+        """
+        The model itself or, where fsdp has spread its weights over the processes, a copy that has them all: for
+        sampling, measuring and saving, in which the processes go separate ways. All of them have to call this.
+        """
+        if not any(is_spread(p) for p in model.parameters()):
+            return model
+        with torch.device('meta'): # draws no random numbers
+            copy = type(model)(model.config)
+        copy.to_empty(device=self.device).train(model.training)
+        for p, q in zip(copy.parameters(), model.parameters(), strict=True):
+            p.copy_(q.full_tensor())
+        return copy
+
     def stop_requested(self):
         """True on every process once any of them was sent Ctrl-C."""
         return bool(self.sum(float(self.interrupted)) > 0) if self.world_size > 1 else self.interrupted
+
+
+def is_spread(x):
+    """Whether fsdp has spread a tensor over the processes (torch calls it a DTensor)."""
+    return hasattr(x, 'full_tensor')
+
+
+def spread_like(p, x):
+    """A whole tensor x, the same in every process, laid out as the parameter p is."""
+    if not is_spread(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) # no sending: everybody has it
 
 
 class Methods(torch.nn.Module):
@@ -273,9 +310,18 @@ def start(cfg):
     pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
     if getattr(cfg, 'batch_size', pieces) % pieces:
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
+    if getattr(cfg, 'fsdp', False) and run.world_size == 1:
+        fail("--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2")
+    if getattr(cfg, 'fsdp', False) and dtype == 'float16':
+        fail("--fsdp=True: the scale of float16 is not shared by the processes; wanted --dtype=bfloat16 or float32")
     if run.world_size > 1:
+        if device not in ('cuda', 'cpu'):
+            fail(f"--device={cfg.device}: several processes take --device=cuda, one GPU for each, or --device=cpu")
         if device == 'cuda':
-            run.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            local, here = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+            if local >= here:
+                fail(f"process {local} finds no GPU of its own; wanted --nproc_per_node of at most {here}")
+            run.device = f"cuda:{local}"
             torch.cuda.set_device(run.device)
         dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
     if device.startswith('cuda'):
@@ -286,7 +332,8 @@ def start(cfg):
         if run.interrupted:
             raise KeyboardInterrupt # the second Ctrl-C does not wait for the end of the step
         run.interrupted = True
-        print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+        if run.is_master:
+            print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
 
     signal.signal(signal.SIGINT, on_interrupt)
     return run
@@ -359,7 +406,7 @@ def optimizer_step(optimizer, model, lr, grad_clip, scaler=None, last=True):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    norm = norm.item()
+    norm = (norm.full_tensor() if is_spread(norm) else norm).item()
     left_out = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() >= 1
     if last:
         scaler.update()
@@ -392,6 +439,68 @@ def check_finite(name, value, step, out_dir):
         print(f"error: {name} is {value} at step {step}; nothing was saved since the last checkpoint in {out_dir}; "
               "a lower --lr usually helps", file=sys.stderr)
         raise SystemExit(1)
+
+# ----------------------------------------------------------------------------------------------------------------
+# checkpoints from elsewhere
+
+HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2') # the hub's GPT-2s that have no owner
+
+
+def on_hub(name):
+    """
+    Whether a checkpoint's name means a model on the hub: one of HUB_NAMES, or OWNER/NAME. What is a folder here is the
+    folder; out/NAME and FOLDER/NAME with a folder that is here are mistyped paths, and nobody goes looking for them.
+    """
+    owner, slash, _ = name.partition('/')
+    if os.path.exists(name) or slash and (owner == 'out' or os.path.exists(owner)):
+        return False
+    return name in HUB_NAMES or re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name, re.ASCII) is not None
+
+
+def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
+    """
+    The local path of a file of the hub, fetched into huggingface_hub's cache; its environment variables hold, HF_HOME,
+    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE among them. repo_type: model or dataset. What cannot be asked for is taken
+    from the cache. With absent_ok a file that is not there is None; all else ends the program with one line.
+    """
+    import huggingface_hub as hub # here and nowhere else: whoever stays with folders needs no hub
+    from huggingface_hub import errors
+    file = dict(repo_id=repo_id, filename=filename, repo_type=repo_type)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(**file)) # hf_hub_download alone asks for 25 s where no network is
+        return hub.hf_hub_download(**file)
+    except errors.RemoteEntryNotFoundError:
+        if absent_ok:
+            return None
+        fail(f"{repo_id}: the {repo_type} on the hub has no file {filename}")
+    except errors.GatedRepoError:
+        reason = 'it is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN'
+    except errors.RepositoryNotFoundError:
+        reason = f"no folder of this name here, and no such {repo_type} there; a private one needs HF_TOKEN"
+    except Exception as e: # no network, a switch that forbids it, a proxy, a full disk: the hub has no one exception
+        reason = ' '.join((str(e) or type(e).__name__).split())[:200]
+    try:
+        return hub.hf_hub_download(**file, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        if absent_ok:
+            return None
+    files = 'config.json and model.safetensors' if repo_type == 'model' else filename
+    fail(f"{repo_id}: cannot fetch {filename} from the hub ({reason}); without it, put {files} into a folder and name "
+         f"that folder instead{' (--source=)' if repo_type == 'dataset' else ''}")
+
+
+def checkpoint_file(name, filename, absent_ok=False):
+    """The path of a checkpoint's file; name: a folder, or a model on the hub. absent_ok as in fetch_from_hub."""
+    name = os.fspath(name)
+    if on_hub(name):
+        return fetch_from_hub(name, filename, absent_ok=absent_ok)
+    path = os.path.join(name, filename)
+    if os.path.exists(path):
+        return path
+    if absent_ok:
+        return None
+    fail(f"{path}: No such file or directory; wanted a checkpoint folder with config.json and model.safetensors, or a "
+         f"model on the hub: {', '.join(HUB_NAMES)} or OWNER/NAME (with no folder OWNER here)")
 
 # ----------------------------------------------------------------------------------------------------------------
 # checkpoints and log
@@ -437,21 +546,32 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
 
     step: the number of finished steps. optimizers: {name: optimizer}. more: further state, tensors and plain values.
     All files are first written to out_dir/.saving; the rename to .saved is the moment at which the new checkpoint
-    counts, and what a kill interrupts after it is finished by `finish_save` at the next start.
+    counts, and what a kill interrupts after it is finished by `finish_save` at the next start. The first process
+    writes, but all have to call this: each has a random generator of its own, and with fsdp a part of everything.
     """
+    def whole(x): # every process takes part, the first one keeps it
+        if is_spread(x):
+            x = x.full_tensor()
+        return x.cpu() if run.is_master else None
+
+    rng = {'cpu': torch.get_rng_state()}
+    if run.device.startswith('cuda'):
+        rng['cuda'] = torch.cuda.get_rng_state(run.device)
+    rng, model = run.gather(rng), run.whole(model)
+    states = {}
+    for name, optimizer in optimizers.items():
+        states[name] = state = optimizer.state_dict()
+        state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
     if not run.is_master:
         return
     new = os.path.join(cfg.out_dir, '.saving')
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
-        model.save_pretrained(new)
+        model.save_pretrained(new, tokenizer.eos)
         tokenizer.save(new)
-        rng = {'cpu': torch.get_rng_state()}
-        if run.device.startswith('cuda'):
-            rng['cuda'] = torch.cuda.get_rng_state(run.device)
         torch.save(dict(step=step, options=dataclasses.asdict(cfg), rng=rng, scaler=run.scaler.state_dict(),
-                        optimizers={k: o.state_dict() for k, o in optimizers.items()}, **more),
+                        optimizers=states, **more),
                    os.path.join(new, 'state.pt'))
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
@@ -485,35 +605,55 @@ def finish_save(out_dir):
         os.rmdir(done)
 
 
+def load_weights(model, tensors):
+    """Fill the named parameters of a model, fsdp or not, from whole tensors."""
+    params = dict(model.named_parameters())
+    model.load_state_dict({k: spread_like(params[k], v) for k, v in tensors.items()}, strict=False)
+
+
 def load_checkpoint(run, cfg, model, optimizers):
     """
     Put the weights, optimizers and random generators of cfg.out_dir's checkpoint back; returns its state (with
-    'step'), or None when the run is not resumed. Called once everything else is built, just before the loop.
+    'step'), or None when the run is not resumed. Called once everything else is built, just before the loop. The number
+    of processes, and whether they use fsdp, may differ from those that saved.
     """
     if not cfg.resume:
         return None
     path = os.path.join(cfg.out_dir, 'state.pt')
     if not os.path.exists(path):
         fail(f"--resume=True: {path} is missing, there is no checkpoint to go on from")
-    saved = type(model).from_pretrained(cfg.out_dir)
+    saved, *weights = model.open_pretrained(cfg.out_dir)
     for f in dataclasses.fields(model.config):
-        old, new = getattr(saved.config, f.name), getattr(model.config, f.name)
-        if f.name != 'dropout' and old != new:
+        old, new = getattr(saved, f.name), getattr(model.config, f.name)
+        if f.name not in ('dropout', 'pad_vocab') and old != new: # these two are not in the checkpoint
             fail(f"--resume=True: {f.name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
-    model.load_state_dict(saved.state_dict())
+    if any(map(is_spread, model.parameters())): # they cannot be filled in place
+        whole = type(model)(model.config)
+        whole.load_tensors(*weights)
+        load_weights(model, whole.state_dict())
+    else:
+        model.load_tensors(*weights)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
+        old, new = state['options'].get('pad_vocab', False), model.config.pad_vocab
+        if old != new: # the weights would fit, the optimizer's rows would not
+            fail(f"--resume=True: pad_vocab is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state['optimizers'][name])
-        torch.set_rng_state(state['rng']['cpu'])
+            new = state['optimizers'][name]
+            params = [p for group in optimizer.param_groups for p in group['params']]
+            new['state'] = {i: {k: spread_like(params[i], v) if v.dim() else v for k, v in slot.items()}
+                            for i, slot in new['state'].items()}
+            optimizer.load_state_dict(new)
+        if run.rank < len(state['rng']): # each process's own
+            torch.set_rng_state(state['rng'][run.rank]['cpu'])
+            if run.device.startswith('cuda') and 'cuda' in state['rng'][run.rank]:
+                torch.cuda.set_rng_state(state['rng'][run.rank]['cuda'], run.device)
+        else: # there were fewer processes
+            torch.manual_seed(cfg.seed + run.rank + 1000 * state['step'])
         if state.get('scaler'): # that of a run in float16
             run.scaler.load_state_dict(state['scaler'])
     except Exception as e: # a damaged file makes torch.load raise nearly anything, some of it without a message
         fail(f"{path}: not a state to go on from ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
-    if run.rank: # the saved generator is the first process's; the others get streams of their own
-        torch.manual_seed(cfg.seed + run.rank + 1000 * state['step'])
-    elif 'cuda' in state['rng'] and run.device.startswith('cuda'):
-        torch.cuda.set_rng_state(state['rng']['cuda'], run.device)
     if run.is_master:
         log = os.path.join(cfg.out_dir, 'log.jsonl') # forget what was logged after the checkpoint
         lines = read_log(log)

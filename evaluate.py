@@ -48,10 +48,10 @@ Answers = namedtuple('Answers', 'texts rewards parts') # of one model to all pro
 @dataclass
 class Config:
     out_dir: str = 'out/evaluate' # results.json, samples.jsonl and the figures
-    models: str = '' # name=folder,name=folder,… the checkpoints to measure
+    models: str = '' # name=folder,name=folder,… the checkpoints to measure; a folder may also be a model on the hub
     baseline: str = 'sft' # a name among models: win rates are against it
     reference: str = '' # a name among models: the KL is to it; empty = the baseline
-    reward_model: str = '' # a reward model's folder; empty = none
+    reward_model: str = '' # a reward model, folder or on the hub; empty = none
     best_of: int = 0 # also best_of_n: of so many answers of the baseline the reward model's favourite; 0 = off
     prompts: str = '' # held-out prompt records
     max_prompts: int = 0 # use the first so many; 0 = all

@@ -23,12 +23,17 @@ def n_parameters(c):
     block = 12 * C * C + (linear_bias + 2 + norm_bias) * C
     heads = c.value_head * (C + 1) + c.reward_head * C
     final = C * (1 + (c.bias or c.value_head or c.reward_head))
-    return (c.vocab_size + c.block_size) * C + c.n_layer * block + final + heads
+    return (vocabulary(c) + c.block_size) * C + c.n_layer * block + final + heads
 
 
-def weights(c, dtype, frozen=False):
-    """The weights, in float32; with autocast the linear layers of a frozen model are in 16 bits, see Run.freeze."""
-    return 4 * n_parameters(c) - (2 * n_linear(c) if frozen and dtype != 'float32' else 0)
+def frozen_weights(c, dtype):
+    """The weights of a model that is not trained: float32, but linear layers as in Run.freeze."""
+    return 4 * n_parameters(c) - (0 if dtype == 'float32' else 2 * n_linear(c))
+
+
+def vocabulary(c):
+    """The rows of the embedding."""
+    return math.ceil(c.vocab_size / 64) * 64 if c.pad_vocab else c.vocab_size
 
 
 def n_linear(c):
@@ -38,7 +43,7 @@ def n_linear(c):
 
 def copies(c, dtype):
     """What autocast makes of the linear layers and the projection onto the vocabulary, in 16 bits, for one pass."""
-    return 0 if dtype == 'float32' else 2 * (n_linear(c) + c.vocab_size * c.n_embd)
+    return 0 if dtype == 'float32' else 2 * (n_linear(c) + vocabulary(c) * c.n_embd)
 
 
 def kept(c, rows, T, places, words, dtype, sharing=False):
@@ -56,18 +61,18 @@ def kept(c, rows, T, places, words, dtype, sharing=False):
     attention = C * (4 + 5 * h) + 8 + 4 * c.n_head + (T * h if sharing else 0) # 8: ln_1's mean and deviation
     rest = C * (4 + 9 * h) + 8
     last = N * attention + n * (rest + C * h) # C h: the picked output of attention
-    end = n * (C * (4 + h) + 8) + 4 * rows * words * c.vocab_size # ln_f, what reads it, log-softmax
+    end = n * (C * (4 + h) + 8) + 4 * rows * words * vocabulary(c) # ln_f, what reads it, log-softmax
     return (c.n_layer - 1) * N * (attention + rest), last, end, N * (attention + rest)
 
 
 def activations(c, rows, T, places, words, dtype, checkpointing=False, sharing=False):
     """The most that a forward and a backward pass hold besides weights and gradients; arguments as for `kept`."""
     blocks, last, end, block = kept(c, rows, T, places, words, dtype, sharing)
-    logits = 4 * rows * words * c.vocab_size # the backward pass begins with their gradient and that of log-softmax
+    logits = 4 * rows * words * vocabulary(c) # the backward pass begins with their gradient and that of log-softmax
     if not checkpointing:
         return copies(c, dtype) + blocks + last + end + 2 * logits
     inputs = 4 * c.n_layer * rows * T * c.n_embd # of all blocks; then all copies, or the end's, or one block at a time
-    projection = copies(c, dtype) and 2 * c.vocab_size * c.n_embd # its copy
+    projection = copies(c, dtype) and 2 * vocabulary(c) * c.n_embd # its copy
     return inputs + max(copies(c, dtype) + end + logits, projection + end + 2 * logits, block)
 
 
@@ -76,24 +81,26 @@ def kv_cache(c, rows, T, dtype):
     return 2 * c.n_layer * rows * T * c.n_embd * (4 if dtype == 'float32' else 2)
 
 
-def needs(trained, frozen, rows, T, places, words, dtype, checkpointing=False, sharing=False, sampled=0, several=True):
+def needs(trained, frozen, rows, T, places, words, dtype, checkpointing=False, sharing=False, sampled=0, several=True,
+          processes=1, fsdp=False):
     """
     All of it by name, and the most that is held at once. trained, frozen: GPTConfigs; one with a reward head predicts
     words only where it is the only one (reward.py's lm_coef). rows: of a micro-batch; several: an optimizer step has
-    more than one of them. sampled: rows that are sampled at once, before anything is trained on.
+    more than one of them. sampled: rows that are sampled at once, before anything is trained on. With several processes
+    each has its gradients twice, once on their way to the others, or, with fsdp, its part of everything.
     """
-    n = sum(map(n_parameters, trained))
+    n, spread = sum(map(n_parameters, trained)), processes if fsdp else 1
     said = [words if len(trained) == 1 or not c.reward_head else 0 for c in trained]
     need = dict(
-        weights=sum(weights(c, dtype) for c in trained) + sum(weights(c, dtype, frozen=True) for c in frozen),
-        optimizer=8 * n, gradients=4 * n,
+        weights=4 * n // spread + sum(frozen_weights(c, dtype) for c in frozen),
+        optimizer=8 * n // spread, gradients=4 * n // spread * (2 if processes > spread else 1),
         activations=sum(activations(c, rows, T, places, w, dtype, checkpointing, sharing)
                         for c, w in zip(trained, said)),
         kv_cache=kv_cache(trained[0], sampled, T, dtype))
     begin = need['activations'] + need['gradients'] * several # a backward pass frees the ones and makes the others
-    end = need['gradients'] + 8 * trained[0].vocab_size * trained[0].n_embd # the embedding's has two parts and a sum
-    sampling = need['kv_cache'] # and the pass over the prompts, in which one block works at a time
-    if sampled:
+    end = need['gradients'] + 8 * vocabulary(trained[0]) * trained[0].n_embd # the embedding's has two parts and a sum
+    sampling = need['kv_cache'] + 4 * n_parameters(trained[0]) * fsdp # measuring, sampling and saving take all weights
+    if sampled: # and the pass over the prompts takes one block at a time
         sampling += copies(trained[0], dtype) + kept(trained[0], sampled, T, 1, 0, dtype)[3]
     return need | dict(total=need['weights'] + need['optimizer'] + max(begin, end, sampling))
 
@@ -108,7 +115,7 @@ def check(run, cfg, trained, T, places, words, frozen=(), sharing=False, sampled
     gpu = torch.cuda.get_device_properties(run.device)
     rows = math.ceil(cfg.batch_size / (cfg.grad_accum * run.world_size))
     need = needs([m.config for m in trained], [m.config for m in frozen], rows, T, places, words, run.dtype,
-                 cfg.checkpointing, sharing, sampled, several=cfg.grad_accum > 1)
+                 cfg.checkpointing, sharing, sampled, cfg.grad_accum > 1, run.world_size, getattr(cfg, 'fsdp', False))
     if need['total'] > gpu.total_memory:
         parts = ', '.join(f"{name} {size / GiB:.1f}" for name, size in need.items() if name != 'total' and size)
         fail(f"--batch_size={cfg.batch_size}: training takes about {need['total'] / GiB:.1f} GiB ({parts}) and "

@@ -14,16 +14,17 @@ import dataclasses
 import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass
+from functools import partial
 
-from common import fail
+from common import checkpoint_file, fail
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 
 @dataclass
@@ -37,6 +38,7 @@ class GPTConfig:
     bias: bool = True # False: no bias in linear layers and layer norms
     value_head: bool = False # V(s_t) for every position, for PPO's critic
     reward_head: bool = False # one score per sequence, for the reward model
+    pad_vocab: bool = False # hold the vocabulary's rows up to a multiple of 64, which GPUs like; seen nowhere outside
 
 
 class Attention(nn.Module):
@@ -151,7 +153,8 @@ class GPT(nn.Module):
         self.config = config
         self.checkpointing = False # see through; set by whoever trains
         self.compiled = None # the decoding step, see compile_decoding
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd) # also the output projection
+        rows = math.ceil(config.vocab_size / 64) * 64 if config.pad_vocab else config.vocab_size
+        self.wte = nn.Embedding(rows, config.n_embd) # also the output projection
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         # the reward model's normalisation needs the final bias, see normalise_rewards, and so does a critic made of it
@@ -159,6 +162,7 @@ class GPT(nn.Module):
         self.value_head = nn.Linear(config.n_embd, 1) if config.value_head else None
         self.reward_head = nn.Linear(config.n_embd, 1, bias=False) if config.reward_head else None
         self.apply(self._init_weights)
+        nn.init.zeros_(self.wte.weight[config.vocab_size:]) # and so they stay: no loss sees them
         for name, p in self.named_parameters(): # 2 * n_layer residual branches add up: keep their sum's variance at 1
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -199,12 +203,17 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.config.block_size}")
         return self.embed(idx, torch.arange(T, device=idx.device), cache, keep=keep)
 
+    def logits(self, x):
+        """The projection of (…, C) onto the vocabulary, (…, V)."""
+        logits = F.linear(x, self.wte.weight)
+        return logits[..., :self.config.vocab_size] if self.config.pad_vocab else logits
+
     def forward(self, idx, targets=None):
         """
         idx: (B, T) tokens. targets: (B, T) next tokens, already shifted, -100 = ignored.
         Returns logits (B, T, V) and the mean cross-entropy () over counted targets, or None without targets.
         """
-        logits = F.linear(self.hidden(idx), self.wte.weight) # (B, T, V)
+        logits = self.logits(self.hidden(idx)) # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
@@ -214,7 +223,7 @@ class GPT(nn.Module):
         Logits (N, V), float32, that predict the N tokens counted by mask (B, T-1), in row order.
         The projection onto the vocabulary is a third of GPT-2 small's work: it is done for these N positions only.
         """
-        return F.linear(self.hidden(idx[:, :-1], keep=places(mask)), self.wte.weight).float()
+        return self.logits(self.hidden(idx[:, :-1], keep=places(mask))).float()
 
     def logp(self, idx, mask):
         """Log-probabilities (B, T-1) of the tokens counted by mask (B, T-1), 0 elsewhere; idx: (B, T)."""
@@ -233,7 +242,7 @@ class GPT(nn.Module):
         """For a policy that carries its critic, all three in one pass: logp, entropy and masked values."""
         x = self.hidden(idx[:, :-1], keep=places(mask)) # (N, C)
         values = torch.zeros_like(mask).masked_scatter(mask > 0, self.value_head(x).float()) # (B, T-1)
-        return *self._token_stats(F.linear(x, self.wte.weight).float(), idx, mask, with_entropy), values
+        return *self._token_stats(self.logits(x).float(), idx, mask, with_entropy), values
 
     def _token_stats(self, logits, idx, mask, with_entropy):
         counted = mask > 0
@@ -277,7 +286,7 @@ class GPT(nn.Module):
         return self.reward_head(x[:n]).squeeze(-1).float(), self._answer_logp(x[n:], batch)
 
     def _answer_logp(self, x, batch):
-        logits = F.linear(x, self.wte.weight).float() # (M, V)
+        logits = self.logits(x).float() # (M, V)
         logp = -F.cross_entropy(logits, batch.targets, reduction='none') # (M,)
         return torch.zeros(len(batch.sizes), device=logp.device).index_add(0, batch.owners, logp)
 
@@ -323,7 +332,7 @@ class GPT(nn.Module):
         x, rows = x[same], torch.arange(len(prompts), device=device) # (n, C), (n,)
         alive = torch.ones_like(rows, dtype=torch.bool) # ended rows stay in the batch until enough have ended
         for step in range(max_new_tokens):
-            logits = F.linear(x, self.wte.weight).float() # (n, V)
+            logits = self.logits(x).float() # (n, V)
             tokens, logp = sample_token(logits, temperature, top_k, top_p) # (n,), (n,)
             yield rows[alive], tokens[alive], logp[alive]
             if eos is not None:
@@ -371,93 +380,100 @@ class GPT(nn.Module):
     # weights in and out
 
     @classmethod
-    def from_pretrained(cls, folder, **overrides):
+    def from_pretrained(cls, name, **overrides):
         """
-        Read a GPT-2 folder in the Hugging Face layout (config.json, model.safetensors). `overrides` replace fields of
-        GPTConfig: dropout, or value_head=True / reward_head=True to add a fresh head. A value head added to a reward
-        model starts as its reward head. Whatever is wrong with the folder is said in one line, exit code 2.
+        Read a GPT-2 in the Hugging Face layout: a folder, or a model on the hub ("gpt2", "OWNER/NAME"). `overrides`
+        replace fields of GPTConfig: dropout, pad_vocab, or value_head=True / reward_head=True to add a fresh head. A
+        value head added to a reward model starts as its reward head. Weights of any precision become float32. Whatever
+        is wrong with the checkpoint is said in one line, exit code 2.
         """
-        hf = read_json(os.path.join(folder, 'config.json'))
+        config, path, tensors = cls.open_pretrained(name)
+        model = cls(dataclasses.replace(config, **overrides))
+        if model.value_head is not None and not config.value_head and config.reward_head:
+            tensors['value_head.weight'] = tensors['score.weight']
+            tensors['value_head.bias'] = lambda: torch.zeros(1)
+        model.load_tensors(path, tensors)
+        model.was_reward_model = config.reward_head # what the checkpoint held, whatever the overrides made of it
+        return model
+
+    @staticmethod
+    def open_pretrained(name):
+        """
+        A checkpoint's GPTConfig, the path of its weights, and {tensor's name: function that reads it}: nothing is read
+        before it is wanted, so that a model and its file are never in memory together.
+        """
+        path = checkpoint_file(name, 'config.json')
+        hf = read_json(path)
         hf.setdefault('n_positions', 1024)
         missing = [k for k in ('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd')
                    if type(hf.get(k)) is not int or hf[k] < 1]
         if hf.get('model_type') != 'gpt2' or missing:
-            fail(f"{folder}/config.json: not a GPT-2 checkpoint (model_type {hf.get('model_type')!r}"
+            fail(f"{path}: not a GPT-2 checkpoint (model_type {hf.get('model_type')!r}"
                  + (f", without {', '.join(missing)})" if missing else ')'))
         ours = dict(activation_function='gelu_new', layer_norm_epsilon=1e-5, scale_attn_weights=True,
                     scale_attn_by_inverse_layer_idx=False)
         for key, value in ours.items():
             if hf.get(key, value) != value:
-                fail(f"{folder}/config.json: a variant of GPT-2, {key} must be {value!r}, got {hf[key]!r}")
-        path = os.path.join(folder, 'model.safetensors')
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as e:
-            fail(f"{path}: not a readable safetensors file ({e})")
-        tensors = {k.removeprefix('transformer.'): v for k, v in tensors.items()}
+                fail(f"{path}: a variant of GPT-2, {key} must be {value!r}, got {hf[key]!r}")
+        path, tensors = open_weights(name)
         config = GPTConfig(
             block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'],
             n_head=hf['n_head'], n_embd=hf['n_embd'], bias=hf.get('bias', True),
             value_head='value_head.weight' in tensors, reward_head='score.weight' in tensors)
-        model = cls(dataclasses.replace(config, **overrides))
-        if model.value_head is not None and not config.value_head and config.reward_head:
-            tensors['value_head.weight'] = tensors['score.weight']
-            tensors['value_head.bias'] = torch.zeros(1)
-        model._load(tensors, path)
-        model.was_reward_model = config.reward_head # what the folder held, whatever the overrides made of it
-        return model
+        return config, path, tensors
 
-    def _load(self, tensors, path):
+    def load_tensors(self, path, tensors):
+        """Fill the parameters from {name: function that reads it}, one by one; path: where they are, for errors."""
         fresh = {'value_head.weight', 'value_head.bias', 'score.weight'} # may be absent: then they stay as initialised
+        if 'wte.weight' not in tensors and 'lm_head.weight' in tensors: # the same tensor: some tools keep this name
+            tensors['wte.weight'] = tensors.pop('lm_head.weight')
         for name, p, transpose in self._hf_parameters():
             if name not in tensors:
                 if name in fresh or (name == 'ln_f.bias' and not self.config.bias):
                     continue
                 fail(f"{path}: tensor {name} is missing, not the weights of this config.json")
-            t = tensors[name].t() if transpose else tensors[name]
+            t = tensors[name]()
+            t = t.t() if transpose else t
             if t.shape != p.shape:
                 fail(f"{path}: tensor {name} is {tuple(t.shape)}, config.json says {tuple(p.shape)}")
-            with torch.no_grad():
-                p.copy_(t)
-        head = tensors.get('lm_head.weight') # in most files it is left out: the embedding's own weights
-        if head is not None and not torch.equal(head.to(self.wte.weight.dtype), self.wte.weight):
-            fail(f"{path}: tensor lm_head.weight differs from wte.weight; wanted the output projection tied to it")
+            p.copy_(t)
+        if 'lm_head.weight' in tensors: # in most files it is left out: the embedding's own weights
+            head, wte = tensors['lm_head.weight'](), self.wte.weight[:self.config.vocab_size]
+            if not torch.equal(head.to(wte), wte):
+                fail(f"{path}: tensor lm_head.weight differs from wte.weight; wanted the output projection tied to it")
 
     def _hf_parameters(self):
-        """(name in the Hugging Face layout, parameter, transposed there) of every parameter."""
+        """(name in the Hugging Face layout, the parameter's data, transposed there) of every parameter."""
         for name, p in self.named_parameters():
             # GPT-2 was released with linear weights as (in, out), torch keeps them as (out, in)
             transpose = name.startswith('h.') and name.endswith('weight') and p.dim() == 2
-            yield name.replace('reward_head', 'score'), p, transpose
+            data = p.detach()[:self.config.vocab_size] if name == 'wte.weight' else p.detach() # without the padding
+            yield name.replace('reward_head', 'score'), data, transpose
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, eos=None):
         """
         Write config.json and model.safetensors: a GPT2LMHeadModel, or with a reward head a
         GPT2ForSequenceClassification with one label. A reward model's config.json names no pad token: GPT-2 has none,
         and a pad equal to the end-of-text token would move the score off the last real token. Other tools then score
-        one row at a time.
+        one row at a time. eos: the end-of-text id that config.json names; None: the vocabulary's last.
         """
         os.makedirs(folder, exist_ok=True)
-        c = self.config
-        tensors = {}
+        c, tensors = self.config, {}
         for name, p, transpose in self._hf_parameters():
             prefix = '' if name.startswith(('score', 'value_head')) else 'transformer.'
-            tensors[prefix + name] = (p.detach().t() if transpose else p.detach()).contiguous().cpu()
+            tensors[prefix + name] = p.t() if transpose else p
         if not c.bias: # the layout has biases everywhere: zeros say the same
             for name, p in self.named_parameters():
                 if name.startswith(('h.', 'ln_f')) and name.endswith('weight'):
                     tensors.setdefault('transformer.' + name.removesuffix('weight') + 'bias', torch.zeros(p.size(0)))
-        path = os.path.join(folder, 'model.safetensors')
-        try:
-            save_file(tensors, path, metadata={'format': 'pt'})
-        except SafetensorError as e: # a full disk
-            raise OSError(f"{path}: {e}")
+        write_safetensors(os.path.join(folder, 'model.safetensors'), tensors)
+        eos = c.vocab_size - 1 if eos is None else eos
         hf = dict(
             architectures=['GPT2ForSequenceClassification' if c.reward_head else 'GPT2LMHeadModel'], model_type='gpt2',
             vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
             n_head=c.n_head, activation_function='gelu_new', layer_norm_epsilon=1e-5, resid_pdrop=c.dropout,
             embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=True, bias=c.bias,
-            bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
+            bos_token_id=eos, eos_token_id=eos)
         if c.reward_head:
             hf.update(id2label={'0': 'reward'}, label2id={'reward': 0}, pad_token_id=None)
         with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
@@ -469,12 +485,63 @@ def read_json(path):
         with open(path, encoding='utf-8') as f:
             value = json.load(f)
     except OSError as e:
-        fail(f"{path}: {e.strerror}; wanted a checkpoint folder with config.json and model.safetensors")
+        fail(f"{path}: {e.strerror}; wanted a file of a checkpoint")
     except ValueError as e:
         fail(f"{path}: not JSON ({e})")
     if not isinstance(value, dict):
         fail(f"{path}: not a checkpoint's configuration")
     return value
+
+
+def open_weights(name):
+    """
+    The path of a checkpoint's weights and {tensor's name, less 'transformer.': function that reads it}. Weights are one
+    file, or shards behind an index; safetensors before torch's own format, of which only plain tensors are read.
+    """
+    wanted = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+    for filename in wanted:
+        path = checkpoint_file(name, filename, absent_ok=True)
+        if path:
+            break
+    else:
+        checkpoint_file(name, 'model.safetensors') # says what is missing
+    paths = [path]
+    if filename.endswith('.index.json'):
+        files = read_json(path).get('weight_map') # tensor's name: file
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            fail(f"{path}: wanted `weight_map`, the file of every tensor")
+        paths = [checkpoint_file(name, file) for file in sorted(set(files.values()))]
+    tensors = {}
+    for file in paths:
+        try:
+            if file.endswith('.bin'):
+                weights = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+                found = {k: partial(weights.get, k) for k, t in weights.items() if isinstance(t, torch.Tensor)}
+            else:
+                weights = safe_open(file, 'pt', backend='pread') # mapped, the file would stay in memory as it is read
+                found = {k: partial(weights.get_tensor, k) for k in weights.keys()}
+        except Exception as e: # a damaged file, or one that would run code, makes torch.load raise nearly anything
+            fail(f"{file}: not a readable file of plain tensors ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
+        tensors.update((k.removeprefix('transformer.'), read) for k, read in found.items())
+    return path, tensors
+
+
+def write_safetensors(path, tensors):
+    """
+    Write {name: tensor} in the safetensors format: the header's length in 8 bytes, the header in JSON, the tensors'
+    bytes in float32. The library wants every tensor contiguous at once, which for the transposed ones means a second
+    copy of the model; written in turn, they are copied one by one.
+    """
+    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    for name, t in tensors.items():
+        start, end = end, end + 4 * t.numel()
+        header[name] = dict(dtype='F32', shape=list(t.shape), data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8) # tensors begin at a multiple of 8 bytes
+    with open(path, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        for t in tensors.values():
+            f.write(t.float().cpu().contiguous().numpy())
 
 
 def load_policy(folder, option='policy', **overrides):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import common
 import memory
-from common import check_common, launch, require
+from common import check_common, fail, launch, require
 
 import torch
 
@@ -37,8 +37,9 @@ from tokens import Batches, collate, encode_prompts, load_tokenizer, load_traini
 @dataclass
 class Config:
     out_dir: str = 'out/ppo' # the checkpoint
-    policy: str = 'out/sft' # where the policy starts; also the reference
-    reward_model: str = 'out/reward'
+    policy: str = 'out/sft' # where the policy starts, a folder or a model on the hub; also the reference
+    reward_model: str = 'out/reward' # a folder or a model on the hub
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
     prompts: str = '' # prompt records
     max_new_tokens: int = 64 # longest answer, EOS included
     critic: str = 'separate' # separate: a model of its own; shared: a value head on the policy
@@ -76,6 +77,7 @@ class Config:
     dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile of the updates: pays off after minutes
     checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -150,11 +152,11 @@ class Models:
 
 def load_models(cfg, device):
     shared = cfg.critic == 'shared'
-    policy, reward, reference = load_actors(cfg, device, value_head=shared)
+    policy, reward, reference = load_actors(cfg, device, cfg.pad_vocab, value_head=shared)
     critic = policy
     if not shared: # its value head starts as the reward head
         critic = load_reward_model(cfg.reward_model, value_head=True).to(device)
-        critic.reward_head = None
+        critic.reward_head, critic.config.reward_head = None, False
     return Models(policy, critic, reward, reference)
 
 
@@ -168,20 +170,21 @@ def roll_out(models, prompts, questions, tok, cfg, kl_coef, run):
                                                          questions, tok, cfg, run)
     mask, lengths = rolls.mask, rolls.lengths # (B, T-1), (B,)
     with run.autocast():
-        values = frozen_values(models.critic, rolls.idx, mask, lengths) # (B, T-1)
+        values = frozen_values(run.whole(models.critic), rolls.idx, mask, lengths) # (B, T-1)
     # 3. reward per token
     kl = kl_k1(rolls.logp, ref_logp) * mask # (B, T-1)
     rewards = token_rewards(scores, kl, mask, kl_coef) # (B, T-1)
     if cfg.whiten_rewards:
-        rewards = whiten(rewards, mask) + masked_mean(rewards, mask) * mask
+        rewards = whiten(rewards, mask, run) + masked_mean(rewards, mask, run) * mask
     # 4. advantages
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam) # (B, T-1) each
     batch = dict(idx=rolls.idx, mask=mask, old_logp=rolls.logp, old_values=values, returns=returns,
-                 advantages=whiten(advantages, mask))
+                 advantages=whiten(advantages, mask, run))
 
-    variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    mean = lambda x: masked_mean(x, mask, run)
+    variance = lambda x: mean((x - mean(x)) ** 2)
     measured |= dict(
-        values=masked_mean(values, mask), returns=masked_mean(returns, mask), returns_std=variance(returns).sqrt(),
+        values=mean(values), returns=mean(returns), returns_std=variance(returns).sqrt(),
         explained_variance=1 - variance(returns - values) / variance(returns).clamp(min=1e-8))
     return batch, lengths, measured
 
@@ -241,12 +244,14 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
             norm = common.optimizer_step(optimizers['critic'], models.critic, critic_lr, cfg.grad_clip, run.scaler)
             common.check_finite("the critic's gradient norm", norm, step + 1, cfg.out_dir)
     return {k: v / n_updates for k, v in totals.items()} | dict(
-        grad_norm=sum(norms) / max(1, len(norms)), first_ratio=first_ratio, updates=len(norms))
+        grad_norm=sum(norms) / max(1, len(norms)), first_ratio=max(run.gather(first_ratio)), updates=len(norms))
 
 
 def main(cfg):
     run = common.start(cfg)
     tok = load_tokenizer(cfg.policy)
+    if cfg.ptx_coef and cfg.ptx_batch_size < run.world_size:
+        fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {run.world_size}, a row for each process")
     models = load_models(cfg, run.device)
     for frozen in (models.reward, models.reference):
         run.freeze(frozen)
@@ -262,18 +267,18 @@ def main(cfg):
                  sampled=min(sampled, 256))
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
+    nets = dict(policy=run.parallel(models.policy, cfg.compile, cfg.fsdp, cfg.checkpointing))
     optimizers = dict(policy=common.make_optimizer(models.policy, cfg, eps=1e-5))
-    nets = dict(policy=run.parallel(models.policy, cfg.compile, cfg.checkpointing))
     if cfg.critic == 'separate':
+        nets['critic'] = run.parallel(models.critic, cfg.compile, cfg.fsdp, cfg.checkpointing)
         optimizers['critic'] = common.make_optimizer(models.critic, cfg, eps=1e-5)
-        nets['critic'] = run.parallel(models.critic, cfg.compile, cfg.checkpointing)
     state = common.load_checkpoint(run, cfg, models.policy, optimizers)
     if state and cfg.critic == 'separate':
-        models.critic.load_state_dict(state['critic'])
+        common.load_weights(models.critic, state['critic'])
     first, kl_coef = (state['step'], state['kl_coef']) if state else (0, cfg.kl_coef)
 
     def save(step):
-        critic = models.critic.state_dict() if cfg.critic == 'separate' else {}
+        critic = run.whole(models.critic).state_dict() if cfg.critic == 'separate' else {}
         common.save_checkpoint(run, cfg, models.policy, tok, step, optimizers, critic=critic, kl_coef=kl_coef)
 
     bar = common.training_bar(run, cfg, first)

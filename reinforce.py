@@ -40,8 +40,9 @@ from tokens import Batches, encode_prompts, load_tokenizer, read_records
 @dataclass
 class Config:
     out_dir: str = 'out/reinforce' # the checkpoint
-    policy: str = 'out/sft' # where the policy starts; also the reference
-    reward_model: str = 'out/reward'
+    policy: str = 'out/sft' # where the policy starts, a folder or a model on the hub; also the reference
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
+    reward_model: str = 'out/reward' # a folder or a model on the hub
     prompts: str = '' # prompt records
     max_new_tokens: int = 64 # longest answer, EOS included
     kind: str = 'rloo' # of advantage: reinforce, rloo or grpo
@@ -68,6 +69,7 @@ class Config:
     dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile of the updates: pays off after minutes
     checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -155,7 +157,7 @@ def update(policy, net, optimizer, batch, lengths, cfg, run, step):
         norms.append(common.optimizer_step(optimizer, policy, common.lr_at(step, cfg), cfg.grad_clip))
         common.check_finite('the gradient norm', norms[-1], step + 1, cfg.out_dir)
     return {k: v / len(norms) for k, v in totals.items()} | dict(
-        grad_norm=sum(norms) / len(norms), first_ratio=first_ratio, updates=len(norms))
+        grad_norm=sum(norms) / len(norms), first_ratio=max(run.gather(first_ratio)), updates=len(norms))
 
 
 def main(cfg):
@@ -165,7 +167,7 @@ def main(cfg):
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {run.world_size * cfg.n_answers}, "
              "processes x n_answers")
     tok = load_tokenizer(cfg.policy)
-    models = policy, *frozen = load_actors(cfg, run.device) # policy, reward model, reference
+    models = policy, *frozen = load_actors(cfg, run.device, cfg.pad_vocab) # policy, reward model, reference
     for model in frozen:
         run.freeze(model)
     questions = read_records(cfg.prompts, 'prompts')
@@ -175,8 +177,8 @@ def main(cfg):
     memory.check(run, cfg, [policy], T, cfg.max_new_tokens, cfg.max_new_tokens, frozen, sampled=min(sampled, 256))
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
+    net = run.parallel(policy, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(policy, cfg, eps=1e-5)
-    net = run.parallel(policy, cfg.compile, cfg.checkpointing)
     state = common.load_checkpoint(run, cfg, policy, dict(policy=optimizer))
     # a new reward model scores the reference's answers 0 on average (see reward.py): a fair first guess
     first, baseline = (state['step'], state['baseline']) if state else (0, 0.0)

@@ -32,7 +32,7 @@ from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, re
 @dataclass
 class Config:
     out_dir: str = 'out/reward' # the checkpoint
-    init_from: str = 'out/sft' # the SFT model
+    init_from: str = 'out/sft' # the SFT model: a folder, or a model on the hub
     dropout: float = 0.0
     train_data: str = '' # rankings or comparisons
     val_data: str = '' # the same, held out
@@ -56,6 +56,7 @@ class Config:
     dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
     checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -98,12 +99,13 @@ def ranking_loss(scores, ranks):
 def score_rows(model, rows, run):
     """Scores of all answers of rows (prompt, [answers], ranks), a flat list in their order."""
     model.eval()
-    scores = []
-    for part in common.split(rows, max(1, len(rows) // 32)):
+    parts, mine = common.split(rows, max(1, len(rows) // 32)), {}
+    for i in run.rows(range(len(parts))): # each process takes its share
         with run.autocast():
-            scores += model.answer_rewards(collate_answers(part).to(run.device)).tolist()
+            mine[i] = model.answer_rewards(collate_answers(parts[i]).to(run.device)).tolist()
     model.train()
-    return scores
+    scores = run.merge(mine)
+    return [score for i in range(len(parts)) for score in scores[i]]
 
 
 def evaluate(model, rows, records, run):
@@ -112,7 +114,7 @@ def evaluate(model, rows, records, run):
 
     ceiling: the annotator's own noise-free scores, where the records have them. shorter_wins: take the shorter answer.
     """
-    flat = score_rows(model, rows, run)
+    flat = score_rows(run.whole(model), rows, run)
     points, start = {}, 0
     for (_, answers, ranks), record in zip(rows, records):
         guesses = {'accuracy': flat[start:start + len(answers)], 'ceiling': record.get('scores'),
@@ -150,21 +152,21 @@ def main(cfg):
     memory.check(run, cfg, [model], int(batches.lengths.max()), K + words, words, sharing=True)
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
+    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     if state and state['before_normalising']: # the run had come to its end: go on from the scores it trained
-        model.load_state_dict(state['before_normalising'], strict=False)
+        common.load_weights(model, state['before_normalising'])
     first = state['step'] if state else 0
-    net = run.parallel(model, cfg.compile, cfg.checkpointing)
 
     def save(step):
-        before = {}
+        whole, before = run.whole(model), {}
         if step == cfg.max_steps:
             changed = ('reward_head.weight', 'ln_f.bias')
-            before = {k: v.clone() for k, v in model.state_dict().items() if k in changed}
-            scores = torch.tensor(score_rows(model, rows[:cfg.normalise_on], run))
-            model.normalise_rewards(scores.mean(), scores.std())
-        common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer), before_normalising=before)
+            before = {k: v.clone() for k, v in whole.state_dict().items() if k in changed}
+            scores = torch.tensor(score_rows(whole, rows[:cfg.normalise_on], run))
+            whole.normalise_rewards(scores.mean(), scores.std())
+        common.save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
 
     bar = common.training_bar(run, cfg, first)
     for step in bar:

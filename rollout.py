@@ -18,15 +18,24 @@ from tokens import pad
 # ----------------------------------------------------------------------------------------------------------------
 # masked statistics
 
-def masked_mean(x, mask):
-    """Mean () of x over the positions that mask counts; both (B, T-1). 0 where nothing is counted."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(x, mask, run=None):
+    """
+    Mean () of x over the positions that mask counts; both (B, T-1). 0 where nothing is counted. With a Run the mean
+    over all processes, through which no gradient flows.
+    """
+    total, n = (x * mask).sum(), mask.sum()
+    if run is not None:
+        total, n = run.sum(total), run.sum(n)
+    return total / n.clamp(min=1)
 
 
-def whiten(x, mask):
-    """x with mean 0 and variance 1 over the positions that mask counts, 0 elsewhere; both (B, T-1)."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
+def whiten(x, mask, run=None):
+    """
+    x with mean 0 and variance 1 over the positions that mask counts, 0 elsewhere; both (B, T-1). With a Run mean and
+    variance are those of all processes together.
+    """
+    mean = masked_mean(x, mask, run)
+    variance = masked_mean((x - mean) ** 2, mask, run)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
@@ -173,15 +182,15 @@ def score_answers(reward_model, prompts, answers, device, rows=64):
 # ----------------------------------------------------------------------------------------------------------------
 # rolling out
 
-def load_actors(cfg, device, **overrides):
+def load_actors(cfg, device, pad_vocab=False, **overrides):
     """Policy (with overrides of its configuration), reward model and reference (the policy as it is now, frozen)."""
-    policy = load_policy(cfg.policy, **overrides).to(device)
+    policy = load_policy(cfg.policy, pad_vocab=pad_vocab, **overrides).to(device)
     reward = load_reward_model(cfg.reward_model).to(device)
     check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model)
     if reward.config.block_size < policy.config.block_size:
         fail(f"--reward_model={cfg.reward_model}: its context is {reward.config.block_size} tokens, the policy's "
              f"{policy.config.block_size}; wanted one at least as long")
-    reference = load_policy(cfg.policy).to(device)
+    reference = load_policy(cfg.policy, pad_vocab=pad_vocab).to(device)
     return policy, reward.requires_grad_(False), reference.requires_grad_(False)
 
 
@@ -191,7 +200,7 @@ def sample_and_score(policy, reward_model, reference, prompts, questions, tok, c
     reference's log-probabilities (B, T-1), the scores (B,) less what it costs not to end, and what is logged, () each.
     """
     with run.autocast():
-        answers, logps = sample_answers(policy, prompts, tok, cfg.max_new_tokens) # recording log pi_old
+        answers, logps = sample_answers(run.whole(policy), prompts, tok, cfg.max_new_tokens) # recording log pi_old
     rolls = pack(prompts, answers, logps, tok.eos).to(run.device)
     mask = rolls.mask # (B, T-1)
     with run.autocast():
@@ -202,7 +211,7 @@ def sample_and_score(policy, reward_model, reference, prompts, questions, tok, c
         reward=reward.mean(), score=scores.mean(),
         kl=(kl_k1(rolls.logp, ref_logp) * mask).sum(1).mean(), # nats per answer
         kl_k3=(kl_k3(rolls.logp, ref_logp) * mask).sum(1).mean(),
-        entropy=-masked_mean(rolls.logp, mask), # nats per token, estimated by the sampled tokens themselves
+        entropy=-masked_mean(rolls.logp, mask, run), # nats per token, estimated by the sampled tokens themselves
         ended=rolls.ended.mean(), length=mask.sum(1).mean())
     if cfg.gold:
         measured['gold'] = torch.tensor(gold_scores(questions, answers, tok)).mean()

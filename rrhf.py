@@ -27,7 +27,8 @@ from tokens import Batches, by_length, collate_answers, encode_rankings, load_to
 @dataclass
 class Config:
     out_dir: str = 'out/rrhf' # the checkpoint
-    init_from: str = 'out/sft' # the SFT model
+    init_from: str = 'out/sft' # the SFT model, a folder or a model on the hub
+    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
     train_data: str = '' # rankings or comparisons
     val_data: str = '' # the same, held out
     use_scores: bool = True # rank by the records' scores where they have them; False: by the ranks always
@@ -50,6 +51,7 @@ class Config:
     dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
     checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -95,7 +97,7 @@ def batch_loss(logp, rows, answers, cfg):
 def evaluate(model, rows, cfg, run):
     """The loss and the logged metrics, mean over held-out prompts."""
     totals, n = {}, 0
-    model.eval()
+    model = run.whole(model).eval()
     for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
         some = [rows[i] for i in part]
         answers = collate_answers(some).to(run.device)
@@ -112,7 +114,7 @@ def evaluate(model, rows, cfg, run):
 def main(cfg):
     run = common.start(cfg)
     tok = load_tokenizer(cfg.init_from)
-    model = load_policy(cfg.init_from, 'init_from').to(run.device)
+    model = load_policy(cfg.init_from, 'init_from', pad_vocab=cfg.pad_vocab).to(run.device)
 
     def load(path, name):
         return encode_rankings(tok, read_ranked(path, cfg.use_scores), model.config.block_size, name)
@@ -125,10 +127,10 @@ def main(cfg):
     memory.check(run, cfg, [model], int(batches.lengths.max()), words, words, sharing=True)
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
+    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
-    net = run.parallel(model, cfg.compile, cfg.checkpointing)
 
     def save(step):
         common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))

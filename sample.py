@@ -1,15 +1,19 @@
 """
-Talk to any checkpoint in the terminal; the answer appears token by token.
+Talk to any checkpoint in the terminal, also to other people's; the answer appears token by token.
 
     python sample.py --policy=out/toy/ppo --prompt="Where does the fox live?"
-    python sample.py --policy=out/toy/ppo --temperature=0
+    python sample.py --policy=gpt2 --temperature=0.8 --top_p=0.9
 
 Without --prompt this is a conversation: each line is a turn that the model sees together with the turns before it, as
-far as they fit its context. /reset forgets them; an empty line or Ctrl-D ends.
+far as they fit its context; the oldest are forgotten first. /reset forgets all; an empty line, Ctrl-D or Ctrl-C ends.
+An answer ends at its end of text, where a model that never learnt one goes on with the next "### Human:", after
+max_new_tokens, or at Ctrl-C, which leaves the conversation as far as it was printed.
 """
 
 import codecs
+import contextlib
 import signal
+import sys
 from dataclasses import dataclass
 
 import common
@@ -17,12 +21,14 @@ from common import check_common, fail, launch, require
 
 from model import load_policy, load_reward_model
 from rollout import check_same_vocabulary, score_answers
-from tokens import load_tokenizer, prompt_ids
+from tokens import SPEAKER, load_tokenizer, prompt_ids, response_ids
+
+STOP = SPEAKER['user'].rstrip() # "### Human:"
 
 
 @dataclass
 class Config:
-    policy: str = 'out/sft' # whom to talk to: a checkpoint folder
+    policy: str = 'out/sft' # whom to talk to: a checkpoint folder, or a model on the hub
     prompt: str = '' # answer this one prompt and leave; empty = a conversation
     temperature: float = 1.0 # 0 = always the likeliest token
     top_k: int = 0 # sample from the k likeliest tokens; 0 = from all
@@ -53,6 +59,24 @@ def stream_text(tok, tokens):
     yield decoder.decode(b'', final=True)
 
 
+def until_next_turn(pieces):
+    """
+    Pieces of text up to STOP, the newline before it left out. What may be their beginning is held back until the next
+    piece decides, so that nothing of them is ever printed.
+    """
+    beginnings = [stop[:n] for stop in (STOP, '\n' + STOP) for n in range(len(stop))] # '' is one of them
+    held = ''
+    for piece in pieces:
+        said, stop, _ = (held + piece).partition(STOP)
+        if stop:
+            yield said.removesuffix('\n')
+            return
+        n = max(len(b) for b in beginnings if said.endswith(b))
+        yield said[:len(said) - n]
+        held = said[len(said) - n:]
+    yield held
+
+
 def fit(tok, messages, room):
     """
     The conversation's ids, at most `room` of them, and what was forgotten for it, in words or ''. The oldest question
@@ -72,6 +96,7 @@ def fit(tok, messages, room):
 def main(cfg):
     run = common.start(cfg)
     signal.signal(signal.SIGINT, signal.default_int_handler) # there is nothing to save: the first Ctrl-C ends
+    sys.stdout.reconfigure(errors='replace') # a character that the terminal does not know is no reason to stop
     tok = load_tokenizer(cfg.policy)
     model = load_policy(cfg.policy).to(run.device).eval()
     if cfg.reward_model:
@@ -91,9 +116,15 @@ def main(cfg):
                 yield tokens[-1]
 
         with run.autocast():
-            for piece in stream_text(tok, one_by_one()):
-                text += piece
-                print(piece, end='', flush=True)
+            try:
+                for piece in until_next_turn(stream_text(tok, one_by_one())):
+                    text += piece
+                    print(piece, end='', flush=True)
+            except KeyboardInterrupt:
+                if cfg.prompt:
+                    raise
+            if STOP in tok.decode(tokens): # judge what was printed
+                tokens = response_ids(tok, text)
             score = score_answers(judge, [ids], [tokens], run.device).item() if cfg.reward_model else None
         print('' if score is None else f"   [score {score:.2f}]")
         return text
@@ -105,6 +136,8 @@ def main(cfg):
                  f"less an answer of {longest}")
         answer(ids)
     else:
+        with contextlib.suppress(ImportError): # Windows
+            import readline # input() then edits lines by whole characters
         print(f"{cfg.policy}: context of {block_size} tokens; /reset forgets, an empty line or Ctrl-D ends")
         messages = []
         while True:

@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from common import fail, launch, note, require, split, write_atomic # before torch: it sets how torch's threads wait
+# before torch: it sets how torch's threads wait
+from common import HUB_NAMES, checkpoint_file, fail, launch, note, on_hub, require, split, write_atomic
 
 import numpy as np
 import regex # comes with tiktoken
@@ -60,8 +61,11 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        """The bytes behind `ids`, end-of-text left out; the last character may be incomplete while one is streaming."""
-        return self.encoding.decode_bytes([i for i in ids if i != self.eos])
+        """
+        The bytes behind `ids`; the last character may be incomplete while one is streaming. The end-of-text id is left
+        out, and so are the ids above it, which a model with more words than its tokenizer may come up with.
+        """
+        return self.encoding.decode_bytes([i for i in ids if i < self.eos])
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
@@ -78,33 +82,59 @@ class Tokenizer:
 
 
 def load_tokenizer(name):
-    """`name` is "gpt2", "bytes", a FILE.tiktoken, or a checkpoint folder. Anything else ends the program."""
-    path = Path(name)
+    """
+    `name` is "gpt2", "bytes", a FILE.tiktoken, or a checkpoint: a folder or a model on the hub, ours or somebody
+    else's with GPT-2's vocabulary. Anything else ends the program.
+    """
+    name = str(name)
+    if not Path(name).is_dir():
+        if name == 'bytes' or name in HUB_NAMES:
+            return named_tokenizer('bytes' if name == 'bytes' else 'gpt2')
+        if name.endswith('.tiktoken'):
+            return Tokenizer('tiktoken', load_bpe(name))
+        if not on_hub(name):
+            fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {name!r}, which is '
+                 'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
+        checkpoint_file(name, 'config.json') # ends here where the hub cannot be asked: the others may well be absent
+    if path := checkpoint_file(name, 'tokenizer.tiktoken', absent_ok=True):
+        return Tokenizer('tiktoken', load_bpe(path))
+    if path := checkpoint_file(name, 'tokenizer_name', absent_ok=True):
+        stored = Path(path).read_text(encoding='utf-8', errors='replace').strip()
+        if stored not in ('gpt2', 'bytes'):
+            fail(f'{path}: wanted gpt2 or bytes, got {stored[:40]!r}')
+        return named_tokenizer(stored)
+    if not has_gpt2_vocabulary(name):
+        fail(f'{name}: wanted a checkpoint with tokenizer.tiktoken or tokenizer_name, or with the vocabulary of GPT-2')
+    return named_tokenizer('gpt2')
+
+
+def named_tokenizer(name):
+    """The tokenizers that need no file of ours: "gpt2" and "bytes"."""
     if name == 'bytes':
         return Tokenizer('bytes', BYTES)
-    if name == 'gpt2':
-        try:
-            return Tokenizer('gpt2')
-        except Exception as error: # no network, no cache, a damaged cache: tiktoken has no one exception for it
-            fail(f'tokenizer gpt2: cannot load it ({type(error).__name__}); without a network set TIKTOKEN_CACHE_DIR '
-                 "to a folder that holds tiktoken's two GPT-2 files")
-    if path.is_dir():
-        if (path / 'tokenizer.tiktoken').exists():
-            return load_tokenizer(str(path / 'tokenizer.tiktoken'))
-        if (path / 'tokenizer_name').exists():
-            stored = (path / 'tokenizer_name').read_text(encoding='utf-8', errors='replace').strip()
-            if stored not in ('gpt2', 'bytes'):
-                fail(f"{path / 'tokenizer_name'}: wanted gpt2 or bytes, got {stored[:40]!r}")
-            return load_tokenizer(stored)
-        try: # somebody else's GPT-2: its vocabulary's size gives it away
-            if json.loads((path / 'config.json').read_text(encoding='utf-8')).get('vocab_size') == 50257:
-                return load_tokenizer('gpt2')
-        except (OSError, ValueError, AttributeError):
-            pass
-        fail(f'{path}: wanted a checkpoint with tokenizer.tiktoken, tokenizer_name or config.json of a GPT-2')
-    if path.suffix == '.tiktoken':
-        return Tokenizer('tiktoken', load_bpe(path))
-    fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {str(name)!r}')
+    try:
+        return Tokenizer('gpt2')
+    except Exception as error: # no network, no cache, a damaged cache: tiktoken has no one exception for it
+        fail(f'tokenizer gpt2: cannot load it ({type(error).__name__}); without a network set TIKTOKEN_CACHE_DIR '
+             "to a folder that holds tiktoken's two GPT-2 files")
+
+
+def has_gpt2_vocabulary(name):
+    """
+    Whether somebody else's checkpoint speaks GPT-2's tokens. Vocabularies of the same size are common, so one of its
+    oddest words decides where a vocabulary is there; where none is, the size. Rows above it are padding or extras.
+    """
+    try:
+        for filename in ('vocab.json', 'tokenizer.json'):
+            if path := checkpoint_file(name, filename, absent_ok=True):
+                vocab = json.loads(Path(path).read_text(encoding='utf-8'))
+                vocab = vocab if filename == 'vocab.json' else vocab['model']['vocab']
+                return vocab.get('\u0120SolidGoldMagikarp') == 43453 and vocab.get(EOS) == 50256
+        path = checkpoint_file(name, 'config.json', absent_ok=True)
+        size = json.loads(Path(path).read_text(encoding='utf-8')).get('vocab_size') if path else 0
+        return 50257 <= size <= 50304 # the next multiple of 64
+    except (OSError, ValueError, KeyError, AttributeError, TypeError): # not a vocabulary
+        return False
 
 
 def merge(parts, ranks):
@@ -249,7 +279,8 @@ def check_messages(key, messages, last):
 def check_record(row, kind):
     """ValueError says what a row of this kind lacks (see the table of records in README.md); extra keys are welcome."""
     needs = {'text': ['text'], 'demonstrations': ['prompt', 'response'], 'prompts': ['prompt'],
-             'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks']}[kind]
+             'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks'],
+             'unpaired': ['prompt', 'response', 'label']}[kind]
     if kind == 'demonstrations' and 'messages' in row:
         return check_messages('messages', row['messages'], last='assistant')
     for key in needs:
@@ -261,6 +292,8 @@ def check_record(row, kind):
         check_messages('prompt', row['prompt'], last='user')
     elif 'prompt' in needs:
         check('`prompt` to be text that is not empty, or a list of messages', is_text(row['prompt']))
+    if kind == 'unpaired':
+        check('`label` to be true (a good answer) or false', isinstance(row['label'], bool))
     if kind == 'comparisons' and 'margin' in row:
         check('`margin` to be a number', is_number(row['margin']))
     if kind == 'rankings':
@@ -276,7 +309,8 @@ def check_record(row, kind):
 def read_records(path, kind):
     """
     The rows of a .jsonl or .jsonl.gz file as dicts, each checked to be a record of its kind: "text", "demonstrations",
-    "comparisons", "rankings" or "prompts". A .txt file is one text. The first bad row ends the program with its line.
+    "comparisons", "rankings", "unpaired" or "prompts". A .txt file is one text. The first bad row ends the program with
+    its line.
     """
     if str(path).endswith(('.txt', '.txt.gz')):
         if kind != 'text':
@@ -462,6 +496,21 @@ def read_ranked(path, use_scores=False):
     if not records:
         fail(f'{path}: all answers of every prompt tie; wanted some that are ranked above others')
     return records
+
+def read_unpaired(path):
+    """
+    A file of unpaired records; or one of rankings or comparisons, taken apart: an answer that beats more of the other
+    answers to its prompt than beat it is good, one that is beaten by more is bad, and one in the middle is left out.
+    """
+    if 'label' in first_keys(path):
+        return read_records(path, 'unpaired')
+    rows = []
+    for r in read_preferences(path):
+        for response, rank in zip(r['responses'], r['ranks']):
+            lead = sum((rank < other) - (rank > other) for other in r['ranks']) # beaten ones less those it is beaten by
+            if lead:
+                rows.append({'prompt': r['prompt'], 'response': response, 'label': lead > 0})
+    return rows
 
 
 def encode_comparisons(tok, records, block_size, name='comparisons'):

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import collect
-from collect import SimulatedPerson, to_ranks
+import sft
+from annotators import RewardModel, SimulatedPerson, to_ranks
 from data.toy import world
-from tiny import checkpoint, launch, records, run, stops
-from tokens import read_records
+from model import load_reward_model
+from tiny import TOK, checkpoint, launch, records, run, stops
+from tokens import prompt_ids, read_records, response_ids
 
 
 @pytest.mark.parametrize('values, tie, ranks', [
@@ -29,7 +31,7 @@ def test_to_ranks(values, tie, ranks):
 
 def person(noise, tie=0.0, seed=1):
     """Somebody for whom an answer is as good as the number it says."""
-    someone = SimulatedPerson(SimpleNamespace(noise=noise, tie=tie), seed)
+    someone = SimulatedPerson(SimpleNamespace(noise=noise, tie=tie, seed=seed))
     someone.gold = lambda prompt, response: float(response)
     return someone
 
@@ -93,6 +95,51 @@ def test_the_records(tmp_path, given, capsys):
     assert f"{len(rows)} prompts, {sum(len(row['ranks']) for row in rows)} answers, {pairs} pairs" in said
 
 
+def judge(prompt, responses, tie=0.0, folder=None):
+    on = SimpleNamespace(device='cpu')
+    return RewardModel(SimpleNamespace(reward_model=folder, tie=tie, seed=1), on).rank(prompt, responses)
+
+
+def test_a_reward_model_ranks_by_its_scores(tmp_path):
+    """Each answer's score is what the reward model gives to prompt, answer and end of text alone."""
+    folder = checkpoint(tmp_path / 'reward', reward_head=True)
+    texts, model = ['Yo', 'Hello there', 'Yo', '?'], load_reward_model(folder)
+    rows = [prompt_ids(TOK, 'Hi') + response_ids(TOK, t) for t in texts]
+    alone = [model.rewards(torch.tensor([row]), torch.tensor([len(row)])).item() for row in rows]
+    ranks, scores = judge('Hi', texts, folder=folder)
+    assert scores == pytest.approx(alone, abs=1e-5) and len(set(ranks)) == 3 and ranks[0] == ranks[2]
+    for i in range(4):
+        for j in range(4):
+            assert (ranks[i] < ranks[j]) == (scores[i] > scores[j])
+    assert judge('Hi', texts, tie=1e6, folder=folder)[0] == [0, 0, 0, 0]
+    long = 'x' * 100 # the prompt is cut, the answers are not
+    assert len(judge(long, texts, folder=folder)[1]) == 4
+
+
+def test_the_reward_model_as_annotator(tmp_path, given):
+    folder = checkpoint(tmp_path / 'reward', reward_head=True)
+    run(collect, out=str(tmp_path / 'r.jsonl'), annotator='reward_model', reward_model=folder, **given)
+    rows = read_records(tmp_path / 'r.jsonl', 'rankings')
+    assert len(rows) >= 4 and all(row['annotator'] == 'reward_model' for row in rows)
+    for row in rows:
+        ranks, scores = judge(row['prompt'], row['responses'], folder=folder)
+        assert row['ranks'] == ranks and row['scores'] == pytest.approx(scores, abs=1e-6)
+
+
+def test_keep_best_writes_demonstrations(tmp_path, given, monkeypatch, capsys):
+    """The later in the alphabet the better: of "a c b" the second, of "b a b" the first; the third prompt has one."""
+    letters = [[32, 97], [32, 99], [32, 98], [32, 98], [32, 97], [32, 98], [32, 97], [32], [32]]
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([x + [256] for x in letters], None))
+    monkeypatch.setattr(world, 'gold', lambda prompt, response: float(ord(response)))
+    out = str(tmp_path / 'best.jsonl')
+    run(collect, out=out, keep='best', noise=0.0, max_prompts=3, **given)
+    asked = [row['prompt'] for row in read_records(given['prompts'], 'prompts')]
+    assert read_records(out, 'demonstrations') == [dict(prompt=asked[0], response='c'),
+                                                   dict(prompt=asked[1], response='b')]
+    assert 'the best answers kept, 1 prompts left out' in capsys.readouterr().out
+    run(sft, out_dir=str(tmp_path / 'out'), init_from=given['policy'], train_data=out, max_steps=1, batch_size=2)
+
+
 def test_empty_answers_are_left_out(tmp_path, given, monkeypatch, capsys):
     """" a" and " b" remain of the first prompt; the second has one answer left, which cannot be ranked."""
     answers = [[32, 97, 256], [32, 256], [32, 98, 256], [256], [32, 99, 256], [32, 32, 256]]
@@ -109,6 +156,24 @@ def test_every_prompt_is_answered_k_times_at_the_temperature(tmp_path, given, mo
     assert [len(a[1]) for a in asked] == [9, 9, 9, 3] and all(a[3:] == (5, 0.7) for a in asked)
     for _, prompts, *_ in asked:
         assert all(prompts[i] == prompts[i + 1] == prompts[i + 2] for i in range(0, len(prompts), 3))
+
+
+def test_several_policies_answer_in_turn(tmp_path, given, monkeypatch, capsys):
+    """Of three answers the first policy gives two, the second one; the record says whose each is, empty ones apart."""
+    other = checkpoint(tmp_path / 'other', seed=3)
+    given_to = []
+
+    def sampling(model, prompts, tok, *_):
+        given_to.append(len(prompts))
+        text = [b'one', b'uno', b'eins', b''] if len(prompts) == 4 else [b'two', b'due']
+        return [list(t) + [256] for t in text], None
+
+    monkeypatch.setattr(collect, 'sample_answers', sampling)
+    run(collect, out=str(tmp_path / 'r.jsonl'), max_prompts=2, **given | dict(policy=f"{given['policy']},{other}"))
+    rows = read_records(tmp_path / 'r.jsonl', 'rankings')
+    assert given_to == [4, 2]
+    assert [row['responses'] for row in rows] == [['one', 'uno', 'two'], ['eins', 'due']]
+    assert [row['policies'] for row in rows] == [[given['policy'], given['policy'], other], [given['policy'], other]]
 
 
 def interrupted(monkeypatch, stretch):
@@ -169,7 +234,11 @@ def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, cap
     (dict(noise='much'), "--noise=much: noise must be float, got 'much'"),
     (dict(temperature=0), '--temperature=0: temperature must be above 0, got 0.0'),
     (dict(annotator='oracle'), '--annotator=oracle: annotator must be one of simulated'),
-    (dict(prompts=''), "prompts must be a file of prompts, got ''"),
+    (dict(keep='worst'), "--keep=worst: keep must be all or best, got 'worst'"),
+    (dict(annotator='reward_model'), "reward_model must be a reward model's folder with annotator=reward_model"),
+    (dict(reward_model='out/reward'), "else empty, got 'out/reward'"),
+    (dict(annotator='reward_model', reward_model='nowhere'), 'nowhere'),
+    (dict(prompts=''), "prompts must be a file of prompts, unless answers is given, got ''"),
     (dict(prompts='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(policy='nowhere'), 'nowhere'),
     (dict(max_new_tokens=64), 'wanted block_size above max_new_tokens'),

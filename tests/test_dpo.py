@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import dpo
-from dpo import dpo_loss, ipo_loss, pair_loss, sum_or_mean
+from dpo import dpo_loss, hinge_loss, ipo_loss, orpo_loss, pair_loss, reference_logp, simpo_loss, sum_or_mean
 from tiny import (COMPARISONS, RANKINGS, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
                   assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops)
 
@@ -73,10 +73,58 @@ def test_ipo_loss_by_hand():
     assert rejected.grad.tolist() == by_hand([-1.0, 3.0])
 
 
-def test_ipo_takes_means_and_dpo_sums():
+def test_hinge_loss_by_hand():
+    # log-ratios: chosen 1, -2 and 6, rejected -1, 0 and -1; h = 0.25 * (2, -2, 7): (0.5 + 1.5 + 0) / 3
+    chosen, rejected, ref = T([-1., -4., 4.]), T([-3., -2., -3.]), torch.tensor([-2., -2., -2.])
+    loss, chosen_rewards, rejected_rewards = hinge_loss(chosen, rejected, ref, ref, beta=0.25)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(0.666667)
+    assert chosen_rewards.tolist() == [0.25, -0.5, 1.5] and rejected_rewards.tolist() == [-0.25, 0.0, -0.25]
+    assert not (chosen_rewards.requires_grad or rejected_rewards.requires_grad)
+    assert chosen.grad.tolist() == by_hand([-0.083333, -0.083333, 0.0]) # beta / 3; beyond the margin nothing pulls
+    assert rejected.grad.tolist() == by_hand([0.083333, 0.083333, 0.0])
+    # chosen -1 - -3 = 2, rejected -2 - -1 = -1: h = 0.1 * 3
+    assert hinge_loss(T([-1.]), T([-2.]), torch.tensor([-3.]), torch.tensor([-1.]), 0.1)[0].item() == by_hand(0.7)
+
+
+def test_simpo_loss_by_hand():
+    # h = 2 * 0.5 - 0.5 = 0.5 and 2 * -1 - 0.5 = -2.5: log(1 + e^-0.5) = 0.474077, log(1 + e^2.5) = 2.578890
+    chosen, rejected = T([-1., -2.]), T([-1.5, -1.])
+    loss, chosen_rewards, rejected_rewards = simpo_loss(chosen, rejected, beta=2.0, gamma=0.5)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(1.526483)
+    assert chosen_rewards.tolist() == [-2.0, -4.0] and rejected_rewards.tolist() == [-3.0, -2.0]
+    assert not (chosen_rewards.requires_grad or rejected_rewards.requires_grad)
+    assert chosen.grad.tolist() == by_hand([-0.377541, -0.924142]) # beta sigmoid(-h) / 2
+    assert rejected.grad.tolist() == by_hand([0.377541, 0.924142])
+
+
+def test_orpo_loss_by_hand():
+    # chosen P = 1/2: odds 1; rejected P = 1/5: odds 1/4; log 2 + 0.1 * log(1 + 1/4) = 0.693147 + 0.1 * 0.223144
+    chosen, rejected = T([-0.69314718]), T([-1.60943791])
+    loss, chosen_odds, rejected_odds = orpo_loss(chosen, rejected, beta=0.1)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(0.715461)
+    assert (chosen_odds.item(), rejected_odds.item()) == by_hand((0.0, -1.386294))
+    assert not (chosen_odds.requires_grad or rejected_odds.requires_grad)
+    # d log odds / d pi = 1 / (1 - P); sigmoid(-log 4) = 1/5: -1 - 0.1 * 1/5 * 2 and 0.1 * 1/5 * 5/4
+    assert (chosen.grad.item(), rejected.grad.item()) == by_hand((-1.04, 0.025))
+
+
+@pytest.mark.parametrize('pi', [([0.], [-1.]), ([-1.], [0.]), ([0.], [0.]), ([-1.], [-200.])])
+def test_orpo_of_certain_and_of_impossible_answers_is_a_number(pi):
+    chosen, rejected = map(T, pi)
+    loss, *_ = orpo_loss(chosen, rejected, beta=0.1)
+    loss.backward()
+    assert all(torch.isfinite(x).all() for x in (loss, chosen.grad, rejected.grad))
+
+
+def test_which_losses_take_means_and_which_sums():
     logp, sizes = torch.tensor([-2., -6.]), torch.tensor([2, 3])
-    assert sum_or_mean(logp, sizes, 'ipo').tolist() == [-1.0, -2.0]
-    assert sum_or_mean(logp, sizes, 'dpo').tolist() == [-2.0, -6.0]
+    for loss in ('ipo', 'simpo', 'orpo'):
+        assert sum_or_mean(logp, sizes, loss).tolist() == [-1.0, -2.0]
+    for loss in ('dpo', 'hinge'):
+        assert sum_or_mean(logp, sizes, loss).tolist() == [-2.0, -6.0]
 
 
 def test_pair_metrics_by_hand():
@@ -98,13 +146,27 @@ def test_pair_metrics_by_hand():
     assert loss.item() == by_hand(1.25)
     assert (metrics['margin'].item(), metrics['chosen_logp'].item()) == by_hand((0.25, -4.0)) # log-probs are sums
 
+    loss, metrics = pair_loss(logp, ref, answers, SimpleNamespace(loss='hinge', beta=0.5))
+    assert loss.item() == by_hand(0.75) # h = 1 and -0.5 as above: (0 + 1.5) / 2
+
+    # without a reference; per token -2, -3 and -1
+    nothing = torch.full((3,), float('nan'))
+    loss, metrics = pair_loss(logp, nothing, answers, SimpleNamespace(loss='simpo', beta=1.0, simpo_margin=0.5))
+    assert loss.item() == by_hand(1.526483) # h = 1 - 0.5 and -2 - 0.5, as in test_simpo_loss_by_hand
+    assert {k: v.item() for k, v in metrics.items()} == by_hand(dict(
+        accuracy=0.5, margin=-0.5, chosen_reward=-2.5, rejected_reward=-2.0, chosen_logp=-4.0, rejected_logp=-5.0))
+    # log odds -2 - log(1 - e^-2) = -1.854587, -3 - log(1 - e^-3) = -2.948931, -1 - log(1 - e^-1) = -0.541325:
+    # differences 1.094344 and -2.407606; (2 + 3) / 2 + 0.5 * (0.288751 + 2.493812) / 2
+    loss, metrics = pair_loss(logp, nothing, answers, SimpleNamespace(loss='orpo', beta=0.5))
+    assert loss.item() == by_hand(3.195641) and metrics['margin'].item() == by_hand(-0.656631)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
-@pytest.mark.parametrize('loss, first', [('dpo', 0.693147), ('ipo', 25.0)])
+@pytest.mark.parametrize('loss, first', [('dpo', 0.693147), ('ipo', 25.0), ('hinge', 1.0)])
 def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data, loss, first):
-    """h = 0 before the first update: log 2, or (1 / (2 * 0.1))^2 = 25."""
+    """h = 0 before the first update: log 2, (1 / (2 * 0.1))^2 = 25, or the whole margin."""
     log = run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, loss=loss,
               batch_size=8, max_steps=40, log_every=1, lr=0.01, eval_every=20)
     names = ['loss', 'accuracy', 'margin', 'chosen_reward', 'rejected_reward', 'chosen_logp', 'rejected_logp']
@@ -113,6 +175,24 @@ def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data, los
     assert log[0]['val_loss'] == pytest.approx(first, abs=1e-5) and log[1]['loss'] == pytest.approx(first, abs=1e-5)
     assert log[1]['margin'] == pytest.approx(0.0, abs=1e-5)
     assert log[-1]['val_loss'] < first - 0.1 and log[-1]['val_accuracy'] > 0.9
+
+
+@pytest.mark.parametrize('loss, options', [('simpo', dict(beta=2.0, simpo_margin=0.5)), ('orpo', dict(beta=1.0))])
+def test_losses_without_a_reference_learn(tmp_path, sft_model, data, monkeypatch, loss, options):
+    """One pass over each batch and two over the held-out rows: none for a reference."""
+    passes, answer_logp = [], dpo.load_policy(sft_model).__class__.answer_logp
+    monkeypatch.setattr('model.GPT.answer_logp', lambda *a: (passes.append(1), answer_logp(*a))[1])
+    log = run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, loss=loss,
+              batch_size=8, max_steps=40, lr=0.01, **options)
+    assert len(passes) == 42
+    assert log[-1]['val_loss'] < log[0]['val_loss'] - 0.1 and log[-1]['val_accuracy'] > 0.9
+
+
+def test_zeros_stand_in_for_no_reference():
+    rows = [([1], [[2], [3]], [0, 1]), ([1], [[2], [3], [4]], [0, 1, 1])]
+    for loss in ('simpo', 'orpo'): # no model, no device: nothing is computed
+        ref = reference_logp(None, rows, SimpleNamespace(loss=loss), None, 'train')
+        assert [r.tolist() for r in ref] == [[0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_the_reference_does_not_move(tmp_path, sft_model, data):
@@ -134,7 +214,7 @@ def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
                                   batch_size=4)
 
 
-@pytest.mark.parametrize('loss', ['dpo', 'ipo'])
+@pytest.mark.parametrize('loss', ['dpo', 'ipo', 'hinge', 'simpo', 'orpo'])
 def test_micro_batches_of_different_token_counts(tmp_path, sft_model, data, monkeypatch, loss):
     # beta 0.5: a loss of about 1, so that 1e-6 is within the precision of its float32 sums
     keys = ('loss', 'accuracy', 'margin', 'chosen_reward', 'rejected_reward')
@@ -181,7 +261,8 @@ def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
     (dict(beta='high'), "--beta=high: beta must be float, got 'high'"),
     (dict(beta=0), '--beta=0: beta must be above 0, got 0.0'),
     (dict(label_smoothing=0.5), '--label_smoothing=0.5: label_smoothing must be at least 0 and below 0.5, got 0.5'),
-    (dict(loss='simpo'), "--loss=simpo: loss must be dpo or ipo, got 'simpo'"),
+    (dict(loss='sympo'), "--loss=sympo: loss must be one of dpo, ipo, hinge, simpo, orpo, got 'sympo'"),
+    (dict(simpo_margin=-1), '--simpo_margin=-1: simpo_margin must be at least 0, got -1.0'),
     (dict(train_data=''), "train_data must be a file of comparisons or rankings, got ''"),
     (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),

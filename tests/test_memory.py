@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import common
 import dpo
+import kto
 import memory
 import ppo
 import reinforce
@@ -37,7 +38,7 @@ def test_parameters_of_gpt2(name, n):
 
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('heads', [dict(), dict(value_head=True), dict(reward_head=True),
-                                   dict(value_head=True, reward_head=True)])
+                                   dict(value_head=True, reward_head=True), dict(pad_vocab=True)])
 def test_parameters_are_those_of_the_model(bias, heads):
     c = GPTConfig(block_size=8, vocab_size=11, n_layer=3, n_head=2, n_embd=4, bias=bias, **heads)
     assert memory.n_parameters(c) == sum(p.numel() for p in GPT(c).parameters())
@@ -70,6 +71,13 @@ def test_needs_by_hand():
     # 5 rows of 2 tokens in 2 layers: 2 * 2 * 5 * 2 * 2 * 4 bytes; one block with them: 5 * 296
     need = memory.needs([SMALL], [], dtype='float32', sampled=500, **one)
     assert need['kv_cache'] == 32000 and need['total'] == 664 + 1328 + 32000 + 500 * 296
+
+
+@pytest.mark.parametrize('fsdp, parts', [(False, (664, 1328, 1328)), (True, (332, 664, 332))])
+def test_two_processes_by_hand(fsdp, parts):
+    need = memory.needs([SMALL], [], 1, 2, 1, 1, 'float32', processes=2, fsdp=fsdp)
+    assert (need['weights'], need['optimizer'], need['gradients']) == parts
+    assert need['total'] == sum(parts) + 572
 
 
 def test_a_critic_predicts_no_words():
@@ -172,9 +180,9 @@ def test_the_formula_agrees_with_cuda(checkpointing):
 # ---------------------------------------------------------------------------------------------------------------------
 # before training
 
-# GPT-2 small in bfloat16, micro-batches of 32 / 2 / 2 rows of 1024 tokens of which 612 predict a word. 16 bytes for each
-# of 124439808 parameters; copies 2 (84934656 + 38597376); 11 blocks 8192 (10808 + 16904); the last 8192 * 10808
-# + 4896 (16904 + 1536); the end 4896 * 4616; three times 4 * 4896 * 50257: in all 7889405312 bytes, 7.35 GiB.
+# GPT-2 small in bfloat16, micro-batches of 32 / 2 / 2 rows of 1024 tokens of which 612 predict a word. 20 bytes for each
+# of 124439808 parameters, since two processes have gradients twice; copies 2 (84934656 + 38597376); 11 blocks 8192 (10808 + 16904); the last 8192 * 10808
+# + 4896 (16904 + 1536); the end 4896 * 4616; three times 4 * 4896 * 50257: in all 8387164544 bytes, 7.81 GiB.
 @pytest.mark.parametrize('memory_of_gpu, checkpointing, fits', [(8, False, True), (7, False, False), (7, True, True)])
 def test_what_does_not_fit_is_said_in_one_line(monkeypatch, capsys, memory_of_gpu, checkpointing, fits):
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(
@@ -187,7 +195,7 @@ def test_what_does_not_fit_is_said_in_one_line(monkeypatch, capsys, memory_of_gp
         memory.check(on_gpu, cfg, [model], 1024, 612, 612)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
-        'error: --batch_size=32: training takes about 7.3 GiB (weights 0.5, optimizer 0.9, gradients 0.5, '
+        'error: --batch_size=32: training takes about 7.8 GiB (weights 0.5, optimizer 0.9, gradients 0.9, '
         'activations 5.5) and Fake GPU has 7.0; wanted less: a larger --grad_accum, --checkpointing=True, shorter rows '
         'or a smaller model\n')
 
@@ -202,7 +210,7 @@ def test_a_cpu_is_not_asked():
 @pytest.mark.parametrize('script, expected, more', [
     (sft, '1 48 19 19 0', dict()), (reward, '1 52 4 0 0 sharing True', dict()),
     (reward, '1 52 27 23 0 sharing True', dict(lm_coef=0.1)), (dpo, '1 52 23 23 0 sharing True', dict()),
-    (rrhf, '1 52 23 23 0 sharing True', dict()), (ppo, '2 38 8 8 2 sampled 16', dict(minibatches=2)),
+    (rrhf, '1 52 23 23 0 sharing True', dict()), (kto, '1 48 19 19 1', dict()), (ppo, '2 38 8 8 2 sampled 16', dict(minibatches=2)),
     (ppo, '1 38 8 8 2 sampled 8', dict(critic='shared')), (reinforce, '1 38 8 8 2 sampled 8', dict())])
 def test_every_stage_asks_before_it_trains(tmp_path, monkeypatch, capsys, script, expected, more):
     def check(run, cfg, trained, T, places, words, frozen=(), **rest):

@@ -7,6 +7,8 @@ hidden states that can be written down.
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -178,6 +180,140 @@ def test_the_hubs_gpt2_loads(tmp_path):
     torch.testing.assert_close(model(torch.tensor([IDX]))[0], torch.tensor([LOGITS]), **close)
 
 
+def as_shards(folder, save, single, shard):
+    """A folder's tensors in two files behind an index, written by `save`."""
+    tensors = load_file(os.path.join(folder, 'model.safetensors'))
+    os.remove(os.path.join(folder, 'model.safetensors'))
+    files = {name: shard.format(1 + i % 2) for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save({name: t for name, t in tensors.items() if files[name] == file}, os.path.join(folder, file))
+    with open(os.path.join(folder, single + '.index.json'), 'w') as f:
+        json.dump({'metadata': {'total_size': 0}, 'weight_map': files}, f)
+
+
+def as_bin(folder, **options):
+    path = os.path.join(folder, 'model.safetensors')
+    torch.save(load_file(path), os.path.join(folder, 'pytorch_model.bin'), **options)
+    os.remove(path)
+
+
+@pytest.mark.parametrize('change', [
+    lambda d: as_shards(d, save_file, 'model.safetensors', 'model-{}-of-2.safetensors'),
+    lambda d: as_shards(d, torch.save, 'pytorch_model.bin', 'pytorch_model-{}-of-2.bin'),
+    as_bin, lambda d: as_bin(d, _use_new_zipfile_serialization=False)], ids=['shards', 'bin shards', 'bin', 'old bin'])
+@pytest.mark.parametrize('reward', [False, True])
+def test_weights_in_other_files(tmp_path, change, reward):
+    folder = formula_folder(tmp_path, reward)
+    change(folder)
+    model = GPT.from_pretrained(folder, value_head=reward)
+    torch.testing.assert_close(model(torch.tensor([IDX]))[0], torch.tensor([LOGITS]), **close)
+    if reward: # its score is read twice: the critic starts as it
+        assert model.values(torch.tensor([IDX]))[0, -1].item() == pytest.approx(SCORES[0][1], abs=1e-5)
+
+
+def test_safetensors_before_torchs_format(tmp_path):
+    folder = formula_folder(tmp_path)
+    torch.save({}, tmp_path / 'pytorch_model.bin')
+    torch.testing.assert_close(GPT.from_pretrained(folder)(torch.tensor([IDX]))[0], torch.tensor([LOGITS]), **close)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_of_strangers_is_not_executed(tmp_path, capsys):
+    folder, trace = formula_folder(tmp_path / 'model'), str(tmp_path / 'executed')
+    os.remove(os.path.join(folder, 'model.safetensors'))
+    torch.save({'wte.weight': Malicious(trace)}, os.path.join(folder, 'pytorch_model.bin'))
+    line = one_line(capsys, lambda: GPT.from_pretrained(folder))
+    assert 'pytorch_model.bin: not a readable file of plain tensors (UnpicklingError' in line
+    assert not os.path.exists(trace)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_become_float32(tmp_path, dtype):
+    folder = formula_folder(tmp_path)
+    edit_tensors(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
+    model, expected = GPT.from_pretrained(folder), formula_tensors()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.wpe.weight, expected['wpe.weight'].to(dtype).float())
+    assert torch.equal(model.h[1].mlp.c_fc.weight, expected['h.1.mlp.c_fc.weight'].to(dtype).float().t())
+
+
+def test_the_embedding_under_the_projections_name(tmp_path):
+    """The two are one tensor, and some tools keep the other name."""
+    folder = formula_folder(tmp_path)
+    edit_tensors(folder, lambda t: t.update({'lm_head.weight': t.pop('transformer.wte.weight')}))
+    torch.testing.assert_close(GPT.from_pretrained(folder)(torch.tensor([IDX]))[0], torch.tensor([LOGITS]), **close)
+
+
+MEASURE = """
+import sys
+import common
+from model import GPT
+def kilobytes(what):
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(what))
+before = kilobytes('VmRSS')
+model = GPT.from_pretrained(sys.argv[1])
+loading = kilobytes('VmHWM') - before
+open('/proc/self/clear_refs', 'w').write('5') # the peak starts anew
+before = kilobytes('VmHWM')
+model.save_pretrained(sys.argv[2])
+print(loading, kilobytes('VmHWM') - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason="Linux tells the peak of memory")
+def test_neither_loading_nor_saving_holds_a_second_copy(tmp_path):
+    # 256 * 8000 + 64 * 256 + 20 * 12 * 256 * 256 numbers and some biases of 4 bytes: 71 MB, of which 8 in the largest
+    GPT(GPTConfig(64, 8000, 20, 4, 256)).save_pretrained(tmp_path / 'a')
+    root = os.path.dirname(os.path.abspath(model_module.__file__))
+    out = subprocess.run([sys.executable, '-c', MEASURE, tmp_path / 'a', tmp_path / 'b'], cwd=root, text=True,
+                         capture_output=True, check=True).stdout
+    loading, saving = (int(x) / 1000 for x in out.split()) # MB
+    assert 60 < loading < 100 and saving < 20
+    assert (tmp_path / 'a/model.safetensors').read_bytes() == (tmp_path / 'b/model.safetensors').read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a vocabulary that is padded, one that is larger than its tokenizer
+
+def test_a_padded_vocabulary_is_seen_nowhere(tmp_path):
+    """11 words in 64 rows, the other 53 absurd: the same figures, gradients, answers and files."""
+    heads = dict(value_head=True, reward_head=True)
+    random_model(**heads).save_pretrained(tmp_path / 'a')
+    plain, padded = (GPT.from_pretrained(tmp_path / 'a', pad_vocab=pad) for pad in (False, True))
+    assert padded.wte.weight.shape == (64, 8) and padded.wte.weight[11:].abs().max().item() == 0
+    with torch.no_grad():
+        padded.wte.weight[11:] = 100 * padded.ln_f.bias # the likeliest words by far
+    idx, mask = torch.randint(11, (3, 9)), torch.ones(3, 8)
+    batch = collate_answers(PROMPTED)
+    for model in (plain, padded):
+        logits, loss = model(idx, targets=idx)
+        assert logits.shape == (3, 9, 11)
+        logp, entropy = model.logp_and_entropy(idx, mask, with_entropy=True)
+        both = model.logp_entropy_values(idx, mask)[0]
+        (loss + logp.sum() + entropy.sum() + both.sum() + model.answer_logp(batch).sum()).backward()
+        torch.manual_seed(4)
+        answers = model.generate(RAGGED, 8, top_k=12), model.generate(RAGGED, 8, temperature=0)
+        model.seen = logits, loss, logp, entropy, both, torch.tensor(answers[0] + answers[1])
+    for a, b in zip(plain.seen, padded.seen):
+        torch.testing.assert_close(a, b, **close)
+    for (name, p), q in zip(plain.named_parameters(), padded.parameters()):
+        if name == 'wte.weight':
+            assert q.grad[11:].abs().max().item() == 0
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad[:len(p.grad)], rtol=1e-5, atol=1e-5)
+    padded.save_pretrained(tmp_path / 'b')
+    for name in ('config.json', 'model.safetensors'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    assert GPT(GPTConfig(vocab_size=128, n_layer=1, n_embd=12, pad_vocab=True)).wte.weight.size(0) == 128
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the same with transformers itself, random weights
 
@@ -258,6 +394,27 @@ def test_transformers_opens_our_normalised_reward_model(hf, tmp_path, bias):
     assert not info['missing_keys'] and not info['unexpected_keys']
     expected = torch.tensor([hf_score(theirs.eval(), row) for row in rows])
     torch.testing.assert_close(ours.rewards(*ragged(rows, fill=3)), expected, **close)
+
+
+@pytest.mark.parametrize('kind', ['GPT2LMHeadModel', 'GPT2ForSequenceClassification'])
+def test_more_words_than_the_tokenizer_has_go_there_and_back(hf, tmp_path, kind):
+    """13 words of which the tokenizer knows 10, whose last is the end of text; through a padded model of 64 rows."""
+    theirs = hf_model(hf, kind)
+    theirs.save_pretrained(tmp_path / 'a')
+    GPT.from_pretrained(tmp_path / 'a', pad_vocab=True).save_pretrained(tmp_path / 'b', eos=9)
+    again = getattr(hf, kind).from_pretrained(tmp_path / 'b').eval()
+    assert (again.config.vocab_size, again.config.eos_token_id) == (13, 9)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), theirs.parameters(), strict=True))
+    for row in ROWS:
+        torch.testing.assert_close(again(torch.tensor([row])).logits, theirs(torch.tensor([row])).logits, **close)
+
+
+def test_shards_of_transformers_open_here(hf, tmp_path):
+    theirs = hf_model(hf, 'GPT2LMHeadModel')
+    theirs.save_pretrained(tmp_path, max_shard_size='10kB')
+    assert (tmp_path / 'model.safetensors.index.json').exists()
+    idx = torch.randint(13, (4, 16))
+    torch.testing.assert_close(load_policy(tmp_path)(idx)[0], theirs(idx).logits, **close)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -683,8 +840,20 @@ WRONG = {
     'relu': (lambda d: edit_config(d, activation_function='relu'), 'config.json: a variant of GPT-2'),
     'another epsilon': (lambda d: edit_config(d, layer_norm_epsilon=0.1), 'config.json: a variant of GPT-2'),
     'unscaled': (lambda d: edit_config(d, scale_attn_weights=False), 'config.json: a variant of GPT-2'),
-    'no weights': (lambda d: os.remove(os.path.join(d, 'model.safetensors')), 'model.safetensors: not a readable'),
+    'no weights': (lambda d: os.remove(os.path.join(d, 'model.safetensors')), 'model.safetensors: No such file'),
     'truncated': (truncated, 'model.safetensors: not a readable'),
+    'an index without files': (lambda d: (write(d, 'model.safetensors.index.json', b'{"weight_map": [1]}'),
+                                          os.remove(os.path.join(d, 'model.safetensors'))),
+                               'model.safetensors.index.json: wanted `weight_map`'),
+    'a shard missing': (lambda d: (as_shards(d, save_file, 'model.safetensors', 'part{}.safetensors'),
+                                   os.remove(os.path.join(d, 'part2.safetensors'))),
+                        'part2.safetensors: No such file'),
+    'a damaged bin': (lambda d: (as_bin(d), write(d, 'pytorch_model.bin', b'PK\x03\x04' * 9)),
+                      'pytorch_model.bin: not a readable file'),
+    'a bin of something else': (lambda d: (as_bin(d), torch.save({'model': {}}, os.path.join(d, 'pytorch_model.bin'))),
+                                'pytorch_model.bin: tensor wte.weight is missing'),
+    'a bin without names': (lambda d: (as_bin(d), torch.save([1], os.path.join(d, 'pytorch_model.bin'))),
+                            'pytorch_model.bin: not a readable file'),
     'empty': (lambda d: write(d, 'model.safetensors', b''), 'model.safetensors: not a readable'),
     'no safetensors': (lambda d: write(d, 'model.safetensors', b'PK\x03\x04' * 9), 'model.safetensors: not a readable'),
     'a tensor missing': (lambda d: edit_tensors(d, lambda t: t.pop('transformer.h.1.mlp.c_fc.bias')),

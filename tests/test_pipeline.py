@@ -75,9 +75,9 @@ def test_the_toy_world_from_text_to_dpo(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # the pages of options
 
-SCRIPTS = [name for name in ('sft', 'reward', 'dpo', 'ppo', 'reinforce', 'rrhf', 'collect', 'evaluate',
+SCRIPTS = [name for name in ('sft', 'reward', 'dpo', 'kto', 'ppo', 'reinforce', 'rrhf', 'collect', 'evaluate',
                                'sample', 'demo', 'bench') if os.path.exists(os.path.join(ROOT, f"{name}.py"))]
-STAGES = [name for name in ('sft', 'reward', 'dpo', 'ppo', 'reinforce', 'rrhf') if name in SCRIPTS]
+STAGES = [name for name in ('sft', 'reward', 'dpo', 'kto', 'ppo', 'reinforce', 'rrhf') if name in SCRIPTS]
 
 
 def options_of(name):
@@ -95,7 +95,8 @@ def test_an_option_has_one_type_everywhere():
 
 
 @pytest.mark.parametrize('key, default', [
-    ('seed', 1), ('device', 'auto'), ('dtype', 'auto'), ('compile', False), ('checkpointing', False), ('resume', False), ('overwrite', False),
+    ('seed', 1), ('device', 'auto'), ('dtype', 'auto'), ('compile', False), ('checkpointing', False), ('fsdp', False),
+    ('resume', False), ('overwrite', False),
     ('grad_accum', 1), ('grad_clip', 1.0), ('weight_decay', 0.0), ('max_new_tokens', 64), ('train_data', ''),
     ('val_data', ''), ('prompts', ''), ('policy', 'out/sft'), ('dropout', 0.0), ('beta2', 0.99)])
 def test_a_shared_option_has_one_default(key, default):
@@ -105,9 +106,9 @@ def test_a_shared_option_has_one_default(key, default):
 
 def test_every_stage_has_the_options_of_a_stage():
     for name in STAGES:
-        wanted = {'out_dir', 'seed', 'device', 'dtype', 'compile', 'checkpointing', 'max_steps', 'batch_size', 'grad_accum', 'lr',
-                  'lr_schedule', 'warmup_steps', 'weight_decay', 'grad_clip', 'save_every', 'log_every', 'resume',
-                  'overwrite'}
+        wanted = {'out_dir', 'seed', 'device', 'dtype', 'compile', 'checkpointing', 'max_steps', 'batch_size',
+                  'grad_accum', 'lr', 'lr_schedule', 'warmup_steps', 'weight_decay', 'grad_clip', 'save_every',
+                  'log_every', 'resume', 'overwrite'} | ({'fsdp'} if name != 'kto' else set()) # its KL takes another pass of the policy
         wanted |= {'policy', 'reward_model', 'prompts'} if name in ('ppo', 'reinforce') else {
             'init_from', 'train_data', 'val_data', 'eval_every'}
         assert wanted <= set(options_of(name)), (name, wanted - set(options_of(name)))

@@ -1,5 +1,8 @@
 """The terminal: streamed text is whole characters, the conversation fits the context, errors are one line."""
 import builtins
+import io
+import os
+import sys
 
 import pytest
 
@@ -9,6 +12,7 @@ import torch
 
 import sample
 from model import GPT, GPTConfig
+from tiny import ROOT
 from tokens import load_tokenizer, prompt_ids
 
 tok = load_tokenizer('bytes') # every byte is a token, so every character that is not ASCII is spread over several
@@ -26,6 +30,74 @@ def folder(tmp_path_factory):
     GPT(GPTConfig(120, 257, 1, 1, 16, reward_head=True)).save_pretrained(folder / 'reward')
     tok.save(folder / 'reward')
     return str(folder)
+
+
+@pytest.fixture(params=['bytes', 'gpt2'])
+def some_tok(request, monkeypatch):
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR', os.path.join(ROOT, '../shared/tiktoken_cache'))
+    if request.param == 'gpt2' and not os.path.isdir(cache):
+        pytest.skip("needs TIKTOKEN_CACHE_DIR, a folder with tiktoken's two GPT-2 files")
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', cache)
+    return load_tokenizer(request.param)
+
+
+# letters of two to four bytes, right to left, joined by zero-width joiners, with marks above and below
+SCRIPTS = ['你好，世界。龘', '表情 🙂👩‍👩‍👧‍👦🇨🇳!', 'مرحبا بالعالم', 'שלום', 'Привет', 'नमस्ते', 'สวัสดี', '한국어', 'n\u0303é ñ']
+
+
+@pytest.mark.parametrize('text', SCRIPTS)
+def test_every_script_streams_unharmed(some_tok, text):
+    ids = some_tok.encode(' ' + text) + [some_tok.eos]
+    pieces = list(sample.until_next_turn(sample.stream_text(some_tok, ids)))
+    assert ''.join(pieces) == text and '\ufffd' not in ''.join(pieces)
+    for character in text: # each came whole, in one piece
+        assert any(character in piece for piece in pieces)
+    assert sum(bool(piece) for piece in pieces) > 1 # and it did stream
+
+
+@pytest.mark.parametrize('text', SCRIPTS)
+def test_every_script_reaches_the_model_and_the_terminal(folder, some_tok, capsys, monkeypatch, text):
+    """The model reads the prompt's tokens and says them again."""
+    monkeypatch.setattr(sample, 'load_tokenizer', lambda name: some_tok)
+    def echo(model, prompts, *options):
+        heard = some_tok.decode(prompts[0])
+        assert heard == f"### Human: {text}\n### Assistant:"
+        yield from scripted(some_tok, ' ' + heard[len('### Human: '):-len('\n### Assistant:')])
+    monkeypatch.setattr(GPT, 'stream', echo)
+    sample.main(sample.Config(policy=folder, prompt=text, max_new_tokens=1, device='cpu'))
+    assert capsys.readouterr().out == text + '\n'
+
+
+def scripted(tok, *texts):
+    """What GPT.stream yields when the model says these texts; an exception is raised in its place."""
+    for text in texts:
+        if isinstance(text, type):
+            raise text
+        for token in tok.encode(text):
+            yield torch.tensor([0]), torch.tensor([token]), torch.tensor([-1.0])
+
+
+@pytest.mark.parametrize('text, said', [
+    ('Yes.\n### Human: And you?\n', 'Yes.'),
+    ('Yes.### Human: And', 'Yes.'),
+    ('### Human:', ''),
+    ('\n### Human:', ''),
+    ('Yes.\n\n### Human:', 'Yes.\n'),
+    ('# One\n## Two\n### Three', '# One\n## Two\n### Three'),
+    ('### Hu### Human: x', '### Hu'), # the first beginning leads nowhere
+    ('a\n\n### Human', 'a\n\n### Human'), # cut short of the colon: it is not the stop
+    ('ends with #', 'ends with #'),
+    ('', ''),
+])
+def test_an_answer_stops_at_the_next_turn(text, said):
+    for size in range(1, 13): # however the pieces fall, nothing of the stop is ever out
+        pieces = [text[i:i + size] for i in range(0, len(text), size)]
+        assert ''.join(sample.until_next_turn(iter(pieces))) == said
+
+
+def test_nothing_is_held_back_without_need():
+    pieces = sample.until_next_turn(iter(['Hel', 'lo.', '\n', 'Bye', ' #', '1', '\n###', ' Hi']))
+    assert [p for p in pieces if p] == ['Hel', 'lo.', '\nBye', ' ', '#1', '\n### Hi']
 
 
 def test_streamed_characters_are_whole():
@@ -77,10 +149,85 @@ def test_conversation(folder, capsys, monkeypatch):
     assert out.count('model: ') == 3 and '(forgot the oldest 2 messages: the context holds 120 tokens' in out
 
 
+def type_in(monkeypatch, *lines):
+    """These lines come from the keyboard, then the end of input; an exception comes as itself."""
+    lines = iter([*lines, EOFError])
+    def read(_):
+        line = next(lines)
+        if isinstance(line, type):
+            raise line
+        return line
+    monkeypatch.setattr(builtins, 'input', read)
+
+
+def replies(monkeypatch, *answers):
+    """The model says these answers, one a turn; returns the texts that it read."""
+    heard, answers = [], iter(answers)
+    def stream(model, prompts, *options):
+        heard.append(tok.decode(prompts[0]))
+        yield from scripted(tok, *next(answers))
+    monkeypatch.setattr(GPT, 'stream', stream)
+    return heard
+
+
+def test_a_model_that_never_learnt_to_end(folder, capsys, monkeypatch):
+    """The next turn that it makes up is neither printed nor remembered."""
+    type_in(monkeypatch, 'Hi', 'Why?')
+    heard = replies(monkeypatch, [' Yo.\n### Hu', 'man: Go away\n### Assistant: No'], [' So.'])
+    sample.main(sample.Config(policy=folder, max_new_tokens=20, device='cpu'))
+    assert heard == ['### Human: Hi\n### Assistant:',
+                     '### Human: Hi\n### Assistant: Yo.\n### Human: Why?\n### Assistant:']
+    assert capsys.readouterr().out.split('\n')[1:] == ['model: Yo.', 'model: So.', '', '']
+
+
+def test_the_score_is_that_of_what_was_printed(folder, capsys, monkeypatch):
+    scored = []
+    monkeypatch.setattr(sample, 'score_answers', lambda judge, prompts, answers, device: (
+        scored.append(answers[0]), torch.tensor([0.5]))[1])
+    replies(monkeypatch, [' Yo.\n### Human: Go'])
+    sample.main(sample.Config(policy=folder, reward_model=folder + '/reward', prompt='Hi', device='cpu'))
+    assert scored == [list(b' Yo.') + [tok.eos]] and capsys.readouterr().out == 'Yo.   [score 0.50]\n'
+
+
+def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(folder, capsys, monkeypatch):
+    type_in(monkeypatch, 'Hi', 'Why?', KeyboardInterrupt)
+    heard = replies(monkeypatch, [' So', KeyboardInterrupt, ' much'], [' Ah.'])
+    with pytest.raises(KeyboardInterrupt): # at the prompt; launch turns it into exit code 130
+        sample.main(sample.Config(policy=folder, max_new_tokens=20, device='cpu'))
+    assert heard[1] == '### Human: Hi\n### Assistant: So\n### Human: Why?\n### Assistant:'
+    assert capsys.readouterr().out.split('\n')[1:] == ['model: So', 'model: Ah.', '']
+
+
+def test_ctrl_c_ends_a_single_prompt(folder, capsys, monkeypatch):
+    replies(monkeypatch, [' So', KeyboardInterrupt])
+    monkeypatch.setattr(sys, 'argv', ['sample.py', f"--policy={folder}", '--prompt=Hi', '--device=cpu'])
+    with pytest.raises(SystemExit) as stopped:
+        common.launch(sample.main, sample.Config)
+    assert stopped.value.code == 130 and capsys.readouterr().out == 'So'
+
+
+def test_words_that_the_tokenizer_does_not_know_say_nothing(folder, tmp_path, capsys):
+    """300 words over the 257 of the tokenizer; the last layer norm's bias makes the last ones all but certain."""
+    model = GPT(GPTConfig(block_size=120, vocab_size=300, n_layer=1, n_head=1, n_embd=16))
+    with torch.no_grad():
+        model.ln_f.bias.fill_(1)
+        model.wte.weight[270:] = 9
+    model.save_pretrained(tmp_path)
+    tok.save(tmp_path)
+    sample.main(sample.Config(policy=str(tmp_path), prompt='Hi', max_new_tokens=5, device='cpu'))
+    assert capsys.readouterr().out == '\n'
+
+
+def test_a_terminal_of_few_characters_shows_question_marks(folder, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding='ascii', write_through=True)
+    monkeypatch.setattr(sys, 'stdout', out)
+    replies(monkeypatch, [' 你好!'])
+    sample.main(sample.Config(policy=folder, prompt='Hi', device='cpu'))
+    assert out.buffer.getvalue() == b'??!\n'
+
+
 def test_end_of_input_ends(folder, capsys, monkeypatch):
-    def no_more(_):
-        raise EOFError
-    monkeypatch.setattr(builtins, 'input', no_more)
+    type_in(monkeypatch)
     sample.main(sample.Config(policy=folder, device='cpu'))
 
 

@@ -1,19 +1,18 @@
-"""sft.py: the loss by hand, resuming bit for bit, micro-batches, two processes, and what is refused."""
+"""sft.py: the loss by hand, resuming bit for bit, micro-batches, and what is refused."""
 import json
+import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import sft
 from model import GPT
-from sft import sft_loss
+from sft import distillation_loss, sft_loss
 from tiny import (DEMONSTRATIONS, ROOT, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
                   assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, losses, records, run, stops,
                   weights)
-from tokens import prompt_ids
+from tokens import Tokenizer, prompt_ids
 
 SCRATCH = dict(init_from='scratch', tokenizer='bytes', n_layer=1, n_head=2, n_embd=16, block_size=64, batch_size=4)
 
@@ -31,6 +30,33 @@ def test_sft_loss_by_hand():
     loss.backward()
     assert loss.shape == () and loss.item() == by_hand(3.0)
     assert logp.grad.tolist() == [[-0.25, -0.25, 0.0], [-0.25, 0.0, -0.25]]
+
+
+def test_distillation_loss_by_hand():
+    # teacher (1/2, 1/4, 1/4), student uniform: KL = 1/2 log(3/2) + 2 * 1/4 log(3/4) = 0.202733 - 0.143841 = 0.058892;
+    # a second token on which both agree: the mean is a half of it
+    teacher = torch.tensor([[2., 1., 1.], [5., 0., 3.]], requires_grad=True)
+    p = teacher * torch.tensor([[math.log(2)] * 3, [1.] * 3])
+    student = torch.tensor([[7., 7., 7.], [4., -1., 2.]], requires_grad=True) # logits may be shifted by any number
+    loss = distillation_loss(student, p, 1.0)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(0.029446)
+    # (q - p) / N: a third less a half, a third less a quarter, over two tokens
+    assert student.grad.tolist()[0] == by_hand([-0.083333, 0.041667, 0.041667])
+    assert student.grad.tolist()[1] == by_hand([0.0, 0.0, 0.0]) and teacher.grad is None
+
+
+def test_distillation_at_a_temperature_by_hand():
+    # T = 2 halves the logits: the teacher's log 4, 0, 0 becomes the (1/2, 1/4, 1/4) of above; 4 * 0.058892
+    student = torch.tensor([[7., 7., 7.]], requires_grad=True)
+    loss = distillation_loss(student, torch.tensor([[math.log(4), 0., 0.]]), 2.0)
+    loss.backward()
+    assert loss.item() == by_hand(0.235566)
+    assert student.grad.tolist()[0] == by_hand([-0.333333, 0.166667, 0.166667]) # T^2 * 1/T * (q - p)
+
+
+def test_distillation_of_no_token_is_zero():
+    assert distillation_loss(torch.zeros(0, 3), torch.zeros(0, 3), 1.0).item() == 0.0
 
 
 def test_a_uniform_models_first_loss_is_log_vocabulary(tmp_path, data):
@@ -85,6 +111,60 @@ def test_text(tmp_path, packed):
     assert log[-1]['val_loss'] < 5.0 < log[0]['val_loss']
 
 
+@pytest.fixture
+def teacher(tmp_path):
+    return checkpoint(tmp_path / 'teacher')
+
+
+def test_a_student_takes_over_the_teachers_distributions(tmp_path, data, teacher):
+    """A smaller student from scratch: the KL falls, at the answers' tokens alone, and the teacher stays as it is."""
+    before = weights(teacher)
+    log = run(sft, out_dir=str(tmp_path / 'out'), train_data=data, teacher=teacher, max_steps=150,
+              **SCRATCH | dict(n_embd=8, lr=0.01, batch_size=8, log_every=1))
+    assert log[0]['loss'] > 0.5 and log[-1]['loss'] < 0.3 * log[0]['loss'] and weights(teacher) == before
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, data, teacher):
+    for temperature in (1.0, 3.0):
+        log = run(sft, out_dir=str(tmp_path / str(temperature)), init_from=teacher, train_data=data, teacher=teacher,
+                  max_steps=1, batch_size=8, temperature=temperature)
+        assert log[0]['loss'] == by_hand(0.0) and log[0]['grad_norm'] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_teacher_is_asked_at_the_counted_tokens(tmp_path, data, teacher, monkeypatch):
+    """64 answer tokens in all (see above), whatever the prompts hold."""
+    asked = []
+    monkeypatch.setattr(sft, 'distillation_loss',
+                        lambda *a: (asked.append([tuple(x.shape) for x in a[:2]] + [a[2]]), distillation_loss(*a))[1])
+    run(sft, out_dir=str(tmp_path / 'out'), train_data=data, teacher=teacher, max_steps=1, temperature=2.5,
+        **SCRATCH | dict(batch_size=8))
+    assert asked == [[(64, 257), (64, 257), 2.5]]
+
+
+def test_a_students_micro_batches_and_resuming(tmp_path, data, teacher, monkeypatch):
+    options = dict(train_data=data, teacher=teacher, temperature=2.0) | SCRATCH
+    assert_same_for_micro_batches(monkeypatch, tmp_path, sft, ('loss', 'grad_norm'), max_steps=2,
+                                  **options | dict(batch_size=8))
+    assert_resumes_exactly(tmp_path, sft, **options)
+
+
+def test_teachers_that_do_not_fit(tmp_path, data, capsys, teacher):
+    out, options = str(tmp_path / 'out'), SCRATCH | dict(train_data=data, max_steps=1)
+    wide, short = checkpoint(tmp_path / 'wide', vocab_size=300), checkpoint(tmp_path / 'short', block_size=32)
+    head = checkpoint(tmp_path / 'head', reward_head=True)
+    other = checkpoint(tmp_path / 'other')
+    Tokenizer('tiktoken', {bytes([255 - i]): i for i in range(256)}).save(tmp_path / 'other') # as many, but others
+    for folder, expected in (
+            (wide, "its vocabulary has 300 tokens, the policy's has 257; wanted the same tokenizer"),
+            (other, 'has another tokenizer than the student; wanted one for both'),
+            (short, "its context is 32 tokens, the student's 64; wanted one at least as long"),
+            (head, 'is a reward model, wanted a language model')):
+        said = stops(capsys, sft, out_dir=out, teacher=folder, **options)
+        assert said.startswith(f"--teacher={folder}: ") and said.endswith(expected)
+    assert 'nowhere' in stops(capsys, sft, out_dir=out, teacher='nowhere', **options)
+    assert not has_checkpoint(out)
+
+
 def test_dropout_is_off_while_measuring(tmp_path, data):
     logs = [run(sft, out_dir=str(tmp_path / str(dropout)), train_data=data, val_data=data, max_steps=1, dropout=dropout,
                 **SCRATCH) for dropout in (0.0, 0.5)]
@@ -93,7 +173,7 @@ def test_dropout_is_off_while_measuring(tmp_path, data):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# resuming, micro-batches, processes
+# resuming, micro-batches; test_processes.py has the rest
 
 def test_four_steps_equal_two_and_two_more(tmp_path, data):
     assert_resumes_exactly(tmp_path, sft, train_data=data, dropout=0.1, **SCRATCH) # dropout: the generator counts
@@ -103,6 +183,19 @@ def test_four_steps_equal_two_and_two_more_in_float16(tmp_path, data):
     assert_resumes_exactly(tmp_path, sft, train_data=data, **SCRATCH | dict(dtype='float16', checkpointing=True))
 
 
+def test_a_padded_vocabulary_resumes_and_leaves_no_trace(tmp_path, data, capsys):
+    """257 tokens in 320 rows: from the same weights the run is the same, and 257 rows are saved."""
+    assert_resumes_exactly(tmp_path, sft, train_data=data, pad_vocab=True, **SCRATCH)
+    options = dict(init_from=checkpoint(tmp_path / 'base'), train_data=data, batch_size=4, max_steps=2)
+    plain = run(sft, out_dir=str(tmp_path / 'a'), **options)
+    padded = run(sft, out_dir=str(tmp_path / 'b'), pad_vocab=True, **options)
+    for a, b in zip(plain, padded, strict=True):
+        assert a['loss'] == by_hand(b['loss']) and a['grad_norm'] == pytest.approx(b['grad_norm'], abs=1e-4)
+    assert GPT.from_pretrained(tmp_path / 'b').wte.weight.shape == (257, 16)
+    line = stops(capsys, sft, out_dir=str(tmp_path / 'b'), resume=True, **options)
+    assert 'pad_vocab is True in' in line and 'False in this run' in line # the optimizer's rows would not fit
+
+
 def test_ctrl_c(tmp_path, data, monkeypatch, capsys):
     assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, sft, train_data=data, **SCRATCH)
 
@@ -110,46 +203,6 @@ def test_ctrl_c(tmp_path, data, monkeypatch, capsys):
 def test_micro_batches_of_different_token_counts(tmp_path, data, monkeypatch):
     assert_same_for_micro_batches(monkeypatch, tmp_path, sft, ('loss', 'grad_norm'), train_data=data, max_steps=2,
                                   **SCRATCH | dict(batch_size=8))
-
-
-def shell(tmp_path, launcher, **options):
-    argv = [f"--{k}={v}" for k, v in (dict(device='cpu', lr_schedule='constant', log_every=1) | options).items()]
-    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=ROOT)
-    return subprocess.run([sys.executable, *launcher, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
-
-
-def test_two_processes_equal_one(tmp_path, data):
-    options = dict(train_data=data, val_data=data, max_steps=2, lr=1e-3, **SCRATCH)
-    one = run(sft, out_dir=str(tmp_path / 'one'), **options)
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', os.path.join(ROOT, 'sft.py')]
-    done = shell(tmp_path, launcher, out_dir=str(tmp_path / 'two'), warmup_steps=0, **options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    two = [json.loads(line) for line in (tmp_path / 'two' / 'log.jsonl').read_text().splitlines()]
-    assert len(one) == len(two) == 4
-    for a, b in zip(losses(one), losses(two)):
-        assert a == pytest.approx(b, abs=1e-5)
-
-
-KILLED = """
-import os, signal, common, sft
-save_if_due = common.save_if_due
-def then_die(run, cfg, step, save):
-    save_if_due(run, cfg, step, save)
-    if step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-common.save_if_due = then_die
-common.launch(sft.main, sft.Config)
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, data):
-    options = dict(train_data=data, max_steps=4, save_every=2, lr=1e-3, warmup_steps=0, **SCRATCH)
-    expected = run(sft, out_dir=str(tmp_path / 'whole'), **options)
-    out = str(tmp_path / 'killed')
-    assert shell(tmp_path, ['-c', KILLED], out_dir=out, **options).returncode == -9
-    assert len((tmp_path / 'killed' / 'log.jsonl').read_text().splitlines()) == 3 # the third was never saved
-    assert losses(run(sft, out_dir=out, resume=True, **options)) == losses(expected)
-    assert weights(out) == weights(tmp_path / 'whole')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +222,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path, data, capsys):
     (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(init_from='nowhere'), 'nowhere'),
+    (dict(temperature=0), '--temperature=0: temperature must be above 0, got 0.0'),
     (dict(tokenizer='klingon'), "wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got 'klingon'"),
     (dict(n_head=3), 'n_embd must be a multiple of n_head, got n_embd=16, n_head=3'),
     (dict(batch_size=4, grad_accum=3), '--batch_size=4: must be a multiple of 3, processes x grad_accum'),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tokens
-from tokens import (Batches, Rows, Stream, by_length, collate, collate_answers, dialogue, encode_comparisons,
+from tokens import (EOS, Batches, Rows, Stream, by_length, collate, collate_answers, dialogue, encode_comparisons,
                     encode_demonstrations, encode_prompts, encode_rankings, encode_text, is_text_file, load_tokenizer,
                     load_training_set, merge, pad, prompt_ids, read_preferences, read_ranked, read_records,
                     response_ids, save_bpe, train_bpe, truncate, write_records)
@@ -93,7 +93,7 @@ def test_bpe_encodes_as_trained():
         assert tok.decode(tok.encode(text)) == text
 
 
-def test_tiktoken_file_round_trip(tmp_path):
+def test_tiktoken_file_round_trip(tmp_path, monkeypatch):
     ranks = train_bpe(["aab aab aab ab"], 1000, 2)
     save_bpe(ranks, tmp_path / "toy.tiktoken")
     lines = (tmp_path / "toy.tiktoken").read_text().splitlines()
@@ -101,6 +101,7 @@ def test_tiktoken_file_round_trip(tmp_path):
     tok = load_tokenizer(str(tmp_path / "toy.tiktoken"))
     assert (tok.name, tok.ranks, tok.n_vocab) == ("tiktoken", ranks, len(ranks) + 1)
     import tiktoken.load # tiktoken's own reader agrees
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "") # it would leave a copy of the file there
     assert tiktoken.load.load_tiktoken_bpe(str(tmp_path / "toy.tiktoken")) == ranks
 
 
@@ -129,6 +130,7 @@ def test_corrupt_tiktoken_file(tmp_path, capsys, content, where):
 
 def test_unknown_tokenizers(tmp_path, capsys):
     exits(capsys, "wanted gpt2, bytes, a .tiktoken file", load_tokenizer, "gpt5")
+    exits(capsys, "'out/nowhere', which is neither a folder here nor a model on the hub", load_tokenizer, "out/nowhere")
     exits(capsys, f"{tmp_path / 'no.tiktoken'}: no such file", load_tokenizer, str(tmp_path / "no.tiktoken"))
     exits(capsys, f"{tmp_path}: wanted a checkpoint", load_tokenizer, str(tmp_path))
     (tmp_path / "tokenizer_name").write_text("llama")
@@ -155,6 +157,50 @@ def test_gpt2(gpt2, tmp_path):
     (tmp_path / "tokenizer_name").unlink() # a folder of the hub has neither file of ours
     (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
     assert load_tokenizer(str(tmp_path)).name == "gpt2"
+
+
+@pytest.mark.parametrize("size, files, known", [
+    (50257, {}, True),
+    (50304, {}, True), # padded to a multiple of 64
+    (50305, {}, False),
+    (21128, {}, False), # a Chinese GPT-2 of the hub: words of BERT
+    (50260, {"vocab.json": {"\u0120SolidGoldMagikarp": 43453, EOS: 50256}}, True), # and three added tokens
+    (60000, {"tokenizer.json": {"model": {"vocab": {"\u0120SolidGoldMagikarp": 43453, EOS: 50256}}}}, True),
+    (50257, {"vocab.json": {"\u0120the": 262, EOS: 50256}}, False), # as large as GPT-2's, in another language
+    (50257, {"vocab.json": {"\u0120SolidGoldMagikarp": 43453, EOS: 0}}, False),
+    (50257, {"tokenizer.json": {"model": {"vocab": [["a", -1.5]]}}}, False),
+    (50257, {"tokenizer.json": []}, False),
+    ("50257", {}, False),
+    (None, {}, False),
+])
+def test_other_peoples_vocabularies(gpt2, tmp_path, capsys, size, files, known):
+    for name, content in [*files.items(), ("config.json", {"vocab_size": size})]:
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    if known:
+        assert load_tokenizer(str(tmp_path)).name == "gpt2"
+    else:
+        exits(capsys, f"{tmp_path}: wanted a checkpoint with tokenizer.tiktoken", load_tokenizer, str(tmp_path))
+
+
+def test_the_hubs_gpt2s_speak_gpt2_without_being_asked(gpt2, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path) # where no folder has that name
+    monkeypatch.setattr(tokens, "checkpoint_file", None)
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"):
+        assert load_tokenizer(name).name == "gpt2"
+
+
+def test_a_checkpoint_in_a_folder_named_gpt2(gpt2, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("gpt2")
+    gpt2.save("gpt2")
+    assert load_tokenizer("gpt2").name == "gpt2" # and does not look into itself for ever
+    BYTES.save("gpt2")
+    assert load_tokenizer("gpt2").name == "bytes"
+
+
+def test_ids_above_the_end_of_text_say_nothing(gpt2):
+    assert BYTES.decode([72, 105, 256, 257, 300]) == "Hi" # a model may have more words than its tokenizer
+    assert gpt2.decode([15496, 50256, 50257, 50303, 995]) == "Hello world"
 
 
 def test_our_split_is_gpt2s(gpt2):

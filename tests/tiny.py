@@ -1,6 +1,10 @@
 """Tiny checkpoints, records and runs that several test files share."""
 import os
 import signal
+import socket
+import sys
+import time
+import traceback
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -104,6 +108,48 @@ def assert_resumes_exactly(tmp_path, script, **options):
     assert [line['step'] for line in got] == [1, 2, 3, 4]
     assert losses(got) == losses(expected)
     assert weights(halves) == weights(whole)
+
+
+def in_processes(n, work, *args, within=120):
+    """
+    work(*args) in n forked processes that find each other as torchrun's do. Returns their exit codes, by rank, negative
+    where a signal ended one; a process that is still there after so many seconds fails the test.
+    """
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    pids = []
+    for rank in range(n):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try: # nothing of pytest must run on in here
+                if n > 1:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1',
+                                      MASTER_PORT=str(port))
+                work(*args)
+                code = 0
+            except SystemExit as stopped:
+                code = stopped.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        pids.append(pid)
+    codes, end = {}, time.time() + within
+    while len(codes) < n and time.time() < end:
+        for rank in set(range(n)) - set(codes):
+            pid, status = os.waitpid(pids[rank], os.WNOHANG)
+            if pid:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    hanging = [rank for rank in range(n) if rank not in codes]
+    for rank in hanging:
+        os.kill(pids[rank], signal.SIGKILL)
+        os.waitpid(pids[rank], 0)
+    assert not hanging, f"still there after {within} s: {hanging}"
+    return [codes[rank] for rank in range(n)]
 
 
 def gradients(monkeypatch, script, **options):

@@ -5,6 +5,6 @@ train_data = "data/hh_rlhf/demonstrations_train.jsonl"
 val_data = "data/hh_rlhf/demonstrations_val.jsonl"
 epochs = 1
 batch_size = 8
-lr = 5e-4
+lr = 2e-4
 eval_every = 100
 out_dir = "out/hh_tiny/sft"

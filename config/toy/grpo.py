@@ -1,5 +1,7 @@
-# GRPO on the toy world
+# GRPO on the toy world: two epochs over each iteration's answers. kl_coef is the price of a nat per token here, against
+# advantages of standard deviation 1.
 #   python reinforce.py config/toy/grpo.py
+# about 35 seconds of one core.
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"

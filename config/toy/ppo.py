@@ -1,17 +1,17 @@
 # PPO on the toy world. gold only logs the gold score: the policy is trained on the reward model alone.
 #   python ppo.py config/toy/ppo.py
-# about 50 seconds of one core.
+# about 40 seconds of one core.
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"
 max_new_tokens = 32
-max_steps = 36
+max_steps = 34
 batch_size = 64
 minibatches = 2
 epochs = 2
 grad_accum = 4
-lr = 6e-4
-critic_lr = 6e-4
-kl_coef = 0.07
+lr = 7e-4
+critic_lr = 7e-4
+kl_coef = 0.06
 gold = "toy"
 out_dir = "out/toy/ppo"

@@ -1,7 +1,7 @@
 # The toy reward model. lm_coef keeps it predicting the preferred answers: without it, right against wrong answers
 # are hardly learnt in the time (see README.md).
 #   python reward.py config/toy/reward.py
-# about 70 seconds of one core.
+# about 55 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"
@@ -10,5 +10,5 @@ lr = 1.5e-3
 lr_schedule = "linear"
 eval_every = 0
 out_dir = "out/toy/reward"
-epochs = 4
+max_steps = 1100
 lm_coef = 0.5

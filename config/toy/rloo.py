@@ -1,5 +1,7 @@
-# RLOO on the toy world: four answers to a prompt, each judged by the mean of the other three. No critic.
+# RLOO on the toy world: four answers to a prompt, each judged against the mean of the other three. gold only logs the
+# gold score: the policy is trained on the reward model alone.
 #   python reinforce.py config/toy/rloo.py
+# about 25 seconds of one core.
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"

@@ -1,0 +1,12 @@
+# The same answers as in config/toy/collect.py, ranked by the toy judge; how far it agrees with the simulated person and
+# with the gold score is printed.
+#   python collect.py config/toy/collect_ai.py
+# 95 seconds of one core. What comes of it:
+#   python reward.py config/toy/reward.py --train_data=out/toy/rankings_ai_train.jsonl --out_dir=out/toy/reward_ai
+#   python ppo.py config/toy/ppo.py --reward_model=out/toy/reward_ai --out_dir=out/toy/ppo_ai
+annotator = "ai"
+judge = "out/toy/judge"
+judge_instruction = "config/judge/toy.txt"
+answers = "out/toy/rankings_train.jsonl"
+compare = "out/toy/rankings_train.jsonl"
+out = "out/toy/rankings_ai_train.jsonl"

@@ -1,0 +1,11 @@
+# KTO on the same rankings taken apart: the better half of the answers to a prompt is good, the worse half bad.
+#   python kto.py config/toy/kto.py
+init_from = "out/toy/sft"
+train_data = "out/toy/rankings_train.jsonl"
+val_data = "out/toy/rankings_test.jsonl"
+beta = 0.5
+lr = 4e-4
+batch_size = 96
+eval_every = 0
+out_dir = "out/toy/kto"
+max_steps = 100

@@ -1,0 +1,256 @@
+"""kto.py: the loss and its z0 by hand, which answers are good and bad, resuming, micro-batches, what is refused."""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kto
+from common import Run, read_log
+from kto import describe, kl_estimate, kto_loss, log_probs, mismatched, tensors
+from model import load_policy
+from tiny import (COMPARISONS, FAST, RANKINGS, ROOT, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops,
+                  assert_resumes_exactly, assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, losses,
+                  records, run, stops)
+from tokens import Batches, prompt_ids, read_unpaired, response_ids
+
+CPU = Run('cpu', 'float32')
+
+
+def T(values):
+    return torch.tensor(values, requires_grad=True)
+
+
+@pytest.fixture
+def sft_model(tmp_path):
+    return checkpoint(tmp_path / 'sft')
+
+
+@pytest.fixture
+def data(tmp_path):
+    return records(tmp_path / 'rankings.jsonl', RANKINGS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss; s(x) = sigmoid(x): s(0.5) = 0.622459, s(1) = 0.731059, s(-x) = 1 - s(x), s' = s (1 - s)
+
+def test_kto_loss_by_hand():
+    # log-ratios 3, 0, 3, 0 and z0 = 1, so beta (r - z0) = 1, -0.5, 1, -0.5; two good answers, two bad ones:
+    # v = sigmoid(1), sigmoid(-0.5), sigmoid(-1), sigmoid(0.5); 1 - v = 0.268941, 0.622459, 0.731059, 0.377541
+    pi, ref = T([-1., -2., -1., -2.]), torch.tensor([-4., -2., -4., -2.])
+    label = torch.tensor([1., 1., 0., 0.])
+    loss, rewards = kto_loss(pi, ref, label, torch.tensor(1.0), beta=0.5)
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(0.5) # a quarter of 2.0
+    assert rewards.tolist() == [1.5, 0.0, 1.5, 0.0] and not rewards.requires_grad
+    # beta / 4 * sigmoid': 0.125 * 0.196612 and 0.125 * 0.235004; the good ones are pulled up, the bad ones down
+    assert pi.grad.tolist() == by_hand([-0.024576, -0.029376, 0.024576, 0.029376])
+
+    pi.grad = None
+    loss, _ = kto_loss(pi, ref, label, torch.tensor(1.0), 0.5, desirable_weight=2.0, undesirable_weight=0.5)
+    loss.backward()
+    assert loss.item() == by_hand(0.584275) # (2 * 0.891400 + 0.5 * 1.108600) / 4
+    assert pi.grad.tolist() == by_hand([-0.049153, -0.058751, 0.012288, 0.014688])
+
+
+def test_z0_by_hand():
+    pi = T([-1., -2., -6.])
+    z0 = kl_estimate(pi, torch.tensor([-4., -2., -6.])) # (3 + 0 + 0) / 3
+    assert z0.shape == () and z0.item() == by_hand(1.0) and not z0.requires_grad
+    assert kl_estimate(pi, torch.tensor([-4., -2., 0.])).item() == 0.0 # (3 + 0 - 6) / 3 is below 0
+
+
+def test_mismatched_rows():
+    rows = [([1], [10], 1.0), ([2], [20, 21], 0.0), ([3], [30], 1.0)]
+    assert mismatched(rows) == [([1], [20, 21]), ([2], [30]), ([3], [10])]
+
+
+def test_only_the_answer_is_counted_and_a_prompt_that_does_not_fit_is_cut():
+    idx, mask, lengths = tensors([([1, 2], [3]), ([4, 5, 6, 7], [8, 9])], block_size=5)
+    assert idx.tolist() == [[1, 2, 3, 0, 0], [5, 6, 7, 8, 9]] and lengths.tolist() == [3, 5]
+    assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]] # position t speaks of token t+1
+
+
+def alone(model, prompt, answer):
+    """log pi(y|x) of one row by itself, token by token."""
+    logp = model(torch.tensor([prompt + answer]))[0][0].log_softmax(-1) # (T, V)
+    return sum(logp[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def test_log_probs_are_those_of_each_row_alone(sft_model):
+    model = load_policy(sft_model)
+    texts = [('Hi', 'Yo'), ('A', 'longer than that'), ('x', 'y')]
+    rows = [(prompt_ids(TOK, p), response_ids(TOK, r)) for p, r in texts]
+    assert log_probs(model, rows, CPU).tolist() == pytest.approx([alone(model, *row) for row in rows], abs=1e-4)
+
+
+def test_what_is_logged():
+    assert describe([1.0, 0.5, -2.0], [1.0, 0.0, 1.0], CPU) == by_hand(dict(
+        desirable_reward=-0.5, undesirable_reward=0.5, margin=-1.0))
+    assert describe([1.0], [1.0], CPU) == dict(desirable_reward=1.0, undesirable_reward=0.0, margin=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+def test_rankings_taken_apart(tmp_path):
+    """Beats more than it is beaten by: good. The middle one of three, and answers that all tie, are left out."""
+    rows = [dict(prompt='a', responses=['x', 'y', 'z'], ranks=[1, 0, 2]),
+            dict(prompt='b', responses=['p', 'q', 'r', 's'], ranks=[0, 1, 2, 3]),
+            dict(prompt='c', responses=['t', 'u', 'v'], ranks=[0, 0, 1]),
+            dict(prompt='d', responses=['w', 'w'], ranks=[0, 0])]
+    found = read_unpaired(records(tmp_path / 'r.jsonl', rows))
+    assert [(r['prompt'], r['response'], r['label']) for r in found] == [
+        ('a', 'y', True), ('a', 'z', False), ('b', 'p', True), ('b', 'q', True), ('b', 'r', False), ('b', 's', False),
+        ('c', 't', True), ('c', 'u', True), ('c', 'v', False)]
+
+
+def test_a_file_of_labels_equals_the_comparisons_it_says(tmp_path, sft_model):
+    labels = [dict(prompt=r['prompt'], response=r[key], label=key == 'chosen')
+              for r in COMPARISONS for key in ('chosen', 'rejected')]
+    logs = [run(kto, out_dir=str(tmp_path / name), init_from=sft_model, batch_size=4, max_steps=2,
+                train_data=records(tmp_path / f"{name}.jsonl", rows))
+            for name, rows in (('a', COMPARISONS), ('b', labels))]
+    assert losses(logs[0]) == losses(logs[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data):
+    """Before the first update r = 0 and z0 = 0: every answer's value is a half of its weight."""
+    log = run(kto, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, batch_size=8,
+              max_steps=60, lr=0.01, eval_every=30)
+    names = {'loss', 'kl', 'desirable_reward', 'undesirable_reward', 'margin'}
+    assert set(log[0]) == {'step', 'time'} | {'val_' + name for name in names}
+    assert set(log[1]) == {'step', 'time', 'lr', 'grad_norm'} | names
+    assert log[0]['val_loss'] == by_hand(0.5) and log[1]['loss'] == by_hand(0.5)
+    assert log[1]['kl'] == pytest.approx(0.0, abs=1e-5) and log[1]['margin'] == pytest.approx(0.0, abs=1e-5)
+    assert log[-1]['val_loss'] < 0.4
+    assert log[-1]['val_desirable_reward'] > 0.1 and log[-1]['val_undesirable_reward'] < -0.1
+
+
+def test_the_reference_does_not_move(tmp_path, sft_model, data):
+    out = str(tmp_path / 'out')
+    options = dict(init_from=sft_model, train_data=data, val_data=data, batch_size=8, lr=0.01)
+    last = run(kto, out_dir=out, max_steps=5, **options)[-1]
+    log = run(kto, out_dir=out, max_steps=6, resume=True, eval_every=5, **options)
+    again = [line for line in log if 'val_margin' in line and line['step'] == 5]
+    assert len(again) == 2 and again[0]['val_margin'] == again[1]['val_margin'] == last['val_margin'] > 0.01
+
+
+def test_z0_is_of_answers_to_other_prompts(tmp_path, sft_model, data, monkeypatch):
+    """The sixth step's z0, and the held-out one of the model before it, worked out row by row; both reach the loss."""
+    out, used = str(tmp_path / 'out'), []
+    options = dict(init_from=sft_model, train_data=data, val_data=data, batch_size=17, lr=0.01)
+    run(kto, out_dir=out, max_steps=5, **options)
+    model, reference = load_policy(out), load_policy(sft_model)
+    monkeypatch.setattr(kto, 'kto_loss', lambda *a: (used.append(a[3].item()), kto_loss(*a))[1])
+    log = run(kto, out_dir=out, max_steps=6, resume=True, eval_every=5, **options)
+
+    rows = kto.load_data(data, TOK, 64, 'train')
+    batch = [rows[i] for i in Batches([len(p) + len(a) for p, a, _ in rows], 17, 1).at(5)]
+    mixed_up = [[(part[i][0], part[(i + 1) % 17][1]) for i in range(17)] for part in (rows, batch)]
+    expected = [sum(alone(model, *row) - alone(reference, *row) for row in part) / 17 for part in mixed_up]
+    assert min(expected) > 0.01 # not at the clamp
+    assert used[:2] == pytest.approx(expected, abs=1e-4)
+    kl = next(line['kl'] for line in log if line['step'] == 6 and 'kl' in line)
+    val_kl = [line['val_kl'] for line in log if line['step'] == 5 and 'val_kl' in line][-1]
+    assert [val_kl, kl] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_weights_reach_the_loss(tmp_path, sft_model, data):
+    """At the start each value is half its weight. RANKINGS are 9 good answers, 8 bad ones and 3 in the middle."""
+    log = run(kto, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, batch_size=2,
+              max_steps=1, eval_every=1, desirable_weight=3.0, undesirable_weight=0.0)
+    assert log[0]['val_loss'] == by_hand(0.794118) # 3 * 9 / 17 / 2
+
+
+def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
+    assert_resumes_exactly(tmp_path, kto, init_from=sft_model, train_data=data, batch_size=4)
+
+
+def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
+    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, kto, init_from=sft_model, train_data=data,
+                                  batch_size=4)
+
+
+def test_micro_batches_of_different_token_counts(tmp_path, sft_model, data, monkeypatch):
+    keys = ('loss', 'kl', 'desirable_reward', 'undesirable_reward', 'margin')
+    assert_same_for_micro_batches(monkeypatch, tmp_path, kto, keys, init_from=sft_model, train_data=data, batch_size=8,
+                                  max_steps=2, lr=0.01, beta=0.5)
+
+
+def test_micro_batches_and_processes_share_one_z0(tmp_path, sft_model, data):
+    """One more step from the same checkpoint, where z0 is above 0: whole, in four parts, by two processes."""
+    options = dict(init_from=sft_model, train_data=data, batch_size=8, lr=0.01, beta=0.5, undesirable_weight=0.0)
+    out = {name: str(tmp_path / name) for name in ('whole', 'parts', 'processes')}
+    run(kto, out_dir=out['whole'], max_steps=3, **options)
+    shutil.copytree(out['whole'], out['parts'])
+    shutil.copytree(out['whole'], out['processes'])
+    options |= dict(max_steps=4, resume=True)
+    lines = [run(kto, out_dir=out['whole'], **options)[-1]]
+    lines += [run(kto, out_dir=out['parts'], grad_accum=4, **options)[-1]]
+    argv = [f"--{k}={v}" for k, v in (FAST | options | dict(out_dir=out['processes'])).items()]
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                           os.path.join(ROOT, 'kto.py'), *argv], env=os.environ | dict(OMP_NUM_THREADS='1'),
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines += [read_log(os.path.join(out['processes'], 'log.jsonl'))[-1]]
+    whole, parts, processes = losses(lines)
+    assert whole['step'] == 4 and whole['kl'] > 0.1
+    assert whole == pytest.approx(parts, abs=1e-4) and whole == pytest.approx(processes, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
+    assert_nan_stops(tmp_path, capsys, kto, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
+                     grad_clip=0.0)
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(undesirable=2), '--undesirable=2: unknown option undesirable, did you mean undesirable_weight?'),
+    (dict(beta=0), '--beta=0: beta must be above 0, got 0.0'),
+    (dict(batch_size=1), '--batch_size=1: batch_size must be at least 2, got 1'),
+    (dict(desirable_weight=-1), '--desirable_weight=-1: desirable_weight must be at least 0, got -1.0'),
+    (dict(undesirable_weight=-1), '--undesirable_weight=-1: undesirable_weight must be at least 0, got -1.0'),
+    (dict(train_data=''), "train_data must be a file of answers with labels, comparisons or rankings, got ''"),
+    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
+    (dict(init_from='nowhere'), 'nowhere'),
+])
+def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
+    out = str(tmp_path / 'out')
+    assert expected in stops(capsys, kto, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
+    assert not has_checkpoint(out)
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('{"prompt": "Hi", "response": "a"}', 'a row of kind unpaired to have `label`'),
+    ('{"prompt": "Hi", "response": "a", "label": 1}', '`label` to be true (a good answer) or false'),
+    ('{"prompt": "Hi", "response": "a", "label": "good"}', '`label` to be true (a good answer) or false'),
+    ('{"prompt": "Hi", "response": "", "label": true}', '`response` to be text that is not empty'),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
+    path = tmp_path / 'd.jsonl'
+    path.write_text('{"prompt": "Hi", "response": "a", "label": true}\n\n' + line + '\n')
+    out = str(tmp_path / 'out')
+    said = stops(capsys, kto, out_dir=out, init_from=sft_model, train_data=str(path))
+    assert said.startswith(f"{path}:3: ") and expected in said and not has_checkpoint(out)
+
+
+def test_only_ties(tmp_path, sft_model, capsys):
+    path = records(tmp_path / 'ties.jsonl', [dict(prompt='Hi', responses=['a', 'b'], ranks=[0, 0])])
+    said = stops(capsys, kto, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path)
+    assert said == f"{path}: all answers of every prompt tie; wanted some that are ranked above others"
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
+    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
+    said = stops(capsys, kto, out_dir=out, init_from=head, train_data=data)
+    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
+    assert 'holds a checkpoint' in stops(capsys, kto, out_dir=sft_model, init_from=sft_model, train_data=data)

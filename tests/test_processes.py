@@ -1,0 +1,237 @@
+"""Every stage in two processes, with DistributedDataParallel and with FSDP, and what is left when a process dies."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import tensor as T
+
+import collect
+import common
+import rollout
+from model import GPT
+from rollout import masked_mean, whiten
+from stages import SAMPLING, die_after, sample_by_row, stages
+from tiny import PROMPTS, ROOT, checkpoint, in_processes, losses, records, run, stops, weights
+from tokens import encode_prompts, load_tokenizer, read_records
+
+STAGES = ('sft', 'reward', 'dpo', 'ipo', 'rrhf', *SAMPLING)
+KINDS = ('sft', 'reward', 'dpo', 'rrhf', 'ppo', 'rloo') # one of each script
+WITH_FSDP = (*KINDS, 'ppo_shared')
+
+slow = pytest.mark.slow # all that waits for the torchrun of the fixture `folder`
+
+
+def one(script, **options):
+    return losses(run(importlib.import_module(script), **options))
+
+
+def log_of(folder):
+    return losses(common.read_log(os.path.join(folder, 'log.jsonl')))
+
+
+def assert_close(got, expected):
+    assert len(got) == len(expected) > 0
+    for a, b in zip(got, expected):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two processes equal one: one torchrun runs everything
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """
+    ONE/NAME: each stage in one process, four steps. TWO/NAME, FSDP/NAME: the same in two. FREE/NAME: TWO, each process
+    sampling from its own generator. HALVES/NAME: that, stopped after two steps and resumed. ONE-FSDP/NAME: begun by one
+    process, finished by two with FSDP. FSDP-ONE/NAME: the other way round, as yet unfinished. DIED: one of the two is
+    killed after the third step.
+    """
+    folder = str(tmp_path_factory.mktemp('processes'))
+    at, jobs = lambda *names: os.path.join(folder, *names), []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(rollout, 'sample_answers', sample_by_row)
+        for name, (script, options) in stages(folder).items():
+            four, two = (options | dict(max_steps=n) for n in (4, 2))
+            one(script, out_dir=at('ONE', name), **four)
+            jobs.append((script, four | dict(out_dir=at('TWO', name)), ['by row']))
+            if name in WITH_FSDP:
+                jobs.append((script, four | dict(out_dir=at('FSDP', name), fsdp=True), ['by row']))
+            if name not in KINDS:
+                continue
+            jobs += [(script, two | dict(out_dir=at('HALVES', name)), []),
+                     (script, four | dict(out_dir=at('HALVES', name), resume=True), [])]
+            if name in SAMPLING:
+                jobs.append((script, four | dict(out_dir=at('FREE', name)), []))
+            one(script, out_dir=at('ONE-FSDP', name), **two)
+            jobs += [(script, four | dict(out_dir=at('ONE-FSDP', name), resume=True, fsdp=True), ['by row']),
+                     (script, two | dict(out_dir=at('FSDP-ONE', name), fsdp=True), ['by row'])]
+    script, options = stages(folder)['sft']
+    jobs.append((script, options | dict(out_dir=at('DIED'), max_steps=5, save_every=2), ['die']))
+    with open(at('jobs.json'), 'w') as f:
+        json.dump(jobs, f)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               os.path.join(ROOT, 'tests', 'stages.py'), at('jobs.json')]
+    done = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS='1'),
+                          capture_output=True, text=True, timeout=1200)
+    with open(at('said'), 'w') as f:
+        f.write(done.stdout + done.stderr)
+    assert os.path.exists(at('DIED', 'state.pt')), done.stderr[-3000:]
+    assert done.returncode == 1 and 'Signal 9 (SIGKILL) received' in done.stderr
+    return folder
+
+
+@slow
+@pytest.mark.parametrize('how, name', [('TWO', name) for name in STAGES] + [('FSDP', name) for name in WITH_FSDP])
+def test_two_processes_equal_one(folder, how, name):
+    """Every number of the log, evaluation included, and the weights."""
+    assert_close(log_of(os.path.join(folder, how, name)), log_of(os.path.join(folder, 'ONE', name)))
+    expected = GPT.from_pretrained(os.path.join(folder, 'ONE', name)).state_dict()
+    got = GPT.from_pretrained(os.path.join(folder, how, name)).state_dict()
+    assert got.keys() == expected.keys()
+    for key in expected:
+        # Adam's first steps are of size lr whatever the gradient: where it is 0 but for rounding, so are they
+        assert (got[key] - expected[key]).abs().median() < 1e-5, key
+
+
+@slow
+@pytest.mark.parametrize('name', KINDS)
+def test_two_processes_resume_exactly(folder, name):
+    whole = os.path.join(folder, 'FREE' if name in SAMPLING else 'TWO', name)
+    halves = [line for line in log_of(os.path.join(folder, 'HALVES', name))
+              if line['step'] != 2 or 'loss' in line] # less what was measured at the end of the first half
+    assert halves == log_of(whole)
+    assert weights(os.path.join(folder, 'HALVES', name)) == weights(whole)
+
+
+@slow
+@pytest.mark.parametrize('name', KINDS)
+def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(folder, name, monkeypatch):
+    expected = [line for line in log_of(os.path.join(folder, 'ONE', name)) if line['step'] > 2]
+    got = [line for line in log_of(os.path.join(folder, 'ONE-FSDP', name)) if line['step'] > 2]
+    assert_close(got, expected)
+    monkeypatch.setattr(rollout, 'sample_answers', sample_by_row)
+    script, options = stages(folder)[name]
+    got = one(script, out_dir=os.path.join(folder, 'FSDP-ONE', name), **options, max_steps=4, resume=True)
+    assert_close([line for line in got if line['step'] > 2], expected)
+
+
+@slow
+def test_one_process_speaks_for_both(folder):
+    with open(os.path.join(folder, 'said')) as f:
+        said = f.read()
+    assert said.count('resumed from') == 2 * len(KINDS)
+    with open(os.path.join(folder, 'FREE', 'ppo', 'log.jsonl')) as f:
+        assert [json.loads(line)['step'] for line in f] == [1, 2, 3, 4]
+
+
+@slow
+def test_when_one_of_two_is_killed_torchrun_ends_and_the_last_checkpoint_is_whole(folder):
+    for rank in (0, 1):
+        with open(os.path.join(folder, f"jobs.json.{rank}.pid")) as f:
+            assert not os.path.exists(f"/proc/{f.read()}")
+    died = os.path.join(folder, 'DIED')
+    assert torch.load(os.path.join(died, 'state.pt'), weights_only=True)['step'] == 2
+    script, options = stages(folder)['sft']
+    assert one(script, out_dir=died, **options, max_steps=5, resume=True)[-1]['step'] == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes that die, in forks: nothing to import, nobody who would end the others
+
+def killed(script, options, rank):
+    if os.environ.get('RANK', '0') == rank:
+        die_after(3)
+    run(importlib.import_module(script), **options)
+
+
+@pytest.mark.parametrize('name', STAGES)
+def test_a_kill_loses_what_came_after_the_last_checkpoint(tmp_path, name):
+    script, options = stages(str(tmp_path))[name]
+    out, options = str(tmp_path / 'killed'), options | dict(max_steps=4, save_every=2)
+    expected = one(script, out_dir=str(tmp_path / 'whole'), **options)
+    assert in_processes(1, killed, script, options | dict(out_dir=out), '0') == [-9]
+    assert log_of(out)[-1]['step'] == 3 # which was never saved
+    assert one(script, out_dir=out, resume=True, **options) == expected
+    assert weights(out) == weights(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_the_other_process_ends_by_itself(tmp_path, name):
+    script, options = stages(str(tmp_path))[name]
+    out, options = str(tmp_path / 'out'), options | dict(max_steps=5, save_every=2)
+    assert in_processes(2, killed, script, options | dict(out_dir=out), '1') == [1, -9]
+    assert torch.load(os.path.join(out, 'state.pt'), weights_only=True)['step'] == 2
+    assert one(script, out_dir=out, resume=True, **options)[-1]['step'] == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics, collect.py
+
+def whitened():
+    run = common.start(SimpleNamespace(device='cpu', dtype='float32', seed=1))
+    x, mask = (T([[1., 2.]]), T([[1., 1.]])) if run.is_master else (T([[3., 1e6, 6.]]), T([[1., 0., 1.]]))
+    # mean (1 + 2 + 3 + 6) / 4 = 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, its root 1.8708287
+    expected = [[-1.069045, -0.534522]] if run.is_master else [[0.0, 0.0, 1.603567]]
+    assert masked_mean(x, mask, run).item() == 3.0
+    torch.testing.assert_close(whiten(x, mask, run), T(expected), rtol=0, atol=1e-6)
+    assert run.merge({run.rank: 'ab'[run.rank]}) == {0: 'a', 1: 'b'}
+    common.stop(run)
+
+
+def test_whitening_is_over_both_processes():
+    assert in_processes(2, whitened) == [0, 0]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [row | dict(number=i) for i, row in enumerate(PROMPTS[:7])] # stretches of 3, 3 and 1
+    return dict(policy=checkpoint(tmp_path / 'sft', n_layer=2), prompts=records(tmp_path / 'prompts.jsonl', rows),
+                n_answers=2, max_new_tokens=5, rows=3)
+
+
+def test_two_processes_share_the_prompts(tmp_path, prompts, monkeypatch):
+    monkeypatch.setattr('data.toy.world.gold', lambda prompt, response: len(response) / 10)
+    out, again = str(tmp_path / 'r.jsonl'), str(tmp_path / 'again.jsonl')
+    assert in_processes(2, lambda: run(collect, out=out, **prompts)) == [0, 0]
+    assert not os.path.exists(out + '.partial')
+    rows = read_records(out, 'rankings')
+    # the second stretch: prompts 3 and 5 are the first process's, 4 the second's, whose seed is the next one
+    tok, model = load_tokenizer(prompts['policy']), GPT.from_pretrained(prompts['policy'])
+    expected = {}
+    for share, seed in (((3, 5), 1_000_003 + 3), ((4,), 1_000_003 + 4)):
+        torch.manual_seed(seed)
+        ids = encode_prompts(tok, [PROMPTS[i] for i in share for _ in (0, 1)], 59)
+        answers, _ = rollout.sample_answers(model, ids, tok, 5)
+        for n, i in enumerate(share):
+            expected[i] = [tok.decode(a).removeprefix(' ') for a in answers[2 * n:2 * n + 2]]
+    assert [row['number'] for row in rows] == [0, 1, 2, 3, 4, 5, 6] # in their order, none left out
+    assert {row['number']: row['responses'] for row in rows[3:6]} == expected
+
+    with open(out, 'rb') as f: # as if killed in the second stretch
+        lines = f.read().splitlines(keepends=True)
+    with open(again + '.partial', 'wb') as f:
+        f.writelines(lines[:4])
+    assert in_processes(2, lambda: run(collect, out=again, resume=True, **prompts)) == [0, 0]
+    with open(again, 'rb') as f:
+        assert f.read() == b''.join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+def test_what_several_processes_cannot_do(tmp_path, capsys, monkeypatch):
+    made = stages(str(tmp_path))
+    refused = lambda name, **more: stops(capsys, importlib.import_module(made[name][0]), out_dir=str(tmp_path / 'out'),
+                                         max_steps=1, **made[name][1] | more)
+    assert refused('sft', fsdp=True) == (
+        '--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2')
+    assert 'compile must be False with fsdp=True' in refused('sft', fsdp=True, compile=True)
+    monkeypatch.setenv('WORLD_SIZE', '3') # before any of them waits for another
+    assert refused('sft') == '--batch_size=4: must be a multiple of 6, processes x grad_accum'
+    assert refused('dpo') == '--batch_size=4: must be a multiple of 3, processes x grad_accum'
+    assert not os.path.exists(tmp_path / 'out')
