@@ -12,6 +12,11 @@ rm         reward.py's step on pairs                                            
 dpo        dpo.py's step on pairs, and the reference's single pass over them        prompts and answers of both texts
 ppo        an iteration of ppo.py: 64 prompts of 32 tokens, 32 new, 4 epochs        new ones
 
+    python bench.py --workload=memory --batch_size=4 --tokens=512 --dtype=bfloat16
+
+times nothing: it prints the GiB that each stage needs for each GPT-2, by the formulas of memory.py, with and without
+checkpointing. Micro-batches of batch_size rows; half of a row's tokens are answers'; ppo and reinforce sample 64 rows.
+
 Rows are at most 256 tokens long and come in the batches of like length that the scripts make; padding is not counted.
 Without --data the pairs are random ids: prompts of 16 to 127 tokens, answers of 8 to 127. A lap is `steps` optimizer
 steps, from lists of ids to updated weights; of generate one call, of ppo one iteration. Every lap has the same batches.
@@ -28,6 +33,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import common
+import memory
 from common import checkpoint_file, fail, launch, require
 
 import numpy as np
@@ -43,27 +49,30 @@ from tokens import (Batches, Rows, Stream, Tokenizer, check_record, collate, col
 
 PRESETS = dict(tiny=(4, 4, 128, 512), small=(6, 6, 384, 50257), gpt2=(12, 12, 768, 50257)) # n_layer, n_head, n_embd, V
 LONGEST = 256 # tokens in a row
-DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), ppo=(64,))
+DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), ppo=(64,), memory=(8,))
 
 
 @dataclass
 class Config:
-    workload: str = '' # generate, lm, sft, rm, dpo or ppo
+    workload: str = '' # generate, lm, sft, rm, dpo, ppo or memory
     preset: str = 'tiny' # tiny, small or gpt2: random weights of that shape
     init_from: str = '' # a language model, folder or on the hub, instead of random weights; then its shape counts
     pad_vocab: bool = False # vocabulary rows up to a multiple of 64
     data: str = '' # comparisons; without: random ids
     batch_size: int = 0 # rows, pairs or prompts at a time; 0 = as above, 8 in the training steps
+    tokens: int = 1024 # memory: of a row
     steps: int = 4 # optimizer steps in a lap
     repeats: int = 3 # laps that count
     threads: int = 0 # 0 = as many as torch takes
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'float32' # float32, bfloat16 (autocast)
+    dtype: str = 'float32' # float32; bfloat16 or float16 (autocast)
+    compile: bool = False # torch.compile, in the warm-up lap
+    checkpointing: bool = False # work activations out again in the backward pass
 
     def __post_init__(self):
-        at_least = dict(batch_size=0, steps=1, repeats=1, threads=0, seed=0)
-        one_of = dict(workload=DEFAULT_BATCHES, preset=PRESETS, dtype=('float32', 'bfloat16'))
+        at_least = dict(batch_size=0, tokens=2, steps=1, repeats=1, threads=0, seed=0)
+        one_of = dict(workload=DEFAULT_BATCHES, preset=PRESETS, dtype=('float32', 'bfloat16', 'float16'))
         require(self, **{k: (getattr(self, k) >= low, f"at least {low}") for k, low in at_least.items()})
         require(self, **{k: (getattr(self, k) in these, f"one of {', '.join(these)}") for k, these in one_of.items()})
 
@@ -133,6 +142,7 @@ def make_prompts(cfg, model, rows, n, new):
 
 def generate_lap(cfg, run, model, rows):
     prompts = make_prompts(cfg, model, rows, 64, 128)
+    run.parallel(model, cfg.compile)
 
     def lap():
         with run.autocast():
@@ -143,8 +153,9 @@ def generate_lap(cfg, run, model, rows):
 
 
 def training_lap(cfg, run, model, step_loss, begin=None):
-    """Laps of optimizer steps; step_loss(step) -> the loss, the tokens that count, and the positions."""
+    """Laps of optimizer steps; step_loss(net, step) -> the loss, the tokens that count, and the positions."""
     model.train()
+    net = run.parallel(model, cfg.compile, checkpointing=cfg.checkpointing)
     optimizer = common.make_optimizer(model, SimpleNamespace(lr=1e-4, weight_decay=0.0))
 
     def lap():
@@ -152,9 +163,9 @@ def training_lap(cfg, run, model, step_loss, begin=None):
             begin()
         tokens = positions = 0
         for step in range(cfg.steps):
-            loss, n, n_positions = step_loss(step)
-            loss.backward()
-            common.optimizer_step(optimizer, model, lr=1e-4, grad_clip=1.0)
+            loss, n, n_positions = step_loss(net, step)
+            run.backward(loss)
+            common.optimizer_step(optimizer, model, lr=1e-4, grad_clip=1.0, scaler=run.scaler)
             tokens, positions = tokens + n, positions + n_positions
         return tokens, positions
 
@@ -163,11 +174,11 @@ def training_lap(cfg, run, model, step_loss, begin=None):
 
 def supervised_lap(cfg, run, model, data, extra):
     """sft.py's step; a window of text holds `extra` = 1 token more than the model is given."""
-    def step_loss(step):
+    def step_loss(net, step):
         examples = data.at(step)
         idx, mask = (x.to(run.device) for x in collate(examples)) # (B, T), (B, T-1)
         with run.autocast():
-            logp = model.logp(idx, mask) # (B, T-1)
+            logp = net('logp', idx, mask) # (B, T-1)
         return sft.sft_loss(logp, mask), sum(len(ids) - extra for ids, _ in examples), idx.numel() - extra * len(idx)
 
     return training_lap(cfg, run, model, step_loss)
@@ -196,11 +207,11 @@ def sizes(rows, answers):
 def rm_lap(cfg, run, model, rows):
     batches = pair_batches(cfg, rows)
 
-    def step_loss(step):
+    def step_loss(net, step):
         some = [rows[i] for i in batches.at(step)]
         answers = collate_answers(some).to(run.device) # N answers to B prompts
         with run.autocast():
-            scores = model.answer_rewards(answers) # (N,)
+            scores = net('answer_rewards', answers) # (N,)
         ranks = torch.tensor([r for _, _, ranks in some for r in ranks], device=run.device) # (N,)
         loss = reward.ranking_loss(reward.to_table(scores, some, 0.0), reward.to_table(ranks, some, -1)) # (B, K) each
         return loss, *sizes(some, answers)
@@ -217,12 +228,12 @@ def dpo_lap(cfg, run, model, rows):
         with contextlib.redirect_stderr(io.StringIO()): # its progress bar
             ref.update(zip(used, dpo.reference_logp(model, [rows[i] for i in used], options, run, 'rows')))
 
-    def step_loss(step):
+    def step_loss(net, step):
         batch = batches.at(step)
         some, ref_logp = [rows[i] for i in batch], torch.cat([ref[i] for i in batch]).to(run.device) # (N,)
         answers = collate_answers(some).to(run.device) # N answers to B prompts
         with run.autocast():
-            logp = model.answer_logp(answers) # (N,)
+            logp = net('answer_logp', answers) # (N,)
         loss, _ = dpo.pair_loss(logp, ref_logp, answers, options)
         return loss, *sizes(some, answers)
 
@@ -232,11 +243,11 @@ def dpo_lap(cfg, run, model, rows):
 def ppo_lap(cfg, run, model, rows):
     options = ppo.Config(prompts='rows', max_new_tokens=32, batch_size=cfg.batch_size)
     prompts, tok = make_prompts(cfg, model, rows, 32, 32), SimpleNamespace(eos=-1) # an id that is never sampled
-    frozen = lambda **heads: make_model(cfg, run, **heads).requires_grad_(False)
+    frozen = lambda **heads: run.freeze(make_model(cfg, run, **heads))
     models = ppo.Models(model, make_model(cfg, run, value_head=True), frozen(reward_head=True), frozen())
     trained = dict(policy=models.policy, critic=models.critic)
     optimizers = {name: common.make_optimizer(net, options, eps=1e-5) for name, net in trained.items()}
-    nets = {name: run.parallel(net) for name, net in trained.items()}
+    nets = {name: run.parallel(net, cfg.compile, checkpointing=cfg.checkpointing) for name, net in trained.items()}
 
     def lap():
         batch, lengths, _ = ppo.roll_out(models, prompts, prompts, tok, options, options.kl_coef, run)
@@ -264,6 +275,26 @@ def peak_rss_mb():
     """The most memory this process has held so far, in MB of 2^20 bytes."""
     import resource # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+def print_memory(cfg):
+    """What a stage needs is a matter of arithmetic: one line for each stage and size."""
+    for name, (n_layer, n_head, n_embd) in memory.SIZES.items():
+        c = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        judge, half = dataclasses.replace(c, reward_head=True), cfg.tokens // 2
+        sampling = dict(places=half, words=half, sampled=64)
+        stages = dict( # models that are trained, frozen ones, and the rest
+            sft=([c], [], dict(places=cfg.tokens, words=cfg.tokens)),
+            reward=([judge], [], dict(places=2, words=0, sharing=True)),
+            dpo=([c], [], dict(places=half, words=half, sharing=True)), # and rrhf
+            ppo=([c, judge], [c, judge], sampling), reinforce=([c], [c, judge], sampling))
+        for stage, (trained, frozen, more) in stages.items():
+            need, less = (memory.needs(trained, frozen, cfg.batch_size, cfg.tokens, dtype=cfg.dtype,
+                                       checkpointing=checkpointing, **more) for checkpointing in (False, True))
+            need |= dict(activations_checkpointing=less['activations'], total_checkpointing=less['total'])
+            print(json.dumps(dict(workload='memory', model=name, stage=stage, batch_size=cfg.batch_size,
+                                  tokens=cfg.tokens, dtype=cfg.dtype, unit='GiB',
+                                  **{k: round(size / memory.GiB, 2) for k, size in need.items()})), flush=True)
 
 
 def measure(cfg, run):
@@ -296,7 +327,8 @@ def main(cfg):
     run = common.start(cfg)
     common.stop(run) # nothing to save: Ctrl-C ends the program at once
     for batch_size in (cfg.batch_size,) if cfg.batch_size else DEFAULT_BATCHES[cfg.workload]:
-        measure(dataclasses.replace(cfg, batch_size=batch_size), run)
+        cfg = dataclasses.replace(cfg, batch_size=batch_size)
+        print_memory(cfg) if cfg.workload == 'memory' else measure(cfg, run)
 
 
 if __name__ == '__main__':

@@ -76,7 +76,7 @@ class Config:
     rows: int = 0 # prompts answered ahead, a stretch; 0 = 16 for a person, who waits for them, 256 for others
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     resume: bool = False # go on with OUT.partial
     overwrite: bool = False # replace OUT
 

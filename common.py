@@ -6,10 +6,12 @@ Import this module before torch: it sets how torch's CPU threads wait (see below
 """
 
 import ast
+import bisect
 import contextlib
 import ctypes
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -130,7 +132,7 @@ def check_common(cfg):
     for key, low in at_least.items():
         if hasattr(cfg, key):
             require(cfg, **{key: (getattr(cfg, key) >= low, f"at least {low}")})
-    one_of = dict(device=('auto', 'cpu', 'cuda', 'mps'), dtype=('auto', 'float32', 'bfloat16'),
+    one_of = dict(device=('auto', 'cpu', 'cuda', 'mps'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
                   lr_schedule=('constant', 'linear', 'cosine'))
     for key, choices in one_of.items():
         if hasattr(cfg, key):
@@ -161,15 +163,34 @@ class Run:
     world_size: int = 1
     interrupted: bool = False # set by the first Ctrl-C, read by `stop_requested` between two steps
 
+    def __post_init__(self):
+        # float16 ends at 6e-8: the loss is scaled up so that small gradients survive (Micikevicius et al. 2018,
+        # https://arxiv.org/abs/1710.03740, section 3.2). With any other dtype the scaler does nothing
+        self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.dtype == 'float16')
+
     @property
     def is_master(self):
         return self.rank == 0
 
     def autocast(self):
-        """Matrix products in bfloat16 where dtype asks for it; weights, losses and log-softmax stay in float32."""
+        """Matrix products in 16 bits where dtype asks for it; weights, losses and log-softmax stay in float32."""
         if self.dtype == 'float32':
             return contextlib.nullcontext()
-        return torch.autocast(self.device.split(':')[0], dtype=torch.bfloat16)
+        return torch.autocast(self.device.split(':')[0], dtype=getattr(torch, self.dtype))
+
+    def freeze(self, model):
+        """
+        Hold a model that is never trained, and works under autocast alone, in less memory: the linear layers' weights
+        in the 16 bits that autocast would round them to at every pass. No result changes by a bit.
+        """
+        for module in model.requires_grad_(False).modules():
+            if self.dtype != 'float32' and isinstance(module, torch.nn.Linear):
+                module.to(getattr(torch, self.dtype))
+        return model
+
+    def backward(self, loss):
+        """Add the gradients of this process's share of the loss (); scaled in float16, see optimizer_step."""
+        self.scaler.scale(loss * self.world_size).backward() # DistributedDataParallel averages gradients: undo that
 
     def sum(self, x):
         """Sum of a number or tensor over all processes."""
@@ -200,7 +221,7 @@ class Run:
         """This process's share of the rows of a batch."""
         return batch[self.rank::self.world_size]
 
-    def parallel(self, model, compile=False, fsdp=False):
+    def parallel(self, model, compile=False, fsdp=False, checkpointing=False):
         """
         A callable `net('method', *args)` for the model's methods, with gradients averaged over the processes.
         DistributedDataParallel sees only what passes through its forward, so every method goes through it.
@@ -210,8 +231,10 @@ class Run:
         called before the optimizer is made: the parameters are replaced.
         """
         net = Methods(model)
+        model.checkpointing = checkpointing
         if compile:
             net.compile()
+            model.compile_decoding()
         if fsdp:
             from torch.distributed.device_mesh import init_device_mesh # slow to import
             from torch.distributed.fsdp import fully_shard
@@ -280,13 +303,17 @@ def start(cfg):
         fail("--device=mps: torch sees no Apple GPU; use --device=cpu or auto")
     dtype = cfg.dtype
     if dtype == 'auto':
-        dtype = 'bfloat16' if device.startswith('cuda') and torch.cuda.is_bf16_supported() else 'float32'
+        dtype = 'float32'
+        if device.startswith('cuda'): # GPUs before Ampere could only imitate bfloat16, slowly
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     run = Run(device, dtype, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
     pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
     if getattr(cfg, 'batch_size', pieces) % pieces:
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
     if getattr(cfg, 'fsdp', False) and run.world_size == 1:
         fail("--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2")
+    if getattr(cfg, 'fsdp', False) and dtype == 'float16':
+        fail("--fsdp=True: the scale of float16 is not shared by the processes; wanted --dtype=bfloat16 or float32")
     if run.world_size > 1:
         if device not in ('cuda', 'cpu'):
             fail(f"--device={cfg.device}: several processes take --device=cuda, one GPU for each, or --device=cpu")
@@ -364,20 +391,46 @@ def make_optimizer(model, cfg, betas=(0.9, 0.999), eps=1e-8):
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=eps, fused=fused)
 
 
-def optimizer_step(optimizer, model, lr, grad_clip):
-    """Clip (after backward, 0 = no clipping), step, clear; returns the gradient norm before clipping."""
+def optimizer_step(optimizer, model, lr, grad_clip, scaler=None, last=True):
+    """
+    Clip (after backward, 0 = no clipping), step, clear; returns the gradient norm before clipping.
+
+    scaler: that of Run.backward. In float16 a gradient that the scale drove to infinity is thrown away, the step left
+    out, the scale halved, and 0 returned; with a scale below 1 it is the gradient's own fault, and the norm tells.
+    last: this is the last of the optimizers that step after one backward pass, so the scale may change.
+    """
     for group in optimizer.param_groups:
         group['lr'] = lr
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    optimizer.step()
+    scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    return (norm.full_tensor() if is_spread(norm) else norm).item()
+    norm = (norm.full_tensor() if is_spread(norm) else norm).item()
+    left_out = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() >= 1
+    if last:
+        scaler.update()
+    return 0.0 if left_out else norm
 
 
 def split(rows, parts):
-    """A list in `parts` parts of like size, in order: the micro-batches of a batch."""
+    """A list in `parts` parts of like size, in order."""
     size = math.ceil(len(rows) / parts)
     return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def split_by_tokens(rows, lengths, parts, least=1):
+    """
+    The micro-batches of a batch: a list in `parts` parts of about the same number of tokens, short rows first, and at
+    least `least` rows in each, so that every process gets one. lengths: the rows' tokens.
+    """
+    order = sorted(range(len(rows)), key=lambda i: lengths[i])
+    before = [0, *itertools.accumulate(lengths[i] for i in order)] # tokens in front of each row, and all of them
+    cuts = [0]
+    for part in range(1, parts):
+        wish = bisect.bisect_left(before, before[-1] * part / parts)
+        cuts.append(min(max(wish, cuts[-1] + least), len(rows) - least * (parts - part)))
+    return [[rows[i] for i in order[a:b]] for a, b in itertools.pairwise(cuts + [len(rows)])]
 
 
 def check_finite(name, value, step, out_dir):
@@ -517,7 +570,8 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
         os.makedirs(new)
         model.save_pretrained(new, tokenizer.eos)
         tokenizer.save(new)
-        torch.save(dict(step=step, options=dataclasses.asdict(cfg), rng=rng, optimizers=states, **more),
+        torch.save(dict(step=step, options=dataclasses.asdict(cfg), rng=rng, scaler=run.scaler.state_dict(),
+                        optimizers=states, **more),
                    os.path.join(new, 'state.pt'))
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
@@ -596,6 +650,8 @@ def load_checkpoint(run, cfg, model, optimizers):
                 torch.cuda.set_rng_state(state['rng'][run.rank]['cuda'], run.device)
         else: # there were fewer processes
             torch.manual_seed(cfg.seed + run.rank + 1000 * state['step'])
+        if state.get('scaler'): # that of a run in float16
+            run.scaler.load_state_dict(state['scaler'])
     except Exception as e: # a damaged file makes torch.load raise nearly anything, some of it without a message
         fail(f"{path}: not a state to go on from ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
     if run.is_master:

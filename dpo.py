@@ -20,6 +20,7 @@ once, and not at all for the losses without one. AdamW instead of RMSprop.
 from dataclasses import dataclass
 
 import common
+import memory
 from common import check_common, launch, require
 
 import torch
@@ -60,8 +61,9 @@ class Config:
     log_every: int = 10
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
+    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
     fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
@@ -196,7 +198,8 @@ def reference_logp(model, rows, cfg, run, name):
     if cfg.loss in REFERENCE_FREE:
         return [torch.zeros(len(answers)) for _, answers, _ in rows]
     mine = {} # each process takes its share of the rows
-    for part in common.progress(run.rows(by_length(rows, 32)), desc=f"reference, {name}", disable=not run.is_master):
+    parts = run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum))
+    for part in common.progress(parts, desc=f"reference, {name}", disable=not run.is_master):
         with run.autocast():
             logp = model.answer_logp(collate_answers([rows[i] for i in part]).to(run.device)).cpu() # (N,)
         mine |= zip(part, logp.split([len(rows[i][1]) for i in part]))
@@ -214,7 +217,7 @@ def evaluate(model, rows, ref, cfg, run):
     """The loss and the logged metrics, mean over the pairs of held-out rows."""
     totals, n = {}, 0
     model = run.whole(model).eval()
-    for part in run.rows(by_length(rows, cfg.batch_size)):
+    for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
         answers = collate_answers([rows[i] for i in part]).to(run.device)
         with run.autocast():
             logp = model.answer_logp(answers) # (N,)
@@ -235,11 +238,13 @@ def main(cfg):
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
     batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    words = max(sum(map(len, answers)) for _, answers, _ in rows) # of the answers to one prompt
+    memory.check(run, cfg, [model], int(batches.lengths.max()), words, words, sharing=True)
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
     ref = reference_logp(model, rows, cfg, run, 'train') # before the first update the model is the reference
     val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
 
-    net = run.parallel(model, cfg.compile, cfg.fsdp)
+    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
@@ -253,7 +258,9 @@ def main(cfg):
             common.log(run, cfg, step, **evaluate(model, val, val_ref, cfg, run))
 
         # every pair of the whole batch weighs the same, whatever micro-batch or process it lies in
-        micro = [run.rows(part) for part in common.split(batches.at(step), cfg.grad_accum)]
+        batch = batches.at(step)
+        parts = common.split_by_tokens(batch, batches.lengths[batch], cfg.grad_accum, run.world_size)
+        micro = [run.rows(part) for part in parts]
         micro = [(collate_answers([rows[i] for i in part]), torch.cat([ref[i] for i in part])) for part in micro]
         n_pairs = run.sum(sum(len(answers.pairs) for answers, _ in micro)) # ()
         loss, metrics = 0.0, {}
@@ -263,12 +270,12 @@ def main(cfg):
                 logp = net('answer_logp', answers) # (N,)
             part, measured = pair_loss(logp, ref_logp, answers, cfg)
             share = len(answers.pairs) / n_pairs # ()
-            (part * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            run.backward(part * share)
             loss += part.detach() * share
             metrics = {k: metrics.get(k, 0.0) + v * share for k, v in measured.items()}
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
-        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip, run.scaler)
         common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1

@@ -64,7 +64,7 @@ class Config:
     figure_runs: str = '' # label=folder,… of PPO runs: also draw overoptimisation.png from their logs
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
 
     def __post_init__(self):
         check_common(self)
@@ -465,6 +465,8 @@ def main(cfg):
 def evaluate(cfg, run):
     """All models on all prompts; returns the content of results.json and the rows of samples.jsonl."""
     models, judge, tok = load_models(cfg)
+    for model in filter(None, [*models.values(), judge]):
+        run.freeze(model)
     baseline, reference, K = cfg.baseline, models[cfg.reference or cfg.baseline].to(run.device), cfg.best_of
     block_size = min(model.config.block_size for model in [*models.values(), judge] if model)
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]

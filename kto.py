@@ -18,6 +18,7 @@ import random
 from dataclasses import dataclass
 
 import common
+import memory
 from common import check_common, fail, launch, note, require
 
 import torch
@@ -51,8 +52,9 @@ class Config:
     log_every: int = 10
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
+    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -148,18 +150,20 @@ def main(cfg):
     run = common.start(cfg)
     tok = load_tokenizer(cfg.init_from)
     model = load_policy(cfg.init_from, 'init_from').to(run.device)
-    reference = load_policy(cfg.init_from, 'init_from').to(run.device).eval()
+    reference = run.freeze(load_policy(cfg.init_from, 'init_from').to(run.device).eval())
 
     rows = load_data(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
     batches = Batches([len(prompt) + len(answer) for prompt, answer, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    words = max(len(answer) for _, answer, _ in rows)
+    memory.check(run, cfg, [model], int(batches.lengths.max()), words, words, [reference])
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
-    net = run.parallel(model, cfg.compile)
+    net = run.parallel(model, cfg.compile, checkpointing=cfg.checkpointing)
 
     def save(step):
         common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
@@ -176,7 +180,8 @@ def main(cfg):
         z0 = kl_estimate(*(torch.cat(run.gather(x)) for x in (pi, ref))).to(run.device) # ()
 
         loss, rewards, labels = 0.0, [], []
-        for part in common.split(batch, cfg.grad_accum):
+        lengths = [len(prompt) + len(answer) for prompt, answer, _ in batch]
+        for part in common.split_by_tokens(batch, lengths, cfg.grad_accum, run.world_size):
             part = run.rows(part)
             idx, mask, _ = (x.to(run.device) for x in tensors(part, model.config.block_size)) # (B, T), (B, T-1)
             label = torch.tensor([label for *_, label in part], device=run.device) # (B,)
@@ -185,12 +190,12 @@ def main(cfg):
                 pi = net('logp', idx, mask).sum(1) # (B,)
             out, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
             share = len(part) / cfg.batch_size # of the mean over the batch
-            (out * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            run.backward(out * share)
             loss += out.detach() * share
             rewards, labels = rewards + reward.tolist(), labels + label.tolist()
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
-        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip, run.scaler)
         common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1

@@ -23,6 +23,7 @@ from common import checkpoint_file, fail
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from safetensors import safe_open
 
 
@@ -104,19 +105,22 @@ class KVCache:
     """
     Keys and values of the tokens seen so far, for B rows of different lengths. The first pass stores whole prompts,
     right-padded; every later pass adds one token per row at that row's own position, over what padding lies there.
+    static: every later pass looks at all max_length places, many of them hidden, so that its shapes stay the same.
     """
 
-    def __init__(self, config, lengths, max_length):
+    def __init__(self, config, lengths, max_length, static=False):
         self.lengths = lengths # (B,) tokens stored per row
-        self.longest = int(lengths.max())
-        self.max_length = max_length
+        self.max_length, self.static = max_length, static
+        self.longest = max_length if static else int(lengths.max()) # how many places a pass looks at, S
         self.kv = [None] * config.n_layer # (2, B, nh, max_length, hs) each
         self.mask = None # (B, 1, 1, S), 0 where a row may look, -inf elsewhere; None in the first pass
 
     def next(self):
         """Make room for one more token per row; returns the positions (B,) that it takes."""
         positions = self.lengths
-        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        self.lengths = self.lengths + 1
+        if not self.static:
+            self.longest += 1
         hidden = torch.arange(self.longest, device=positions.device) >= self.lengths[:, None] # (B, S)
         self.mask = torch.zeros(hidden.shape, dtype=self.kv[0].dtype, device=positions.device)
         self.mask = self.mask.masked_fill_(hidden, -math.inf)[:, None, None, :]
@@ -137,7 +141,8 @@ class KVCache:
         """Go on with these rows, (n,) indices; a row may be dropped, or come several times."""
         self.kv = [kv[:, rows] for kv in self.kv]
         self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max())
+        if not self.static:
+            self.longest = int(self.lengths.max())
 
 
 class GPT(nn.Module):
@@ -146,6 +151,8 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             fail(f"n_embd must be a multiple of n_head, got n_embd={config.n_embd}, n_head={config.n_head}")
         self.config = config
+        self.checkpointing = False # see through; set by whoever trains
+        self.compiled = None # the decoding step, see compile_decoding
         rows = math.ceil(config.vocab_size / 64) * 64 if config.pad_vocab else config.vocab_size
         self.wte = nn.Embedding(rows, config.n_embd) # also the output projection
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -180,8 +187,14 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         *blocks, last = self.h
         for block in blocks:
-            x = block(x, cache, mask)
-        return self.ln_f(last(x, cache, mask, keep))
+            x = self.through(block, x, cache, mask)
+        return self.ln_f(self.through(last, x, cache, mask, keep))
+
+    def through(self, block, *args):
+        """A block's output. With checkpointing its activations are worked out again in the backward pass, not kept."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def hidden(self, idx, cache=None, keep=None):
         """The last layer's output, (B, T) tokens -> (B, T, C), or (N, C) at the places keep (N,)."""
@@ -309,7 +322,10 @@ class GPT(nn.Module):
         same = torch.tensor([first.setdefault(tuple(p), len(first)) for p in prompts], device=device) # (n,)
         idx = torch.tensor([p + (0,) * (longest - len(p)) for p in first], device=device) # (B, T) distinct prompts
         lengths = torch.tensor([len(p) for p in first], device=device) # (B,)
-        cache = KVCache(self.config, lengths, longest + max_new_tokens)
+        room = longest + max_new_tokens
+        if self.compiled: # few different shapes: each is compiled once
+            room = min(self.config.block_size, math.ceil(room / 128) * 128)
+        cache = KVCache(self.config, lengths, room, static=self.compiled is not None)
         x = self.hidden(idx, cache, keep=torch.arange(len(idx), device=device) * longest + lengths - 1) # (B, C)
         if len(first) < len(prompts):
             cache.keep(same)
@@ -324,12 +340,22 @@ class GPT(nn.Module):
                 n = int(alive.sum())
                 if n == 0:
                     return
-                if n <= 0.8 * len(alive): # moving the cache costs about a step: not at every single end
+                if n <= 0.8 * len(alive) and not self.compiled: # moving the cache costs about a step: not at every end
                     cache.keep(alive.nonzero()[:, 0])
                     rows, tokens, alive = rows[alive], tokens[alive], alive[alive]
             if step + 1 < max_new_tokens:
-                positions = cache.next() # (n,)
-                x = self.embed(tokens[:, None], positions[:, None], cache)[:, 0] # (n, C)
+                x = (self.compiled or self.decode)(tokens, cache.next(), cache) # (n, C)
+
+    def decode(self, tokens, positions, cache):
+        """The last layer's output (n, C) for one more token in each of the cache's rows; tokens, positions: (n,)."""
+        return self.embed(tokens[:, None], positions[:, None], cache)[:, 0]
+
+    def compile_decoding(self, **options):
+        """
+        Decode by a compiled step from now on. Its shapes do not change while answers grow: the cache has its last size
+        from the start and rows that have ended stay in the batch. options: torch.compile's.
+        """
+        self.compiled = torch.compile(self.decode, dynamic=False, **options)
 
     def generate_with_logp(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None):
         """Responses (lists of token ids, eos kept) and the log-probabilities recorded while sampling them."""
@@ -559,9 +585,11 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), -math.inf)
     logp = logits.log_softmax(-1) # (B, V)
     # inverse transform sampling, one random number per row: torch.multinomial draws one per row and word, which at
-    # V = 50257 takes 15 times as long. In float64, so that no word of probability 0 is ever hit by rounding
-    cdf = logp.exp().cumsum(-1, dtype=torch.float64) # (B, V)
+    # V = 50257 takes 15 times as long. In float64, so that no word of probability 0 is ever hit by rounding; Apple's
+    # GPUs have none, and leave this part to the CPU
+    p = logp.exp() # (B, V)
+    cdf = (p.cpu() if p.device.type == 'mps' else p).cumsum(-1, dtype=torch.float64) # (B, V)
     u = torch.rand(len(cdf), 1, dtype=torch.float64, device=cdf.device) * cdf[:, -1:] # (B, 1)
     tokens = torch.searchsorted(cdf, u, right=True) # (B, 1), the first word whose cdf exceeds u
-    tokens = tokens.clamp(max=logits.size(-1) - 1) # NaN exceeds nothing; the scripts notice it in the loss
+    tokens = tokens.clamp(max=logits.size(-1) - 1).to(logp.device) # NaN exceeds nothing: noticed in the loss
     return tokens[:, 0], logp.gather(-1, tokens)[:, 0]

@@ -23,6 +23,7 @@ that does not end loses a fixed amount instead of scoring -1.
 from dataclasses import dataclass
 
 import common
+import memory
 from common import check_common, fail, launch, require
 
 import torch
@@ -73,8 +74,9 @@ class Config:
     gold: str = '' # toy: also log the toy world's gold score, which the policy never sees
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile of the updates: pays off after minutes
+    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
     fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
@@ -210,7 +212,7 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
             loss = pg_loss + (cfg.value_coef if cfg.critic == 'shared' else 1.0) * vf_loss
             if cfg.entropy_coef:
                 loss = loss - cfg.entropy_coef * masked_mean(entropy, mask)
-            (loss * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            run.backward(loss * share)
 
             with torch.no_grad():
                 far, stats = ratio_stats(logp, old_logp, mask, cfg.clip)
@@ -234,11 +236,12 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
             with run.autocast():
                 logp = nets['policy']('logp', idx, mask)
             share = mask.sum() / run.sum(mask.sum()) # ()
-            (-cfg.ptx_coef * masked_mean(logp, mask) * share * run.world_size).backward()
-        norms.append(common.optimizer_step(optimizers['policy'], models.policy, lr, cfg.grad_clip))
+            run.backward(-cfg.ptx_coef * masked_mean(logp, mask) * share)
+        norms.append(common.optimizer_step(optimizers['policy'], models.policy, lr, cfg.grad_clip, run.scaler,
+                                           cfg.critic == 'shared')) # else the critic steps last
         common.check_finite('the gradient norm', norms[-1], step + 1, cfg.out_dir)
         if cfg.critic == 'separate':
-            norm = common.optimizer_step(optimizers['critic'], models.critic, critic_lr, cfg.grad_clip)
+            norm = common.optimizer_step(optimizers['critic'], models.critic, critic_lr, cfg.grad_clip, run.scaler)
             common.check_finite("the critic's gradient norm", norm, step + 1, cfg.out_dir)
     return {k: v / n_updates for k, v in totals.items()} | dict(
         grad_norm=sum(norms) / max(1, len(norms)), first_ratio=max(run.gather(first_ratio)), updates=len(norms))
@@ -250,18 +253,24 @@ def main(cfg):
     if cfg.ptx_coef and cfg.ptx_batch_size < run.world_size:
         fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {run.world_size}, a row for each process")
     models = load_models(cfg, run.device)
+    for frozen in (models.reward, models.reference):
+        run.freeze(frozen)
     questions = read_records(cfg.prompts, 'prompts')
     prompts = encode_prompts(tok, questions, models.policy.config.block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), cfg.batch_size * cfg.minibatches, cfg.seed) # in random order
     ptx = None
     if cfg.ptx_coef:
         ptx, _ = load_training_set(cfg.ptx_data, tok, models.policy.config.block_size, cfg.ptx_batch_size, cfg.seed)
+    trained = [models.policy, models.critic] if cfg.critic == 'separate' else [models.policy]
+    T, sampled = max(map(len, prompts)) + cfg.max_new_tokens, cfg.batch_size * cfg.minibatches // run.world_size
+    memory.check(run, cfg, trained, T, cfg.max_new_tokens, cfg.max_new_tokens, [models.reward, models.reference],
+                 sampled=min(sampled, 256))
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
-    nets = dict(policy=run.parallel(models.policy, cfg.compile, cfg.fsdp))
+    nets = dict(policy=run.parallel(models.policy, cfg.compile, cfg.fsdp, cfg.checkpointing))
     optimizers = dict(policy=common.make_optimizer(models.policy, cfg, eps=1e-5))
     if cfg.critic == 'separate':
-        nets['critic'] = run.parallel(models.critic, cfg.compile, cfg.fsdp)
+        nets['critic'] = run.parallel(models.critic, cfg.compile, cfg.fsdp, cfg.checkpointing)
         optimizers['critic'] = common.make_optimizer(models.critic, cfg, eps=1e-5)
     state = common.load_checkpoint(run, cfg, models.policy, optimizers)
     if state and cfg.critic == 'separate':

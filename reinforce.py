@@ -28,6 +28,7 @@ not end loses `missing_eos_penalty`, as in ppo.py.
 from dataclasses import dataclass
 
 import common
+import memory
 from common import check_common, fail, launch, require
 
 import torch
@@ -65,8 +66,9 @@ class Config:
     gold: str = '' # toy: also log the toy world's gold score, which the policy never sees
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile of the updates: pays off after minutes
+    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
     fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
@@ -141,7 +143,7 @@ def update(policy, net, optimizer, batch, lengths, cfg, run, step):
             pg_loss = policy_loss(logp, old_logp, b['advantages'], mask, cfg.clip)
             kl_loss = masked_mean(kl_k3(logp, b['ref_logp']), mask) # () nats per token
             loss = pg_loss + cfg.kl_coef * kl_loss if cfg.kind == 'grpo' else pg_loss
-            (loss * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            run.backward(loss * share)
 
             far, stats = ratio_stats(logp.detach(), old_logp, mask, cfg.clip)
             if not norms:
@@ -165,13 +167,17 @@ def main(cfg):
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {run.world_size * cfg.n_answers}, "
              "processes x n_answers")
     tok = load_tokenizer(cfg.policy)
-    models = policy, *_ = load_actors(cfg, run.device, cfg.pad_vocab) # policy, reward model, reference
+    models = policy, *frozen = load_actors(cfg, run.device, cfg.pad_vocab) # policy, reward model, reference
+    for model in frozen:
+        run.freeze(model)
     questions = read_records(cfg.prompts, 'prompts')
     prompts = encode_prompts(tok, questions, policy.config.block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), n_prompts, cfg.seed) # in random order
+    T, sampled = max(map(len, prompts)) + cfg.max_new_tokens, cfg.batch_size * cfg.minibatches // run.world_size
+    memory.check(run, cfg, [policy], T, cfg.max_new_tokens, cfg.max_new_tokens, frozen, sampled=min(sampled, 256))
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
-    net = run.parallel(policy, cfg.compile, cfg.fsdp)
+    net = run.parallel(policy, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(policy, cfg, eps=1e-5)
     state = common.load_checkpoint(run, cfg, policy, dict(policy=optimizer))
     # a new reward model scores the reference's answers 0 on average (see reward.py): a fair first guess

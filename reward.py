@@ -18,6 +18,7 @@ answers, which the SFT model wrote; Ziegler et al. 2019) are folded into the wei
 from dataclasses import dataclass
 
 import common
+import memory
 from common import check_common, launch, require
 
 import torch
@@ -52,8 +53,9 @@ class Config:
     normalise_on: int = 500 # training prompts whose answers are to score mean 0, standard deviation 1 in the end
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
+    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
     fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
@@ -145,9 +147,12 @@ def main(cfg):
     margins = [float(r.get('margin', 0.0)) if 'chosen' in r else 0.0 for r in records] # comparisons alone have one
     batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    K = max(len(answers) for _, answers, _ in rows)
+    words = max(sum(map(len, answers)) for _, answers, _ in rows) if cfg.lm_coef else 0 # learnt in one row, at most
+    memory.check(run, cfg, [model], int(batches.lengths.max()), K + words, words, sharing=True)
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
-    net = run.parallel(model, cfg.compile, cfg.fsdp)
+    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     if state and state['before_normalising']: # the run had come to its end: go on from the scores it trained
@@ -172,7 +177,7 @@ def main(cfg):
         # tokens of every prompt's best answers, in the whole batch
         n_best = sum(len(a) for i in batch for a, rank in zip(*rows[i][1:]) if rank == min(rows[i][2]))
         loss = right = n_pairs = 0.0
-        for part in common.split(batch, cfg.grad_accum):
+        for part in common.split_by_tokens(batch, batches.lengths[batch], cfg.grad_accum, run.world_size):
             part = run.rows(part)
             some = [rows[i] for i in part]
             answers = collate_answers(some) # N answers to B prompts
@@ -193,12 +198,12 @@ def main(cfg):
             loss_part = loss_part * len(part) / len(batch) # every prompt of the batch weighs the same
             if cfg.lm_coef: # and every token of the best answers
                 loss_part = loss_part - cfg.lm_coef * logp.sum() / n_best
-            (loss_part * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            run.backward(loss_part)
             loss += loss_part.detach()
             right, n_pairs = right + (better > worse).sum(), n_pairs + len(better)
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
-        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip, run.scaler)
         common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1

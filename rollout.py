@@ -76,12 +76,13 @@ def ratio_stats(logp, old_logp, mask, clip):
 
 def micro_batches(batch, lengths, rows, grad_accum, run):
     """
-    The rows of an optimizer step in grad_accum parts of like length. batch: idx (N, T) and arrays (N, T-1) with one
-    called mask; lengths (N,). Yields each part's tensors, and its share () of the counted tokens of all processes: with
-    it as its weight every answer token counts the same.
+    The rows of an optimizer step in grad_accum parts of about the same number of tokens. batch: idx (N, T) and arrays
+    (N, T-1) with one called mask; lengths (N,). Yields each part's tensors, and its share () of the counted tokens of
+    all processes: with it as its weight every answer token counts the same.
     """
     n_tokens = run.sum(batch['mask'][rows].sum()) # ()
-    for micro in rows[lengths[rows].argsort()].chunk(grad_accum):
+    for part in common.split_by_tokens(rows.tolist(), lengths[rows].tolist(), grad_accum):
+        micro = torch.tensor(part, device=rows.device)
         T = int(lengths[micro].max()) # no work on padding that these rows do not need
         part = {k: v[micro, :T if k == 'idx' else T - 1] for k, v in batch.items()}
         yield part, part['mask'].sum() / n_tokens
@@ -212,7 +213,7 @@ def sample_and_score(policy, reward_model, reference, prompts, questions, tok, c
     rolls = pack(prompts, answers, logps, tok.eos).to(run.device)
     mask = rolls.mask # (B, T-1)
     with run.autocast():
-        ref_logp = frozen_logp(reference, rolls.idx, mask, rolls.lengths) # (B, T-1)
+        ref_logp = frozen_logp(reference, rolls.idx, mask, rolls.lengths, cfg.batch_size // cfg.grad_accum) # (B, T-1)
         reward = frozen_rewards(reward_model, rolls.idx, rolls.lengths) # (B,)
     scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (B,)
     measured = dict(

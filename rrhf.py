@@ -15,6 +15,7 @@ left out. Each answer passes through the model once, behind a prompt that all it
 from dataclasses import dataclass
 
 import common
+import memory
 from common import check_common, launch, require
 
 import torch
@@ -47,8 +48,9 @@ class Config:
     log_every: int = 10
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
+    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
     fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
@@ -96,7 +98,7 @@ def evaluate(model, rows, cfg, run):
     """The loss and the logged metrics, mean over held-out prompts."""
     totals, n = {}, 0
     model = run.whole(model).eval()
-    for part in run.rows(by_length(rows, cfg.batch_size)):
+    for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
         some = [rows[i] for i in part]
         answers = collate_answers(some).to(run.device)
         with run.autocast():
@@ -121,9 +123,11 @@ def main(cfg):
     val = load(cfg.val_data, 'val') if cfg.val_data else None
     batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    words = max(sum(map(len, answers)) for _, answers, _ in rows) # of the answers to one prompt
+    memory.check(run, cfg, [model], int(batches.lengths.max()), words, words, sharing=True)
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
-    net = run.parallel(model, cfg.compile, cfg.fsdp)
+    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
@@ -137,19 +141,19 @@ def main(cfg):
             common.log(run, cfg, step, **evaluate(model, val, cfg, run))
 
         batch, measured = batches.at(step), {}
-        for part in common.split(batch, cfg.grad_accum):
+        for part in common.split_by_tokens(batch, batches.lengths[batch], cfg.grad_accum, run.world_size):
             some = [rows[i] for i in run.rows(part)]
             answers = collate_answers(some).to(run.device)
             with run.autocast():
                 logp = net('answer_logp', answers) # (N,)
             loss, metrics = batch_loss(logp, some, answers, cfg)
             share = len(some) / len(batch) # every prompt of the batch weighs the same
-            (loss * share * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            run.backward(loss * share)
             for k, v in (metrics | dict(loss=loss.detach())).items():
                 measured[k] = measured.get(k, 0.0) + v * share
         measured, lr = {k: run.sum(v).item() for k, v in measured.items()}, common.lr_at(step, cfg)
         common.check_finite('the loss', measured['loss'], step + 1, cfg.out_dir)
-        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip, run.scaler)
         common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1

@@ -37,7 +37,7 @@ class Config:
     reward_model: str = '' # also print this reward model's score of each answer; empty = none
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
 
     def __post_init__(self):
         check_common(self)

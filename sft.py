@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 
 import common
+import memory
 from common import check_common, fail, launch, require
 
 import torch
@@ -64,8 +65,9 @@ class Config:
     log_every: int = 10
     seed: int = 1
     device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32, bfloat16 (autocast), auto: bfloat16 on a GPU that has it
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
+    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
     fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
@@ -124,7 +126,7 @@ def evaluate(model, data, run, cfg):
     """
     total = counted = 0.0
     model = run.whole(model).eval()
-    for batch in run.rows(data.in_order(cfg.eval_batches)): # each process takes its share of the batches
+    for batch in run.rows(data.in_order(cfg.eval_batches, cfg.grad_accum)): # each process takes its share of them
         idx, mask = (x.to(run.device) for x in collate(batch))
         with run.autocast():
             logp = model.logp(idx, mask) # (B, T-1)
@@ -148,7 +150,7 @@ def main(cfg):
     block_size = model.config.block_size
     teacher = load_teacher(cfg, model, tok)
     if teacher:
-        teacher.to(run.device)
+        run.freeze(teacher.to(run.device))
 
     # data
     train, val = load_training_set(cfg.train_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, cfg.packed,
@@ -157,9 +159,10 @@ def main(cfg):
         val, _ = load_training_set(cfg.val_data, tok, block_size, cfg.batch_size, cfg.seed, cfg.loss_on, cfg.packed,
                                     'val')
     cfg.max_steps = cfg.max_steps or cfg.epochs * train.epoch_steps
+    memory.check(run, cfg, [model], train.T, train.words, train.words, [teacher] if teacher else [])
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
-    net = run.parallel(model, cfg.compile, cfg.fsdp)
+    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
@@ -173,7 +176,9 @@ def main(cfg):
             common.log(run, cfg, step, val_loss=evaluate(model, val, run, cfg))
 
         # every counted token of the whole batch weighs the same, whatever micro-batch or process it lands in
-        micro = [collate(run.rows(rows)) for rows in common.split(train.at(step), cfg.grad_accum)]
+        rows = train.at(step)
+        parts = common.split_by_tokens(rows, [len(ids) for ids, _ in rows], cfg.grad_accum, run.world_size)
+        micro = [collate(run.rows(part)) for part in parts]
         n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
         loss = 0.0
         for idx, mask in micro: # (B, T), (B, T-1)
@@ -186,11 +191,11 @@ def main(cfg):
                 else:
                     part = sft_loss(net('logp', idx, mask), mask) # ()
             part = part * mask.sum() / n_tokens # this micro-batch's share of the mean, ()
-            (part * run.world_size).backward() # DistributedDataParallel averages gradients: undo that
+            run.backward(part)
             loss += part.detach()
         loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
         common.check_finite('the loss', loss, step + 1, cfg.out_dir)
-        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip)
+        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip, run.scaler)
         common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
 
         done = step + 1

@@ -647,6 +647,7 @@ class Rows:
 
     def __init__(self, rows, batch_size, seed):
         self.rows, self.batch_size = rows, batch_size
+        self.T, self.words = max(len(ids) for ids, _ in rows), max(sum(mask) for _, mask in rows) # most in a row
         self.batches = Batches([len(ids) for ids, _ in rows], batch_size, seed)
         self.epoch_steps = self.batches.epoch_steps
 
@@ -654,11 +655,11 @@ class Rows:
         """The (ids, mask) of an optimizer step."""
         return [self.rows[i] for i in self.batches.at(step)]
 
-    def in_order(self, n_batches):
-        """The first n_batches batches (0 = all), every row once: for measuring."""
-        rows = self.rows[:n_batches * self.batch_size] if n_batches else self.rows
+    def in_order(self, n_batches, parts=1):
+        """The first n_batches batches (0 = all), every row once, in micro-batches (`parts` a batch): for measuring."""
+        rows, size = self.rows[:n_batches * self.batch_size or None], self.batch_size // parts
         rows = sorted(rows, key=lambda row: len(row[0]))
-        return [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
 class Stream:
@@ -666,7 +667,7 @@ class Stream:
 
     def __init__(self, stream, block_size, batch_size, seed):
         self.stream, self.batch_size, self.seed = stream, batch_size, seed
-        self.T = min(block_size, len(stream) - 1) # a window holds T inputs and T targets
+        self.T = self.words = min(block_size, len(stream) - 1) # a window holds T inputs and T targets
         self.epoch_steps = math.ceil((len(stream) - 1) / (self.T * batch_size))
 
     def window(self, i):
@@ -677,11 +678,11 @@ class Stream:
         rng = np.random.default_rng([self.seed, step]) # a pure function of the step: resuming needs no cursor
         return [self.window(i) for i in rng.integers(len(self.stream) - self.T, size=self.batch_size)]
 
-    def in_order(self, n_batches):
-        """The first n_batches batches of neighbouring windows (0 = all), every token predicted once: for measuring."""
-        rows = [self.window(i) for i in range(0, len(self.stream) - 1, self.T)]
-        batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        return batches[:n_batches or None]
+    def in_order(self, n_batches, parts=1):
+        """The first n_batches batches of neighbouring windows (0 = all), every token predicted once: as in Rows."""
+        rows, size = [self.window(i) for i in range(0, len(self.stream) - 1, self.T)], self.batch_size // parts
+        rows = rows[:n_batches * self.batch_size or None]
+        return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
 def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response', packed=True, name='train',

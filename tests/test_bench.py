@@ -37,6 +37,23 @@ def test_one_line_on_random_rows(capsys, workload, dtype):
         assert line['tokens'] == 2 * dict(generate=128, ppo=32)[workload] # no row ends early
 
 
+def test_memory_has_a_line_for_each_stage_and_size(capsys):
+    found = lines(capsys, workload='memory', batch_size=0)
+    assert [line['model'] for line in found] == [name for name in ('124M', '355M', '774M', '1.5B') for _ in range(5)]
+    assert [line['stage'] for line in found[:5]] == ['sft', 'reward', 'dpo', 'ppo', 'reinforce']
+    # 1557611200 parameters in float32: 5.80 GiB; keys and values of 64 rows: 2 * 48 * 1600 * 4 * 65536 bytes
+    assert (found[15]['weights'], found[15]['optimizer'], found[15]['gradients']) == (5.8, 11.61, 5.8)
+    assert found[18]['kv_cache'] == 37.5
+    assert all(line['activations_checkpointing'] < line['activations'] for line in found)
+    assert all(line['total_checkpointing'] <= line['total'] for line in found)
+
+
+@pytest.mark.parametrize('options', [dict(checkpointing=True), dict(dtype='float16')])
+def test_a_step_with_less_memory(capsys, options):
+    line, = lines(capsys, workload='sft', **options)
+    assert line['tokens'] > 0
+
+
 def test_generate_has_two_shapes(capsys, monkeypatch):
     monkeypatch.setitem(bench.DEFAULT_BATCHES, 'generate', (1, 2))
     shapes = [(line['batch_size'], line['tokens']) for line in lines(capsys, workload='generate', batch_size=0)]
@@ -65,10 +82,10 @@ def test_a_tokenizer_of_the_models_size(capsys, tmp_path):
 
 
 def test_bad_options(capsys, tmp_path):
-    assert 'workload must be one of generate, lm, sft, rm, dpo, ppo' in stops(capsys, bench, workload='train')
+    assert 'workload must be one of generate, lm, sft, rm, dpo, ppo, memory' in stops(capsys, bench, workload='train')
     assert 'workload must be' in stops(capsys, bench)
     assert 'preset must be one of' in stops(capsys, bench, workload='lm', preset='huge')
-    assert 'dtype must be' in stops(capsys, bench, workload='lm', dtype='float16')
+    assert 'dtype must be' in stops(capsys, bench, workload='lm', dtype='float64')
     assert 'repeats must be at least 1' in stops(capsys, bench, workload='lm', repeats=0)
     assert 'no such file' in stops(capsys, bench, workload='sft', data=str(tmp_path / 'none.jsonl'))
     data = records(tmp_path / 'prompts.jsonl', [dict(prompt='Hi')])

@@ -10,9 +10,9 @@ import torch
 
 from common import (Run, check_common, check_finite, finish_save, launch, load_checkpoint, log, lr_at, make_optimizer,
                     optimizer_step, parse_config, prepare_out_dir, read_log, require, save_checkpoint, save_if_due,
-                    split, start, stop, write_atomic)
+                    split, split_by_tokens, start, stop, write_atomic)
 from model import GPT, GPTConfig
-from tiny import in_processes
+from tiny import by_hand, in_processes
 from tokens import load_tokenizer
 
 
@@ -208,9 +208,50 @@ def test_a_loss_that_is_no_number_stops(capsys, value):
     assert 'policy loss' in line and 'step 17' in line and 'out/x' in line
 
 
-def test_micro_batches():
+# The gradient (3, 4) comes scaled by 2^16 and is unscaled before it is clipped. An infinite one is left out, and halves
+# the scale; where another optimizer steps after the same pass the scale has to wait.
+def test_float16_steps_by_hand():
+    model, run = Line(), Run('cpu', 'float16')
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+    run.backward((model.w * torch.tensor([3., 4.])).sum())
+    assert model.w.grad.tolist() == [3 * 65536.0, 4 * 65536.0]
+    assert optimizer_step(optimizer, model, 0.5, 1.0, run.scaler) == by_hand(5.0)
+    assert model.w.tolist() == by_hand([-0.3, -0.4]) and run.scaler.get_scale() == 65536.0
+    for last, scale in ((False, 65536.0), (True, 32768.0)):
+        run.backward((model.w * torch.tensor([3., math.inf])).sum())
+        assert optimizer_step(optimizer, model, 0.5, 1.0, run.scaler, last) == 0.0
+        assert model.w.tolist() == by_hand([-0.3, -0.4]) and model.w.grad is None
+        assert run.scaler.get_scale() == scale
+        if not last: # the other optimizer's turn
+            run.scaler.update(65536.0)
+    run.scaler.update(0.5) # nothing is scaled up any more, and still it is infinite
+    run.backward((model.w * torch.tensor([3., math.inf])).sum())
+    assert not math.isfinite(optimizer_step(optimizer, model, 0.5, 1.0, run.scaler))
+
+
+def test_other_dtypes_are_not_scaled():
+    model = Line()
+    for dtype in ('float32', 'bfloat16'):
+        Run('cpu', dtype, world_size=2).backward((model.w * torch.tensor([3., 4.])).sum())
+        assert model.w.grad.tolist() == [6.0, 8.0] # times two: the processes' gradients are averaged
+        model.w.grad = None
+
+
+def test_parts():
     assert split([1, 2, 3, 4, 5, 6], 3) == [[1, 2], [3, 4], [5, 6]]
     assert split([1, 2, 3], 1) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize('parts, least, expected', [
+    (1, 1, ['bcdefa']), # 18 tokens, short rows first
+    (2, 1, ['bcdef', 'a']), # 9 and 9
+    (2, 2, ['bcde', 'fa']), # two processes: two rows each
+    (3, 1, ['bcde', 'f', 'a']), # 4, 5 and 9: from 6 on, and from 12 on
+    (6, 1, ['b', 'c', 'd', 'e', 'f', 'a']),
+    (3, 2, ['bc', 'de', 'fa'])])
+def test_micro_batches_hold_like_numbers_of_tokens(parts, least, expected):
+    found = split_by_tokens(list('abcdef'), [9, 1, 1, 1, 1, 5], parts, least)
+    assert [''.join(part) for part in found] == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,6 +303,20 @@ def test_four_steps_equal_two_and_two_more_bitwise(tmp_path):
         assert p.keys() == q.keys() and all(torch.equal(p[k], q[k]) for k in p)
     losses = [[line['loss'] for line in read_log(str(tmp_path / d / 'log.jsonl'))] for d in 'ab']
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_the_scale_of_float16_is_resumed(tmp_path):
+    run, model = Run('cpu', 'float16'), tiny()
+    run.backward(model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))[1])
+    run.scaler.update(1024.0)
+    save_checkpoint(run, config(tmp_path), model, BYTES, 1, {})
+    for dtype, scale in (('float16', 1024.0), ('float32', 1.0)): # 1: not scaled
+        other = Run('cpu', dtype)
+        load_checkpoint(other, config(tmp_path, resume=True), tiny(), {})
+        assert other.scaler.get_scale() == scale
+    save_checkpoint(other, config(tmp_path), model, BYTES, 1, {})
+    load_checkpoint(run, config(tmp_path, resume=True), tiny(), {}) # another dtype's checkpoint has no scale
+    assert run.scaler.get_scale() == 1024.0
 
 
 def test_the_files_of_a_checkpoint(tmp_path):
@@ -514,10 +569,37 @@ def test_autocast_is_for_products_alone():
     a = torch.eye(2)
     with Run('cpu', 'float32').autocast():
         assert (a @ a).dtype == torch.float32
-    with Run('cpu', 'bfloat16').autocast():
-        assert (a @ a).dtype == torch.bfloat16 and a.log_softmax(-1).dtype == torch.float32
-        logp, entropy = tiny().logp_and_entropy(torch.tensor([[1, 2, 3]]), torch.ones(1, 2), True)
-        assert logp.dtype == entropy.dtype == torch.float32
+    for dtype in ('bfloat16', 'float16'):
+        with Run('cpu', dtype).autocast():
+            assert (a @ a).dtype == getattr(torch, dtype) and a.log_softmax(-1).dtype == torch.float32
+            logp, entropy = tiny().logp_and_entropy(torch.tensor([[1, 2, 3]]), torch.ones(1, 2), True)
+            assert logp.dtype == entropy.dtype == torch.float32
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_a_frozen_model_takes_less_and_answers_the_same(dtype):
+    run, model, idx, mask = Run('cpu', dtype), tiny().eval(), torch.tensor([[1, 2, 3]]), torch.ones(1, 2)
+    with run.autocast():
+        expected = model.logp(idx, mask)
+    run.freeze(model)
+    assert model.h[0].mlp.c_fc.weight.dtype == getattr(torch, dtype) and model.wte.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in model.parameters())
+    with run.autocast():
+        assert torch.equal(model.logp(idx, mask), expected)
+
+
+# a GPU of its own kind: with bfloat16 units, with none, and none asked for
+@pytest.mark.parametrize('units, dtype, expected', [
+    (True, 'auto', 'bfloat16'), (False, 'auto', 'float16'), (True, 'float32', 'float32')])
+def test_the_dtype_of_a_gpu(monkeypatch, units, dtype, expected):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: units or including_emulation)
+    precision = []
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', precision.append)
+    run = start(Config(device='cuda', dtype=dtype))
+    stop(run)
+    assert run.dtype == expected and run.scaler.is_enabled() == (expected == 'float16')
+    assert precision == ['high'] # TF32
 
 
 def test_start_seeds_and_refuses_what_is_not_there(capsys):

@@ -487,6 +487,20 @@ def test_a_row_that_ended_is_silent_while_it_waits_in_the_batch(monkeypatch):
     assert sizes == [6, 6, 4, 4]
 
 
+def test_a_compiled_step_says_the_same():
+    """One shape while answers grow and rows end, so it is compiled once; and once more where more room is needed."""
+    model, compiled = random_model(seed=3, block_size=300), []
+    few, many = [RAGGED * 2, [[1, 2, 3] * 40, [4]]], [] # room for 128 tokens, and for 256
+    for prompts in few:
+        many += [model.generate(prompts, n, temperature=0, eos=4) for n in (8, 15)]
+    torch.compiler.reset()
+    model.compile_decoding(backend=lambda graph, inputs: (compiled.append(graph), graph.forward)[1])
+    for prompts in few:
+        for n in (8, 15):
+            assert model.generate(prompts, n, temperature=0, eos=4) == many.pop(0)
+    assert len(compiled) == 3 # 10 rows of 128, 2 rows of 128 and of 256
+
+
 @pytest.mark.parametrize('n', [1, 2, 5])
 def test_max_new_tokens_is_respected(n):
     assert rotor().generate([[1], [2, 3]], n, temperature=0) == [[2, 3, 4, 5, 6][:n], [4, 5, 6, 7, 0][:n]]
@@ -554,6 +568,32 @@ def test_words_of_probability_zero_are_never_drawn(monkeypatch, u, word):
     monkeypatch.setattr(torch, 'rand', lambda *size, dtype=None, device=None: torch.full(size, u, dtype=dtype))
     tokens, _ = sample_token(torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]]).log())
     assert tokens.tolist() == [word]
+
+
+class OnApple(torch.Tensor):
+    """A tensor as on an Apple GPU: it says mps, and there is no float64."""
+    device = property(lambda self: torch.device('mps'))
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if (kwargs or {}).get('dtype') is torch.float64:
+            raise TypeError('mps has no float64')
+        if func is torch.Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_apples_gpus_draw_the_same(monkeypatch):
+    torch.manual_seed(8)
+    logits = torch.randn(5, 40)
+    torch.manual_seed(9)
+    tokens, logp = sample_token(logits)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, device: self.as_subclass(OnApple)) # from the CPU, and back
+    torch.manual_seed(9)
+    there = sample_token(logits.as_subclass(OnApple))
+    assert [x.device.type for x in there] == ['mps', 'mps']
+    assert there[0].tolist() == tokens.tolist() and there[1].tolist() == logp.tolist()
 
 
 def test_rows_of_a_batch_are_drawn_independently():
@@ -695,6 +735,29 @@ def test_a_value_head_on_a_language_model_starts_at_zero_and_is_kept(tmp_path):
     for reopened in (GPT.from_pretrained(tmp_path / 'both'), load_policy(tmp_path / 'both', value_head=True)):
         assert torch.equal(reopened.values(idx), model.values(idx))
     assert load_policy(tmp_path / 'both').value_head is None # PPO's critic may have stayed in the folder
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.3])
+def test_checkpointing_changes_no_gradient(monkeypatch, dropout):
+    """Every block works twice: its activations are not kept. With dropout the second time draws as the first."""
+    calls, forward = [], model_module.Block.forward
+    monkeypatch.setattr(model_module.Block, 'forward', lambda self, *a: (calls.append(self), forward(self, *a))[1])
+    idx, mask, found = torch.randint(11, (3, 8)), (torch.rand(3, 7) < 0.7).float(), []
+    for checkpointing in (False, True):
+        model = random_model(dropout=dropout).train()
+        model.checkpointing = checkpointing
+        torch.manual_seed(1)
+        calls.clear()
+        model.logp(idx, mask).sum().backward()
+        assert len(calls) == len(model.h) * (1 + checkpointing)
+        found.append([p.grad for p in model.parameters()])
+        with torch.no_grad():
+            calls.clear()
+            model.logp(idx, mask)
+        assert len(calls) == len(model.h)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert max(g.abs().max().item() for g in found[0]) > 1e-3
 
 
 def test_dropout():

@@ -179,6 +179,10 @@ def test_four_steps_equal_two_and_two_more(tmp_path, data):
     assert_resumes_exactly(tmp_path, sft, train_data=data, dropout=0.1, **SCRATCH) # dropout: the generator counts
 
 
+def test_four_steps_equal_two_and_two_more_in_float16(tmp_path, data):
+    assert_resumes_exactly(tmp_path, sft, train_data=data, **SCRATCH | dict(dtype='float16', checkpointing=True))
+
+
 def test_a_padded_vocabulary_resumes_and_leaves_no_trace(tmp_path, data, capsys):
     """257 tokens in 320 rows: from the same weights the run is the same, and 257 rows are saved."""
     assert_resumes_exactly(tmp_path, sft, train_data=data, pad_vocab=True, **SCRATCH)

@@ -156,9 +156,9 @@ def gradients(monkeypatch, script, **options):
     """The gradients (lists of tensors) that each optimizer step of a run was given, and the run's log."""
     seen, step = [], common.optimizer_step
 
-    def noting(optimizer, model, lr, grad_clip):
+    def noting(optimizer, model, *args):
         seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        return step(optimizer, model, lr, grad_clip)
+        return step(optimizer, model, *args)
 
     with monkeypatch.context() as m:
         m.setattr(common, 'optimizer_step', noting)
