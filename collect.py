@@ -9,7 +9,7 @@ Collect preferences: sample K answers per prompt from a checkpoint, have an anno
 
 The annotators are in annotators.py: a simulated person who knows a gold score, a person, an AI judge, a reward model.
 Pairs follow from the ranks: C > A > B gives three (Ouyang et al. 2022, section 3.4). Answers are sampled a stretch of
-prompts ahead.
+prompts ahead; with --select all of them first, to choose the prompts that are worth ranking (select_labels.py).
 
 With --keep=best only the best answer to each prompt is written, as a demonstration for sft.py: best-of-n distilled into
 the policy, also called rejection sampling (Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288, section
@@ -35,6 +35,7 @@ import agreement
 from annotators import JudgeError, Undo, make_annotator
 from model import load_policy
 from rollout import sample_answers
+from select_labels import choose
 from tokens import (encode_prompts, load_tokenizer, parse_line, read_lines, read_preferences, read_records, to_lines,
                     write_records)
 
@@ -47,6 +48,9 @@ class Config:
     prompts: str = '' # prompt records
     answers: str = '' # instead of policy and prompts: rankings or comparisons, whose answers are ranked anew
     max_prompts: int = 0 # use the first so many; 0 = all
+    select: str = '' # rank only `budget` of them, best first: random, uncertain, diverse (select_labels.py)
+    budget: int = 0 # prompts to select
+    ensemble: str = '' # for select=uncertain: reward models, separated by commas
     n_answers: int = 4 # K, answers per prompt
     max_new_tokens: int = 64
     temperature: float = 1.0 # of sampling
@@ -86,6 +90,11 @@ class Config:
                 temperature=(self.temperature > 0, 'above 0'),
                 annotator=(self.annotator in ('simulated', 'human', 'ai', 'reward_model'),
                            'one of simulated, human, ai, reward_model'),
+                select=(self.select in ('', 'random', 'uncertain', 'diverse'), 'random, uncertain, diverse or empty'),
+                budget=(self.budget >= 0 and (self.budget > 0) == (self.select != ''),
+                        'at least 1 with select, else 0'),
+                ensemble=((',' in self.ensemble) if self.select == 'uncertain' else self.ensemble == '',
+                          'two reward models or more with select=uncertain, else empty'),
                 keep=(self.keep in ('all', 'best'), 'all or best'),
                 reward_model=((self.reward_model != '') == (self.annotator == 'reward_model'),
                               "a reward model's folder with annotator=reward_model, else empty"),
@@ -135,6 +144,13 @@ def write_answers(cfg, run, writers, records, stretch):
             for i, these in ((i, answers[i]) for i in stretch)]
 
 
+def stretch_of(cfg, run, records, start):
+    """Numbers of the records that are answered together, and their seed: a resumed run samples what it would have."""
+    seed = cfg.seed * 1_000_003 + start # of this stretch alone
+    torch.manual_seed(seed + run.rank)
+    return range(start, min(start + cfg.rows, len(records))), seed
+
+
 def main(cfg):
     if cfg.merge:
         if os.path.exists(cfg.out) and not cfg.overwrite:
@@ -155,6 +171,11 @@ def main(cfg):
     records = read_preferences(cfg.answers) if cfg.answers else read_records(cfg.prompts, 'prompts')
     records = [task(record) for record in records[:cfg.max_prompts or None]]
     writers = [] if cfg.answers else [load_writer(name, cfg, run, records) for name in cfg.policy.split(',')]
+    if cfg.select:
+        starts = range(0, len(records), cfg.rows)
+        rows = records if cfg.answers else [row for start in starts for row in write_answers(
+            cfg, run, writers, records, stretch_of(cfg, run, records, start)[0])]
+        records, writers = choose(rows, cfg, run), [] # they have their answers
     annotator = make_annotator(cfg, run) if run.is_master else None # the first process ranks and writes
     by_row = cfg.annotator != 'simulated' # whose noise is drawn in a row for a stretch: it is ranked as a whole
     size = lambda prompts: prompts + round(cfg.repeat * prompts) # tasks of a stretch of so many prompts
@@ -185,12 +206,10 @@ def main(cfg):
 
     try:
         for n in range(n_kept // size(cfg.rows), len(starts)):
-            stretch = range(starts[n], min(starts[n] + cfg.rows, len(records)))
-            seed = cfg.seed * 1_000_003 + starts[n] # of this stretch alone: a resumed run samples what it would have
-            torch.manual_seed(seed + run.rank)
-            if cfg.annotator == 'human' and not cfg.answers:
+            stretch, seed = stretch_of(cfg, run, records, starts[n])
+            if cfg.annotator == 'human' and writers:
                 common.note(f"{cfg.policy}: writing answers to the next {len(stretch)} prompts …")
-            rows = [records[i] for i in stretch] if cfg.answers else write_answers(cfg, run, writers, records, stretch)
+            rows = write_answers(cfg, run, writers, records, stretch) if writers else [records[i] for i in stretch]
             done = kept[n * size(cfg.rows):] # of this stretch; what was shown counts, should sampling not be repeatable
             rows[:len(done)] = [task(row) for row in done if 'repeat' not in row]
             rows = [row | dict(annotator=cfg.annotator) for row in rows]

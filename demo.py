@@ -7,9 +7,17 @@ The whole pipeline on the toy world, from text to an aligned model, in minutes o
     python demo.py --methods=all
     python demo.py --seed=2 --out_dir=out/toy2
     python demo.py --fresh=True
+    python demo.py --rounds=3
 
 It runs the scripts that one would run by hand, two side by side where they do not need each other, and prints each
-command before. A second run reuses what is finished and goes on with what is not. In the end it prints tables, three dialogues, and where the figures are.
+command before. A second run reuses what is finished and goes on with what is not. In the end it prints tables, three
+dialogues, and where the figures are.
+
+With --rounds=N the feedback is online (Bai et al. 2022, https://arxiv.org/abs/2204.05862, section 4.5): after the first
+round the PPO policy answers the training prompts, its answers are ranked, the reward model is trained anew from the SFT
+model on all rankings so far (as many steps as the first), and PPO goes on from the policy against it. PPO's reference
+is the policy that it starts from, so that beta prices what one round changes; the KL that evaluate.py prints is to the
+SFT model, and its reward model is the first round's.
 """
 
 import ast
@@ -36,6 +44,7 @@ AT_ONCE = 2 # stages that run side by side, where they do not stand on one anoth
 class Config:
     out_dir: str = DEFAULT # everything that is made, but for the data
     methods: str = 'ppo,dpo' # what to train from the preferences: some of METHODS above, or all
+    rounds: int = 1 # of collecting, reward model and PPO; those after the first start from the round before
     seed: int = 1 # of every stage
     fresh: bool = False # do everything again
 
@@ -44,8 +53,15 @@ class Config:
             self.methods = ','.join(METHODS)
         names = self.methods.split(',')
         require(self, seed=(self.seed >= 0, 'at least 0'),
+                rounds=(self.rounds == 1 or self.rounds > 1 and 'ppo' in names,
+                        '1, or more with ppo among the methods'),
                 methods=(set(names) <= set(METHODS) and len(set(names)) == len(names),
                          f"all, or names among {','.join(METHODS)}, each once"))
+
+
+def ppo_of_rounds(cfg):
+    """The folder and stage of each round's policy: ppo, ppo2, ppo3, …"""
+    return ['ppo', *(f'ppo{n}' for n in range(2, cfg.rounds + 1))]
 
 
 def stages(cfg):
@@ -53,20 +69,30 @@ def stages(cfg):
     Every stage: name, script, config file or '', further options, the file that is there once it is done, and the names
     of the stages that it stands on.
     """
-    collect = lambda split: (f'collect {split}', 'collect.py', 'config/toy/collect.py', dict(
-        prompts=f'data/toy/prompts_{split}.jsonl', out=f'{cfg.out_dir}/rankings_{split}.jsonl'),
-        f'{cfg.out_dir}/rankings_{split}.jsonl', ['sft'])
-    train = lambda name, script, folder, *needs: (
-        name, script, f'config/toy/{name}.py', {}, f'{cfg.out_dir}/{folder}/model.safetensors', needs)
+    collect = lambda split, n='', needs='sft', **more: (
+        f'collect {split}{n}', 'collect.py', 'config/toy/collect.py',
+        dict(prompts=f'data/toy/prompts_{split}.jsonl', out=f'{cfg.out_dir}/rankings_{split}{n}.jsonl') | more,
+        f'{cfg.out_dir}/rankings_{split}{n}.jsonl', [needs])
+    train = lambda name, script, folder, *needs, config='', **options: (
+        name, script, f'config/toy/{config or name}.py', options, f'{cfg.out_dir}/{folder}/model.safetensors', needs)
     rankings, methods = ['collect train', 'collect test'], cfg.methods.split(',')
-    models = ','.join(f'{name}={cfg.out_dir}/{name}' for name in ['base', 'sft', *methods])
+
+    ppos, later, files = ppo_of_rounds(cfg), [], f'{cfg.out_dir}/rankings_train.jsonl' # later: all rounds but the first
+    for n, (last, ppo) in enumerate(zip(ppos, ppos[1:]), start=2):
+        reward, policy, files = f'reward{n}', f'{cfg.out_dir}/{last}', f'{files},{cfg.out_dir}/rankings_train{n}.jsonl'
+        later += [collect('train', n, last, policy=policy),
+                  train(reward, 'reward.py', reward, f'collect train{n}', config='reward', train_data=files,
+                        out_dir=f'{cfg.out_dir}/{reward}'),
+                  train(ppo, 'ppo.py', ppo, reward, config='ppo', policy=policy,
+                        reward_model=f'{cfg.out_dir}/{reward}', out_dir=f'{cfg.out_dir}/{ppo}')]
+    models = ','.join(f'{name}={cfg.out_dir}/{name}' for name in ['base', 'sft', *methods, *ppos[1:]])
     return [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken', []),
             train('pretrain', 'sft.py', 'base', 'data'), train('sft', 'sft.py', 'sft', 'pretrain'),
             collect('train'), collect('test'), train('reward', 'reward.py', 'reward', *rankings),
             *(train(name, METHODS[name], name, *(['reward'] if METHODS[name] in ONLINE else rankings))
-              for name in methods),
+              for name in methods), *later,
             ('evaluate', 'evaluate.py', 'config/toy/evaluate.py', dict(models=models),
-             f'{cfg.out_dir}/evaluate/results.json', ['reward', *methods])]
+             f'{cfg.out_dir}/evaluate/results.json', ['reward', *methods, *ppos[1:]])]
 
 
 def moved_paths(path, out_dir):
@@ -160,7 +186,11 @@ def main(cfg):
     path = f'{cfg.out_dir}/evaluate/results.json'
     with open(path, encoding='utf-8') as f:
         results = json.load(f)
-    write_atomic(path, json.dumps(results | dict(seconds=seconds, seed=cfg.seed), indent=1))
+    results |= dict(seconds=seconds, seed=cfg.seed)
+    if cfg.rounds > 1:
+        results['rounds'] = [results['models'][ppo]['gold'] for ppo in ppo_of_rounds(cfg)]
+        print('\ngold score of PPO, sampled, by round: ' + ', '.join(f'{gold:.3f}' for gold in results['rounds']))
+    write_atomic(path, json.dumps(results, indent=1))
     print('\nseconds: ' + ', '.join(f'{k} {v:.0f}' for k, v in seconds.items()), end='')
     print(f'; {time.time() - began:.0f} in all, {AT_ONCE} at a time')
     print(f"results: {path}; figures: {cfg.out_dir}/evaluate/*.png")

@@ -40,7 +40,7 @@ class Config:
     out_dir: str = 'out/dpo' # the checkpoint
     init_from: str = 'out/sft' # the SFT model, a folder or a model on the hub; also the reference where there is one
     pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
-    train_data: str = '' # comparisons or rankings
+    train_data: str = '' # comparisons or rankings; several files are separated by commas
     val_data: str = '' # the same, held out
     loss: str = 'dpo' # dpo, ipo, hinge, simpo or orpo
     beta: float = 0.1 # pull towards the reference; simpo: scale of the margin, 2 to 10; orpo: weight of the odds ratio

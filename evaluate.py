@@ -36,9 +36,9 @@ import torch
 
 from model import load_policy, load_reward_model
 from rollout import (check_same_vocabulary, frozen_rewards, in_chunks, pack, pair_agreement, sample_answers,
-                     score_answers)
-from tokens import (collate, encode_prompts, encode_rankings, load_tokenizer, load_training_set, read_preferences,
-                    read_records, write_records)
+                     score_answers, score_records)
+from tokens import (collate, encode_prompts, load_tokenizer, load_training_set, read_preferences, read_records,
+                    write_records)
 
 DECODINGS = {'sampled': 1.0, 'greedy': 0.0} # and their temperatures
 TOKENS = 2048 # so many tokens' logits (N, V) are in memory at once
@@ -210,11 +210,7 @@ def measure_reward_model(model, tok, cfg, block_size, device):
     def score(path, name):
         """-> [(record, scores of its answers)] of the records that fit the context."""
         records = read_preferences(path)
-        numbered = [r | {'ranks': i} for i, r in enumerate(records)] # the encoder hands the number through
-        rows = encode_rankings(tok, numbered, block_size, name)
-        scores = iter(score_answers(model, [p for p, answers, _ in rows for _ in answers],
-                                    [a for _, answers, _ in rows for a in answers], device).tolist())
-        return [(records[i], [next(scores) for _ in answers]) for _, answers, i in rows]
+        return [(records[i], scores) for i, scores in score_records(model, tok, records, block_size, name, device)]
 
     def share(guesses):
         """guesses: [(record, what orders its answers)]; the share of pairs in the order of the ranks."""

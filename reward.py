@@ -34,7 +34,7 @@ class Config:
     out_dir: str = 'out/reward' # the checkpoint
     init_from: str = 'out/sft' # the SFT model: a folder, or a model on the hub
     dropout: float = 0.0
-    train_data: str = '' # rankings or comparisons
+    train_data: str = '' # rankings or comparisons; several files are separated by commas
     val_data: str = '' # the same, held out
     max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
     epochs: int = 1 # with max_steps=0; reward models overfit after one or two

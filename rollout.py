@@ -13,7 +13,7 @@ from common import fail
 import torch
 
 from model import load_policy, load_reward_model
-from tokens import pad
+from tokens import encode_rankings, pad
 
 # ----------------------------------------------------------------------------------------------------------------
 # masked statistics
@@ -178,6 +178,15 @@ def score_answers(reward_model, prompts, answers, device, rows=64):
     idx = pad([p + a for p, a in zip(prompts, answers)]).to(device)
     lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)], device=device)
     return frozen_rewards(reward_model, idx, lengths, rows)
+
+
+def score_records(reward_model, tok, records, block_size, name, device):
+    """-> [(number of the record, scores of its `responses`)] of the records that fit the context."""
+    numbered = [r | {'ranks': i} for i, r in enumerate(records)] # the encoder hands the number through
+    rows = encode_rankings(tok, numbered, block_size, name)
+    scores = iter(score_answers(reward_model, [p for p, answers, _ in rows for _ in answers],
+                                [a for _, answers, _ in rows for a in answers], device).tolist())
+    return [(i, [next(scores) for _ in answers]) for _, answers, i in rows]
 
 # ----------------------------------------------------------------------------------------------------------------
 # rolling out

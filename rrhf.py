@@ -29,7 +29,7 @@ class Config:
     out_dir: str = 'out/rrhf' # the checkpoint
     init_from: str = 'out/sft' # the SFT model, a folder or a model on the hub
     pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
-    train_data: str = '' # rankings or comparisons
+    train_data: str = '' # rankings or comparisons; several files are separated by commas
     val_data: str = '' # the same, held out
     use_scores: bool = True # rank by the records' scores where they have them; False: by the ranks always
     rank_coef: float = 1.0 # weight of the ranking part; that of the cross-entropy is 1

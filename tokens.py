@@ -486,10 +486,14 @@ def read_preferences(path):
 
 def read_ranked(path, use_scores=False):
     """
-    As read_preferences, less the records whose answers all tie: they teach nothing. use_scores: in records that have
-    `scores`, these take the place of the ranks, as `ranks` of -score.
+    As read_preferences, less the records whose answers all tie: they teach nothing. path: one file, or several of one
+    kind, separated by commas. use_scores: in records that have `scores`, these take the place of the ranks, as `ranks`
+    of -score.
     """
-    records = read_preferences(path)
+    files = str(path).split(',')
+    records = [r for file in files for r in read_preferences(file)]
+    if len({'chosen' in r for r in records}) > 1:
+        fail(f'{path}: wanted files of one kind, rankings or comparisons')
     if use_scores:
         records = [r | {'ranks': [-score for score in r['scores']]} if r.get('scores') else r for r in records]
     records = [r for r in records if len(set(r['ranks'])) > 1]

@@ -17,13 +17,14 @@ class Fake:
 
     def __init__(self, monkeypatch, cfg):
         self.commands, self.fail_at, self.cfg = [], None, cfg
-        self.signals, self.busy, self.at_once, self.code = [], set(), 0, 130
+        self.signals, self.busy, self.at_once, self.code, self.results = [], set(), 0, 130, '{}'
         monkeypatch.setattr(demo, 'start', self)
 
     def __call__(self, command, slot):
         assert slot == min({0, 1} - self.busy) # the lowest line that is free
         self.commands.append(command)
-        name, *_, product, needs = next(s for s in demo.stages(self.cfg) if self.is_stage(s, command))
+        name, *_, product, needs = max((s for s in demo.stages(self.cfg) if self.is_stage(s, command)),
+                                       key=lambda s: len(s[3])) # a later round's options are more than the first's
         self.busy.add(slot)
         self.at_once = max(self.at_once, len(self.busy))
         return FakeProcess(self, name, product, needs, slot)
@@ -51,7 +52,7 @@ class FakeProcess:
             if self.returncode:
                 Path(os.path.dirname(self.product), 'state.pt').touch()
             else:
-                Path(self.product).write_text('{}')
+                Path(self.product).write_text(self.fake.results if self.name == 'evaluate' else '{}')
             self.fake.busy.remove(self.slot)
         return self.returncode
 
@@ -111,6 +112,46 @@ def test_a_list_of_methods(cfg, monkeypatch, capsys):
     assert [c[1] for c in fake.commands[5:]] == ['reward.py', 'rrhf.py', 'ppo.py', 'evaluate.py']
     assert '--models=base=out/two/base,sft=out/two/sft,rrhf=out/two/rrhf,ppo=out/two/ppo' in fake.commands[-1]
     assert '--policy=out/two/rrhf' in capsys.readouterr().out
+
+
+def test_online_rounds(cfg, monkeypatch, capsys):
+    """Each round asks the policy of the one before, trains on all rankings so far, and goes on from that policy."""
+    fake = Fake(monkeypatch, cfg)
+    demo.main(cfg)
+    assert 'rounds' not in json.loads(Path('out/two/evaluate/results.json').read_text())
+    three = demo.Config(out_dir='out/two', seed=7, rounds=3)
+    fake.cfg, fake.results = three, json.dumps(dict(models=dict(
+        sft=dict(gold=0.4), ppo=dict(gold=0.7), dpo=dict(gold=0.6), ppo2=dict(gold=0.8), ppo3=dict(gold=0.75))))
+    demo.main(three)
+    new = fake.commands[9:] # the first round is there
+    assert [c[1] for c in new] == ['collect.py', 'reward.py', 'ppo.py'] * 2 + ['evaluate.py']
+    rankings = ['out/two/rankings_train.jsonl', 'out/two/rankings_train2.jsonl', 'out/two/rankings_train3.jsonl']
+    for n, last, (collect, reward, ppo) in ((2, 'ppo', new[:3]), (3, 'ppo2', new[3:6])):
+        assert {f'--policy=out/two/{last}', f'--out={rankings[n - 1]}',
+                '--prompts=data/toy/prompts_train.jsonl'} <= set(collect)
+        assert reward[2] == 'config/toy/reward.py' and {
+            '--init_from=out/two/sft', '--train_data=' + ','.join(rankings[:n]), f'--out_dir=out/two/reward{n}',
+            '--val_data=out/two/rankings_test.jsonl'} <= set(reward)
+        assert ppo[2] == 'config/toy/ppo.py' and {
+            f'--policy=out/two/{last}', f'--reward_model=out/two/reward{n}', f'--out_dir=out/two/ppo{n}'} <= set(ppo)
+        assert len({word.split('=')[0] for word in ppo}) == len(ppo) # no option twice
+    models = ['base', 'sft', 'ppo', 'dpo', 'ppo2', 'ppo3']
+    assert '--models=' + ','.join(f'{m}=out/two/{m}' for m in models) in new[-1]
+    results = json.loads(Path('out/two/evaluate/results.json').read_text())
+    assert results['rounds'] == [0.7, 0.8, 0.75]
+    assert 'by round: 0.700, 0.800, 0.750' in capsys.readouterr().out
+    os.remove('out/two/reward2/model.safetensors')
+    demo.main(three)
+    assert [c[1] for c in fake.commands[16:]] == ['reward.py', 'ppo.py', 'collect.py', 'reward.py', 'ppo.py',
+                                                  'evaluate.py'] # all that came after it
+
+
+@pytest.mark.parametrize('options', [['--rounds=0'], ['--rounds=2', '--methods=dpo']])
+def test_rounds_that_cannot_be(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        common.parse_config(demo.Config, options)
+    assert stopped.value.code == 2 and capsys.readouterr().err == (
+        f"error: {options[0]}: rounds must be 1, or more with ppo among the methods, got {options[0][-1]}\n")
 
 
 @pytest.mark.parametrize('methods', ['', 'ppo,a2c', 'ppo, dpo', 'ppo,ppo', 'all,ppo'])

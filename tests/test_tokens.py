@@ -625,6 +625,22 @@ def test_ranked_preferences(tmp_path, capsys):
         f"error: {tmp_path / 'ties.jsonl'}: all answers of every prompt tie; wanted some that are ranked above others\n")
 
 
+def test_ranked_preferences_of_several_files(tmp_path, capsys):
+    """In the order of the files; one whose prompts all tie adds nothing; rankings and comparisons do not mix."""
+    rows = {"a": dict(prompt="a", responses=["x", "y"], ranks=[0, 1]), "b": dict(prompt="b", responses=["x", "y"],
+            ranks=[1, 0]), "tie": dict(prompt="t", responses=["x", "y"], ranks=[0, 0]),
+            "pair": dict(prompt="p", chosen="x", rejected="y", margin=2.0)}
+    for name, row in rows.items():
+        write_records(tmp_path / f"{name}.jsonl", [row])
+    found = lambda *names: read_ranked(",".join(str(tmp_path / f"{name}.jsonl") for name in names))
+    assert found("b", "tie", "a") == [rows["b"], rows["a"]]
+    assert [r["margin"] for r in found("pair", "pair")] == [2.0, 2.0]
+    with pytest.raises(SystemExit) as stopped:
+        found("a", "pair")
+    assert stopped.value.code == 2 and capsys.readouterr().err == (
+        f"error: {tmp_path / 'a.jsonl'},{tmp_path / 'pair.jsonl'}: wanted files of one kind, rankings or comparisons\n")
+
+
 def test_rows_by_length():
     rows = [([1] * p, [[2] * n for n in answers], None) for p, answers in ((4, (4, 4)), (1, (1, 1)), (2, (9,)), (3, (2,)),
                                                                            (5, (1, 1, 1)))] # 12 3 11 5 8 tokens
