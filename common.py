@@ -427,9 +427,9 @@ def split_by_tokens(rows, lengths, parts, least=1):
     order = sorted(range(len(rows)), key=lambda i: lengths[i])
     before = [0, *itertools.accumulate(lengths[i] for i in order)] # tokens in front of each row, and all of them
     cuts = [0]
-    for part in range(1, parts):
+    for part in range(1, parts): # later parts have fewer rows, since theirs are longer: it is these that may lack some
         wish = bisect.bisect_left(before, before[-1] * part / parts)
-        cuts.append(min(max(wish, cuts[-1] + least), len(rows) - least * (parts - part)))
+        cuts.append(min(wish, len(rows) - least * (parts - part)))
     return [[rows[i] for i in order[a:b]] for a, b in itertools.pairwise(cuts + [len(rows)])]
 
 

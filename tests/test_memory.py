@@ -20,7 +20,7 @@ import reward
 import rrhf
 import sft
 from model import GPT, GPTConfig
-from tiny import DEMONSTRATIONS, PROMPTS, RANKINGS, checkpoint, has_checkpoint, records, stops
+from tiny import DEMONSTRATIONS, PROMPTS, RANKINGS, checkpoint, has_checkpoint, records, run, stops
 
 SMALL = GPTConfig(n_layer=2, n_head=1, n_embd=2, vocab_size=3, block_size=4)
 
@@ -224,3 +224,17 @@ def test_every_stage_asks_before_it_trains(tmp_path, monkeypatch, capsys, script
     options = rl if script in (ppo, reinforce) else dict(init_from=start, train_data=data, batch_size=4)
     said = stops(capsys, script, out_dir=str(tmp_path / 'out'), max_steps=1, **options, **more)
     assert said == expected and not has_checkpoint(tmp_path / 'out')
+
+
+# all eight rows: prompts of 8 * 26 + 16 bytes; the demonstrations' answers have 48 and two each, the rankings' 94 and two
+# for each of 23
+@pytest.mark.parametrize('script, tokens', [(sft, 288), (kto, 288), (reward, 364), (dpo, 364), (rrhf, 364)])
+def test_micro_batches_are_split_by_tokens(tmp_path, monkeypatch, script, tokens):
+    seen, split_by_tokens = [], common.split_by_tokens
+    monkeypatch.setattr(common, 'split_by_tokens', lambda rows, lengths, parts, least: (
+        seen.append((len(rows), sum(lengths), parts, least)), split_by_tokens(rows, lengths, parts, least))[1])
+    labelled = [r | dict(label=True) for r in DEMONSTRATIONS]
+    data = records(tmp_path / 'd.jsonl', {sft: DEMONSTRATIONS, kto: labelled}.get(script, RANKINGS))
+    run(script, out_dir=str(tmp_path / 'out'), init_from=checkpoint(tmp_path / 'start'), max_steps=1, train_data=data,
+        batch_size=8, grad_accum=2)
+    assert seen == [(8, tokens, 2, 1)]

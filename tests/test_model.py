@@ -499,6 +499,11 @@ def test_a_compiled_step_says_the_same():
         for n in (8, 15):
             assert model.generate(prompts, n, temperature=0, eos=4) == many.pop(0)
     assert len(compiled) == 3 # 10 rows of 128, 2 rows of 128 and of 256
+    for eos in range(11): # each word in turn ends rows, and they stay
+        answers = model.generate(RAGGED * 2, 8, temperature=0)
+        cut = [a[:a.index(eos) + 1] if eos in a else a for a in answers]
+        assert model.generate(RAGGED * 2, 8, temperature=0, eos=eos) == cut
+    assert len(compiled) == 3
 
 
 @pytest.mark.parametrize('n', [1, 2, 5])

@@ -361,6 +361,20 @@ def test_the_critic_starts_as_the_reward_model_and_others_stay(tmp_path, given, 
     assert not same(before.policy, after.policy) and not same(before.critic, after.critic)
 
 
+@pytest.mark.parametrize('critic, scale_may_change', [('separate', [False, True]), ('shared', [True])])
+def test_float16(tmp_path, given, monkeypatch, critic, scale_may_change):
+    """After the last of the optimizers the scale may change; the frozen models are held in 16 bits, the others not."""
+    kept, load_models, last, step = [], ppo.load_models, [], common.optimizer_step
+    monkeypatch.setattr(ppo, 'load_models', lambda *a: (kept.append(load_models(*a)), kept[-1])[1])
+    monkeypatch.setattr(common, 'optimizer_step', lambda optimizer, model, lr, clip, scaler, *more: (
+        last.append((more or (True,))[0]), step(optimizer, model, lr, clip, scaler, *more))[1])
+    lines = run(ppo, out_dir=str(tmp_path / 'out'), max_steps=1, dtype='float16', critic=critic,
+                **given | dict(epochs=1, minibatches=1, batch_size=8))
+    assert last == scale_may_change and lines[0]['grad_norm'] > 0
+    held = [m.h[0].mlp.c_fc.weight.dtype for m in vars(kept[0]).values()] # policy, critic, reward model, reference
+    assert held == [torch.float32] * 2 + [torch.float16] * 2
+
+
 def test_ptx_adds_the_pretraining_gradient_and_walks_through_its_data(tmp_path, given, monkeypatch):
     data = records(tmp_path / 'demonstrations.jsonl', DEMONSTRATIONS)
     options = given | dict(max_steps=2, grad_clip=0.0)
