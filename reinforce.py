@@ -154,7 +154,8 @@ def update(policy, net, optimizer, batch, lengths, cfg, run, step):
         measured = {k: run.sum(v).item() for k, v in measured.items()}
         common.check_finite('the loss', measured['loss'], step + 1, cfg.out_dir)
         totals = {k: totals.get(k, 0.0) + v for k, v in measured.items()}
-        norms.append(common.optimizer_step(optimizer, policy, common.lr_at(step, cfg), cfg.grad_clip))
+        lr = common.lr_at(step, cfg)
+        norms.append(common.optimizer_step(optimizer, policy, lr, cfg.grad_clip, run.scaler))
         common.check_finite('the gradient norm', norms[-1], step + 1, cfg.out_dir)
     return {k: v / len(norms) for k, v in totals.items()} | dict(
         grad_norm=sum(norms) / len(norms), first_ratio=max(run.gather(first_ratio)), updates=len(norms))

@@ -181,8 +181,9 @@ def test_the_formula_agrees_with_cuda(checkpointing):
 # before training
 
 # GPT-2 small in bfloat16, micro-batches of 32 / 2 / 2 rows of 1024 tokens of which 612 predict a word. 20 bytes for each
-# of 124439808 parameters, since two processes have gradients twice; copies 2 (84934656 + 38597376); 11 blocks 8192 (10808 + 16904); the last 8192 * 10808
-# + 4896 (16904 + 1536); the end 4896 * 4616; three times 4 * 4896 * 50257: in all 8387164544 bytes, 7.81 GiB.
+# of 124439808 parameters, since two processes have gradients twice; copies 2 (84934656 + 38597376); 11 blocks
+# 8192 (10808 + 16904); the last 8192 * 10808 + 4896 (16904 + 1536); the end 4896 * 4616; three times 4 * 4896 * 50257: in
+# all 8387164544 bytes, 7.81 GiB.
 @pytest.mark.parametrize('memory_of_gpu, checkpointing, fits', [(8, False, True), (7, False, False), (7, True, True)])
 def test_what_does_not_fit_is_said_in_one_line(monkeypatch, capsys, memory_of_gpu, checkpointing, fits):
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(
@@ -204,6 +205,16 @@ def test_a_cpu_is_not_asked():
     memory.check(common.Run('cpu', 'float32'), None, [], 0, 0, 0)
 
 
+def given(tmp_path, script):
+    """What a stage needs to train."""
+    start = checkpoint(tmp_path / 'start')
+    if script in (ppo, reinforce):
+        return dict(policy=start, reward_model=checkpoint(tmp_path / 'judge', reward_head=True), max_new_tokens=8,
+                    prompts=records(tmp_path / 'p.jsonl', PROMPTS), batch_size=8)
+    data = records(tmp_path / 'd.jsonl', DEMONSTRATIONS if script is sft else RANKINGS)
+    return dict(init_from=start, train_data=data, batch_size=4)
+
+
 # Bytes are tokens; "### Human: …\n### Assistant:" is 26 tokens more than its prompt, an answer has a space before and
 # the end of text behind it. sft: Why, 29, Because it is so., 19. Rankings: Why again, and so, 4; A has four answers.
 # The RL scripts: Who?, 30, and 8 new ones; ppo trains a critic too, and samples two minibatches at once.
@@ -217,13 +228,26 @@ def test_every_stage_asks_before_it_trains(tmp_path, monkeypatch, capsys, script
         common.fail(' '.join(map(str, (len(trained), T, places, words, len(frozen), *sum(rest.items(), ())))))
 
     monkeypatch.setattr(memory, 'check', check)
-    start = checkpoint(tmp_path / 'start')
-    rl = dict(policy=start, reward_model=checkpoint(tmp_path / 'judge', reward_head=True), max_new_tokens=8,
-              prompts=records(tmp_path / 'p.jsonl', PROMPTS), batch_size=8)
-    data = records(tmp_path / 'd.jsonl', DEMONSTRATIONS if script is sft else RANKINGS)
-    options = rl if script in (ppo, reinforce) else dict(init_from=start, train_data=data, batch_size=4)
-    said = stops(capsys, script, out_dir=str(tmp_path / 'out'), max_steps=1, **options, **more)
+    said = stops(capsys, script, out_dir=str(tmp_path / 'out'), max_steps=1, **given(tmp_path, script), **more)
     assert said == expected and not has_checkpoint(tmp_path / 'out')
+
+
+# a gradient that is scaled up by 65536 and not down again would show; some are too large, and left out
+@pytest.mark.parametrize('script', [sft, reward, dpo, rrhf, kto, ppo, reinforce])
+def test_float16_and_checkpointing_train_as_float32_does(tmp_path, script):
+    norms, scalers = {}, {}
+    for dtype in ('float32', 'float16'):
+        out = tmp_path / dtype
+        lines = run(script, out_dir=str(out), max_steps=4, dtype=dtype, checkpointing=dtype == 'float16',
+                    **given(tmp_path, script) | dict(lr=1e-6))
+        norms[dtype] = [line['grad_norm'] for line in lines]
+        scalers[dtype] = torch.load(out / 'state.pt', weights_only=True)['scaler']
+    left_out = norms['float16'].count(0.0)
+    assert left_out < 4
+    for a, b in zip(norms['float16'], norms['float32'], strict=True):
+        assert a == 0.0 or 0.5 < a / b < 2.0 # what is sampled may differ
+    assert scalers['float32'] == {}
+    assert scalers['float16']['scale'] == 65536.0 / 2 ** left_out or script in (ppo, reinforce) # several steps a line
 
 
 # all eight rows: prompts of 8 * 26 + 16 bytes; the demonstrations' answers have 48 and two each, the rankings' 94 and two
