@@ -25,8 +25,8 @@ import warnings
 # Two OpenMP threads that spin while they wait starve each other as soon as any other process is busy.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# glibc gives every large block back to the kernel as soon as it is freed, and the next step's tensors fault the pages in
-# again: a tenth of the time of a small model's step. Keep blocks of up to 32 MB, its largest allowed threshold.
+# glibc gives every large block back to the kernel as soon as it is freed, and the next step's tensors fault the pages
+# in again: a tenth of the time of a small model's step. Keep blocks of up to 32 MB, its largest allowed threshold.
 with contextlib.suppress(OSError, AttributeError): # another C library
     libc = ctypes.CDLL('libc.so.6')
     libc.mallopt(-3, 32 * 2**20) # M_MMAP_THRESHOLD

@@ -108,7 +108,8 @@ def test_every_stage_has_the_options_of_a_stage():
     for name in STAGES:
         wanted = {'out_dir', 'seed', 'device', 'dtype', 'compile', 'checkpointing', 'max_steps', 'batch_size',
                   'grad_accum', 'lr', 'lr_schedule', 'warmup_steps', 'weight_decay', 'grad_clip', 'save_every',
-                  'log_every', 'resume', 'overwrite'} | ({'fsdp'} if name != 'kto' else set()) # its KL takes another pass of the policy
+                  'log_every', 'resume', 'overwrite'}
+        wanted |= {'fsdp'} if name != 'kto' else set() # its KL takes another pass of the policy
         wanted |= {'policy', 'reward_model', 'prompts'} if name in ('ppo', 'reinforce') else {
             'init_from', 'train_data', 'val_data', 'eval_every'}
         assert wanted <= set(options_of(name)), (name, wanted - set(options_of(name)))

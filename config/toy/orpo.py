@@ -1,4 +1,4 @@
-# ORPO on the same rankings, without a reference: beta weighs the odds ratio against the cross-entropy on the better one.
+# ORPO on the same rankings, without a reference: beta weighs the odds ratio against the cross-entropy on the better.
 #   python dpo.py config/toy/orpo.py
 # about 20 seconds of one core.
 init_from = "out/toy/sft"

@@ -1,5 +1,5 @@
-# SimPO on the same rankings. With no reference to hold it, it spreads its answers when pulled harder: DPO's learning rate
-# or a larger beta leaves the greedy answers good and the sampled ones bad.
+# SimPO on the same rankings. With no reference to hold it, it spreads its answers when pulled harder: DPO's learning
+# rate or a larger beta leaves the greedy answers good and the sampled ones bad.
 #   python dpo.py config/toy/simpo.py
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
