@@ -27,10 +27,10 @@ from common import fail
 
 import torch
 
-from model import load_policy, load_reward_model
+from model import last_places, load_policy, load_reward_model
 from rollout import in_chunks
-from tokens import (collate_answers, load_tokenizer, pad, parse_line, prompt_ids, read_lines, response_ids, to_lines,
-                    truncate, write_records)
+from tokens import (as_messages, collate_answers, load_tokenizer, pad, parse_line, prompt_ids, read_lines,
+                    response_ids, to_lines, truncate, write_records)
 
 
 class Undo(Exception):
@@ -119,10 +119,6 @@ class Person(Annotator):
         self.rng.shuffle(texts)
         ranks = self.ask(as_messages(prompt), texts)
         return ranks and [ranks[texts.index(r)] for r in responses], None
-
-
-def as_messages(prompt):
-    return [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
 
 
 def read_order(text, K):
@@ -290,7 +286,7 @@ class GPTJudge(Judge):
         lengths = torch.tensor([len(q) for q in ids], device=self.run.device) # (B,)
 
         def p_first(rows, T):
-            last = self.model.hidden(idx[rows, :T])[torch.arange(len(rows)), lengths[rows] - 1] # (n, C)
+            last = self.model.hidden(idx[rows, :T], keep=last_places(lengths[rows], T)) # (n, C)
             logits = (last @ self.model.wte.weight[self.letters].T).float() # (n, 2)
             return (logits[:, 0] - logits[:, 1]).sigmoid() # (n,)
 

@@ -152,18 +152,16 @@ def stretch_of(cfg, run, records, start):
 
 
 def main(cfg):
+    run = None if cfg.merge else common.start(cfg)
+    if (cfg.merge or run.is_master) and os.path.exists(cfg.out) and not cfg.overwrite:
+        fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
     if cfg.merge:
-        if os.path.exists(cfg.out) and not cfg.overwrite:
-            fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
         return agreement.merge(cfg.merge.split(','), cfg.out)
-    run = common.start(cfg)
     if cfg.annotator == 'human':
         if run.world_size > 1:
             fail(f"--annotator=human: wanted one process, got {run.world_size}")
         signal.signal(signal.SIGINT, signal.default_int_handler) # everything said is saved: the first Ctrl-C ends
     partial = cfg.out + '.partial'
-    if run.is_master and os.path.exists(cfg.out) and not cfg.overwrite:
-        fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
     if run.is_master and os.path.exists(partial) and not cfg.resume and not cfg.overwrite:
         fail(f"--out={cfg.out}: {partial} holds what is ranked already; go on with it by --resume=True, or drop it by "
              "--overwrite=True")

@@ -96,6 +96,11 @@ def pick(x, keep):
     return x.flatten(0, 1).index_select(0, keep)
 
 
+def last_places(lengths, T):
+    """The places (B,), counted through the flattened B * T, of the last tokens of rows of these lengths (B,)."""
+    return torch.arange(len(lengths), device=lengths.device) * T + lengths - 1
+
+
 def places(mask):
     """The places (N,), counted through the flattened B * T, where mask (B, T) is above 0."""
     return (mask > 0).flatten().nonzero()[:, 0]
@@ -259,9 +264,8 @@ class GPT(nn.Module):
 
     def rewards(self, idx, lengths):
         """Scores (B,) of right-padded rows idx (B, T): the reward head on each row's last real token; lengths (B,)."""
-        B, T = idx.size()
-        last = torch.arange(B, device=idx.device) * T + lengths - 1 # (B,)
-        return self.reward_head(self.hidden(idx, keep=last)).squeeze(-1).float() # (B,)
+        x = self.hidden(idx, keep=last_places(lengths, idx.size(1))) # (B, C)
+        return self.reward_head(x).squeeze(-1).float() # (B,)
 
     def hidden_answers(self, batch, keep):
         """The last layer's output (N, C) at the places keep (N,) of prompts that are followed by several answers,
@@ -326,7 +330,7 @@ class GPT(nn.Module):
         if self.compiled: # few different shapes: each is compiled once
             room = min(self.config.block_size, math.ceil(room / 128) * 128)
         cache = KVCache(self.config, lengths, room, static=self.compiled is not None)
-        x = self.hidden(idx, cache, keep=torch.arange(len(idx), device=device) * longest + lengths - 1) # (B, C)
+        x = self.hidden(idx, cache, keep=last_places(lengths, longest)) # (B, C)
         if len(first) < len(prompts):
             cache.keep(same)
         x, rows = x[same], torch.arange(len(prompts), device=device) # (n, C), (n,)

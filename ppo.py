@@ -150,12 +150,12 @@ class Models:
     reference: torch.nn.Module
 
 
-def load_models(cfg, device):
+def load_models(cfg, run):
     shared = cfg.critic == 'shared'
-    policy, reward, reference = load_actors(cfg, device, cfg.pad_vocab, value_head=shared)
+    policy, reward, reference = load_actors(cfg, run, cfg.pad_vocab, value_head=shared)
     critic = policy
     if not shared: # its value head starts as the reward head
-        critic = load_reward_model(cfg.reward_model, value_head=True).to(device)
+        critic = load_reward_model(cfg.reward_model, value_head=True).to(run.device)
         critic.reward_head, critic.config.reward_head = None, False
     return Models(policy, critic, reward, reference)
 
@@ -252,9 +252,7 @@ def main(cfg):
     tok = load_tokenizer(cfg.policy)
     if cfg.ptx_coef and cfg.ptx_batch_size < run.world_size:
         fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {run.world_size}, a row for each process")
-    models = load_models(cfg, run.device)
-    for frozen in (models.reward, models.reference):
-        run.freeze(frozen)
+    models = load_models(cfg, run)
     questions = read_records(cfg.prompts, 'prompts')
     prompts = encode_prompts(tok, questions, models.policy.config.block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), cfg.batch_size * cfg.minibatches, cfg.seed) # in random order

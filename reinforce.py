@@ -168,9 +168,7 @@ def main(cfg):
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {run.world_size * cfg.n_answers}, "
              "processes x n_answers")
     tok = load_tokenizer(cfg.policy)
-    models = policy, *frozen = load_actors(cfg, run.device, cfg.pad_vocab) # policy, reward model, reference
-    for model in frozen:
-        run.freeze(model)
+    models = policy, *frozen = load_actors(cfg, run, cfg.pad_vocab) # policy, reward model, reference
     questions = read_records(cfg.prompts, 'prompts')
     prompts = encode_prompts(tok, questions, policy.config.block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), n_prompts, cfg.seed) # in random order

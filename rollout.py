@@ -191,16 +191,16 @@ def score_records(reward_model, tok, records, block_size, name, device):
 # ----------------------------------------------------------------------------------------------------------------
 # rolling out
 
-def load_actors(cfg, device, pad_vocab=False, **overrides):
+def load_actors(cfg, run, pad_vocab=False, **overrides):
     """Policy (with overrides of its configuration), reward model and reference (the policy as it is now, frozen)."""
-    policy = load_policy(cfg.policy, pad_vocab=pad_vocab, **overrides).to(device)
-    reward = load_reward_model(cfg.reward_model).to(device)
+    policy = load_policy(cfg.policy, pad_vocab=pad_vocab, **overrides).to(run.device)
+    reward = load_reward_model(cfg.reward_model).to(run.device)
     check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model)
     if reward.config.block_size < policy.config.block_size:
         fail(f"--reward_model={cfg.reward_model}: its context is {reward.config.block_size} tokens, the policy's "
              f"{policy.config.block_size}; wanted one at least as long")
-    reference = load_policy(cfg.policy, pad_vocab=pad_vocab).to(device)
-    return policy, reward.requires_grad_(False), reference.requires_grad_(False)
+    reference = load_policy(cfg.policy, pad_vocab=pad_vocab).to(run.device)
+    return policy, run.freeze(reward), run.freeze(reference)
 
 
 def sample_and_score(policy, reward_model, reference, prompts, questions, tok, cfg, run):

@@ -399,10 +399,14 @@ def render(tok, messages):
     return ids, mask
 
 
+def as_messages(prompt):
+    """A record's prompt, a user's turn (str) or messages that end in one -> messages."""
+    return [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
+
+
 def prompt_ids(tok, prompt):
     """A user's turn (str), or messages that end in one -> ids (P,) up to and with "### Assistant:"."""
-    messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
-    return render(tok, messages + [{'role': 'assistant', 'content': None}])[0]
+    return render(tok, as_messages(prompt) + [{'role': 'assistant', 'content': None}])[0]
 
 
 def response_ids(tok, response):

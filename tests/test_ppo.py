@@ -351,7 +351,7 @@ def test_the_very_first_update_of_a_run(tmp_path, given):
 def test_the_critic_starts_as_the_reward_model_and_others_stay(tmp_path, given, monkeypatch):
     kept, load_models = [], ppo.load_models
     monkeypatch.setattr(ppo, 'load_models', lambda *a: (kept.append(load_models(*a)), kept[-1])[1])
-    before = load_models(config(**{k: given[k] for k in ('policy', 'reward_model')}), 'cpu')
+    before = load_models(config(**{k: given[k] for k in ('policy', 'reward_model')}), RUN)
     assert torch.equal(before.critic.value_head.weight, before.reward.reward_head.weight)
     run(ppo, out_dir=str(tmp_path / 'out'), max_steps=2, **given)
     after = kept[0]

@@ -297,7 +297,7 @@ score = reinforce.sample_and_score
 def test_others_stay(tmp_path, given, monkeypatch):
     kept, load = [], reinforce.load_actors
     monkeypatch.setattr(reinforce, 'load_actors', lambda *a: (kept.append(load(*a)), kept[-1])[1])
-    before = load(config(**{k: given[k] for k in ('policy', 'reward_model')}), 'cpu')
+    before = load(config(**{k: given[k] for k in ('policy', 'reward_model')}), RUN)
     run(reinforce, out_dir=str(tmp_path / 'out'), max_steps=2, kind='grpo', **given)
     same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     (policy, rm, reference), = kept
