@@ -91,20 +91,31 @@ class SimulatedPerson(Annotator):
 
 
 class RewardModel(Annotator):
-    """Ranks by a reward model's scores, with a tokenizer of its own; neighbours at most `tie` apart tie."""
+    """
+    Ranks by a reward model's scores, with a tokenizer of its own; neighbours at most `tie` apart tie. A row with an
+    answer that alone fills its context is left out and counted.
+    """
 
     def __init__(self, cfg, run):
         super().__init__(cfg, run)
-        self.model = load_reward_model(cfg.reward_model).to(run.device).eval()
-        self.tok = load_tokenizer(cfg.reward_model)
+        self.model = run.freeze(load_reward_model(cfg.reward_model).to(run.device).eval())
+        self.tok, self.left_out = load_tokenizer(cfg.reward_model), 0
 
     @torch.no_grad()
     def rank(self, prompt, responses):
         answers = [response_ids(self.tok, r) for r in responses]
         prompt = truncate(prompt_ids(self.tok, prompt), max(map(len, answers)), self.model.config.block_size)
+        if prompt is None:
+            self.left_out += 1
+            return None, None
         batch = collate_answers([(prompt, answers, [0] * len(answers))]).to(self.run.device)
-        scores = self.model.answer_rewards(batch).tolist() # (K,)
+        with self.run.autocast():
+            scores = self.model.answer_rewards(batch).tolist() # (K,)
         return to_ranks(scores, self.cfg.tie), scores
+
+    def close(self):
+        return (f"reward model: {self.left_out} rows left out, in which an answer alone fills its context"
+                if self.left_out else '')
 
 # ----------------------------------------------------------------------------------------------------------------
 # a person

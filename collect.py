@@ -263,8 +263,9 @@ def main(cfg):
     pairs = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks'])
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
           f"{'the best answers kept, ' if cfg.keep == 'best' else ''}"
-          f"{len(firsts) - len(ranked)} prompts left out (skipped, fewer than two answers that are not empty, or a "
-          "verdict that cannot be read)")
+          f"{len(firsts) - len(ranked)} prompts left out"
+          + (" (skipped, without two answers that are not empty, or with one that could not be judged)"
+             if len(ranked) < len(firsts) else ''))
     if said:
         print(said)
     if cfg.repeat:

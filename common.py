@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import itertools
 import json
 import math
@@ -144,12 +145,17 @@ def check_common(cfg):
 
 
 def launch(main, Config):
-    """What a script's guard calls: parse the options, run, and turn Ctrl-C into exit code 130."""
+    """What a script's guard calls: parse the options, run; Ctrl-C is exit code 130, a full disk 1."""
     try:
         main(parse_config(Config))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {e.strerror}: a file could not be written; what was saved before is intact", file=sys.stderr)
+        raise SystemExit(1)
 
 # ----------------------------------------------------------------------------------------------------------------
 # device, precision, processes
@@ -345,6 +351,7 @@ def stop(run):
     if run.world_size > 1:
         dist.destroy_process_group()
 
+
 def progress(iterable=None, **kwargs):
     """A tqdm bar; where the output goes to a file, a line every ten seconds and not ten a second."""
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
@@ -354,6 +361,7 @@ def training_bar(run, cfg, first):
     """The bar over the steps first, first + 1, … of a training run."""
     return progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
                     disable=not run.is_master)
+
 
 def note(text):
     """A line for the user, from the first process alone."""
@@ -507,9 +515,14 @@ def checkpoint_file(name, filename, absent_ok=False):
 
 def write_atomic(path, text):
     """Write a text file so that a reader, or a kill, finds the old content or the new one, never half of it."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.write(text)
-    os.replace(path + '.tmp', path)
+    try:
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.write(text)
+        os.replace(path + '.tmp', path)
+    except OSError: # a full disk needs the room
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        raise
 
 
 def prepare_out_dir(run, cfg):

@@ -55,6 +55,7 @@ class Config:
     dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
     compile: bool = False # torch.compile: pays off after minutes
     checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     resume: bool = False # go on from the checkpoint in out_dir
     overwrite: bool = False # replace the checkpoint in out_dir
 
@@ -133,7 +134,7 @@ def describe(rewards, labels, run):
 def evaluate(model, reference, rows, cfg, run):
     """The loss and the logged metrics, mean over held-out rows; a z0 for every batch of them."""
     total, kl, rewards, labels = 0.0, 0.0, [], []
-    model.eval()
+    model = run.whole(model).eval()
     for part in run.rows([rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]):
         z0 = kl_estimate(*(log_probs(m, mismatched(part), run) for m in (model, reference)))
         pi, ref = (log_probs(m, part, run) for m in (model, reference)) # (B,)
@@ -160,10 +161,10 @@ def main(cfg):
     memory.check(run, cfg, [model], int(batches.lengths.max()), words, words, [reference])
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
+    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
     optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
     first = state['step'] if state else 0
-    net = run.parallel(model, cfg.compile, checkpointing=cfg.checkpointing)
 
     def save(step):
         common.save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
@@ -176,7 +177,7 @@ def main(cfg):
         # one z0 for the whole batch, each process working on its share of the mixed up rows
         batch = [rows[i] for i in batches.at(step)]
         others = run.rows(mismatched(batch))
-        pi, ref = (log_probs(m, others, run) for m in (model, reference)) # (B,)
+        pi, ref = (log_probs(m, others, run) for m in (run.whole(model), reference)) # (B,)
         z0 = kl_estimate(*(torch.cat(run.gather(x)) for x in (pi, ref))).to(run.device) # ()
 
         loss, rewards, labels = 0.0, [], []

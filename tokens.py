@@ -360,8 +360,8 @@ def kind_of(path):
     if is_text_file(path):
         return 'text'
     keys = set(first_keys(path))
-    for kind, own in (('demonstrations', {'messages', 'response'}), ('comparisons', {'chosen'}),
-                      ('rankings', {'responses'}), ('prompts', {'prompt'})):
+    for kind, own in (('unpaired', {'label'}), ('demonstrations', {'messages', 'response'}),
+                      ('comparisons', {'chosen'}), ('rankings', {'responses'}), ('prompts', {'prompt'})):
         if keys & own:
             return kind
     if keys:
@@ -504,6 +504,7 @@ def read_ranked(path, use_scores=False):
     if not records:
         fail(f'{path}: all answers of every prompt tie; wanted some that are ranked above others')
     return records
+
 
 def read_unpaired(path):
     """
@@ -760,6 +761,8 @@ def parts_of(tok, record, kind):
         answers = [('chosen', record['chosen']), ('rejected', record['rejected'])]
     if kind == 'rankings':
         answers = [(f'rank {rank}', text) for rank, text in zip(record['ranks'], record['responses'])]
+    if kind == 'unpaired':
+        answers = [('good' if record['label'] else 'bad', record['response'])]
     answers = [(name, response_ids(tok, text)) for name, text in answers]
     return [('prompt', prompt, [0] * len(prompt))] + [(name, ids, [1] * len(ids)) for name, ids in answers]
 
@@ -777,7 +780,7 @@ def peek(cfg):
         for name, ids, mask in parts_of(tok, record, kind):
             more = f' … and {len(ids) - 1000} more' if len(ids) > 1000 else '' # of a whole book
             print(f'[{name}: {len(ids)} tokens, {sum(mask)} learnt]\n'
-                  + paint(tok, ids[:1000], mask[:1000], colour, '1;31' if name == 'rejected' else '1;32') + more)
+                  + paint(tok, ids[:1000], mask[:1000], colour, '1;31' if name in ('rejected', 'bad') else '1;32') + more)
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ def stages(folder):
         sft=('sft', dict(tokenizer='bytes', n_layer=2, n_head=2, n_embd=16, block_size=64, grad_accum=2, batch_size=4,
                          train_data=demonstrations, val_data=records(at('one.jsonl'), DEMONSTRATIONS[:1]))),
         reward=('reward', supervised | dict(lm_coef=0.5)),
-        dpo=('dpo', supervised), ipo=('dpo', supervised | dict(loss='ipo', grad_accum=2)), rrhf=('rrhf', supervised),
+        dpo=('dpo', supervised), kto=('kto', supervised | dict(lr=1e-3)), ipo=('dpo', supervised | dict(loss='ipo', grad_accum=2)), rrhf=('rrhf', supervised),
         ppo=('ppo', sampled | dict(whiten_rewards=True, entropy_coef=0.01, kl_target=1.0, ptx_coef=0.5,
                                    ptx_data=demonstrations, ptx_batch_size=3)),
         ppo_shared=('ppo', sampled | dict(critic='shared', grad_accum=2)),

@@ -11,6 +11,7 @@ import torch
 import collect
 import sft
 from annotators import RewardModel, SimulatedPerson, to_ranks
+from common import Run
 from data.toy import world
 from model import load_reward_model
 from tiny import TOK, checkpoint, launch, records, run, stops
@@ -96,7 +97,7 @@ def test_the_records(tmp_path, given, capsys):
 
 
 def judge(prompt, responses, tie=0.0, folder=None):
-    on = SimpleNamespace(device='cpu')
+    on = Run('cpu', 'float32')
     return RewardModel(SimpleNamespace(reward_model=folder, tie=tie, seed=1), on).rank(prompt, responses)
 
 
@@ -114,6 +115,7 @@ def test_a_reward_model_ranks_by_its_scores(tmp_path):
     assert judge('Hi', texts, tie=1e6, folder=folder)[0] == [0, 0, 0, 0]
     long = 'x' * 100 # the prompt is cut, the answers are not
     assert len(judge(long, texts, folder=folder)[1]) == 4
+    assert judge('Hi', ['Yo', long], folder=folder) == (None, None) # nor is there room for this one
 
 
 def test_the_reward_model_as_annotator(tmp_path, given):

@@ -640,6 +640,25 @@ def test_ctrl_c_ends_with_130(capsys, monkeypatch):
     assert stopped.value.code == 130 and capsys.readouterr().err.count('\n') == 1
 
 
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    """The system lets no file grow above 4 kB: the log does, and so does a file that is written as a whole."""
+    resource = pytest.importorskip('resource', reason="limits of a process are a thing of POSIX")
+    monkeypatch.setattr('sys.argv', ['script.py', f'--out_dir={tmp_path}'])
+    old, path = resource.getrlimit(resource.RLIMIT_FSIZE), str(tmp_path / 'records.jsonl')
+    write_atomic(path, 'as it was')
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+    try:
+        for work in (lambda cfg: [log(RUN, cfg, step, loss=1.0) for step in range(200)],
+                     lambda cfg: write_atomic(path, 'x' * 5000)):
+            assert 'File too large' in one_line(capsys, lambda: launch(work, Config), code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    with open(path) as f:
+        assert f.read() == 'as it was'
+    assert not os.path.exists(path + '.tmp')
+    assert read_log(str(tmp_path / 'log.jsonl'))[0]['step'] == 0 # what could be written is there
+
+
 def test_save_if_due(capsys):
     run, saved = Run('cpu', 'float32'), []
     cfg = Config(max_steps=5, save_every=2)

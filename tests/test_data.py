@@ -633,6 +633,8 @@ class tokens_as_script:
      '⟦ See you<|endoftext|>⟧\n[rank 0: 4 tokens, 4 learnt]\n⟦ Yo<|endoftext|>⟧\n'),
     ({'prompt': [system('你好'), user('Hi')]}, 'prompts',  # 12 + 6 + 1 bytes before the 28
      '[prompt: 47 tokens, 0 learnt]\n### System: 你好\n### Human: Hi\n### Assistant:\n'),
+    ({'prompt': 'Hi', 'response': 'Yo', 'label': False}, 'unpaired',
+     '[prompt: 28 tokens, 0 learnt]\n### Human: Hi\n### Assistant:\n[bad: 4 tokens, 4 learnt]\n⟦ Yo<|endoftext|>⟧\n'),
     ({'text': 'Hi'}, 'text', '[text: 3 tokens, 3 learnt]\n⟦Hi<|endoftext|>⟧\n'),
 ])
 def test_peek_shows_the_mask(tmp_path, capsys, row, kind, expected):

@@ -19,8 +19,8 @@ from stages import SAMPLING, die_after, sample_by_row, stages
 from tiny import PROMPTS, ROOT, checkpoint, in_processes, losses, records, run, stops, weights
 from tokens import encode_prompts, load_tokenizer, read_records
 
-STAGES = ('sft', 'reward', 'dpo', 'ipo', 'rrhf', *SAMPLING)
-KINDS = ('sft', 'reward', 'dpo', 'rrhf', 'ppo', 'rloo') # one of each script
+STAGES = ('sft', 'reward', 'dpo', 'ipo', 'rrhf', 'kto', *SAMPLING)
+KINDS = ('sft', 'reward', 'dpo', 'rrhf', 'kto', 'ppo', 'rloo') # one of each script
 WITH_FSDP = (*KINDS, 'ppo_shared')
 
 slow = pytest.mark.slow # all that waits for the torchrun of the fixture `folder`
