@@ -34,9 +34,12 @@ from dataclasses import dataclass
 from common import fail, launch, require, write_atomic
 
 DEFAULT = 'out/toy' # where the files in config/toy point
-METHODS = dict(ppo='ppo.py', dpo='dpo.py', reinforce='reinforce.py', rloo='reinforce.py', grpo='reinforce.py',
-               rrhf='rrhf.py', ipo='dpo.py') # a config file and a folder each, and their script
-ONLINE = ('ppo.py', 'reinforce.py') # sample their own answers, which a reward model scores
+RANKINGS = ['collect train', 'collect test']
+METHODS = dict( # a config file and a folder each: the script, and the stages that it stands on
+    ppo=('ppo.py', ['reward']), dpo=('dpo.py', RANKINGS), reinforce=('reinforce.py', ['reward']),
+    rloo=('reinforce.py', ['reward']), grpo=('reinforce.py', ['reward']), rrhf=('rrhf.py', RANKINGS),
+    ipo=('dpo.py', RANKINGS), hinge=('dpo.py', RANKINGS), simpo=('dpo.py', RANKINGS), orpo=('dpo.py', RANKINGS),
+    kto=('kto.py', RANKINGS), rejection=('sft.py', ['collect best']), distill=('sft.py', ['rejection']))
 AT_ONCE = 2 # stages that run side by side, where they do not stand on one another
 
 
@@ -57,6 +60,7 @@ class Config:
                         '1, or more with ppo among the methods'),
                 methods=(set(names) <= set(METHODS) and len(set(names)) == len(names),
                          f"all, or names among {','.join(METHODS)}, each once"))
+        require(self, methods=('distill' not in names or 'rejection' in names, 'with rejection, who teaches distill'))
 
 
 def ppo_of_rounds(cfg):
@@ -75,7 +79,8 @@ def stages(cfg):
         f'{cfg.out_dir}/rankings_{split}{n}.jsonl', [needs])
     train = lambda name, script, folder, *needs, config='', **options: (
         name, script, f'config/toy/{config or name}.py', options, f'{cfg.out_dir}/{folder}/model.safetensors', needs)
-    rankings, methods = ['collect train', 'collect test'], cfg.methods.split(',')
+    methods = cfg.methods.split(',')
+    best = ('collect best', 'collect.py', 'config/toy/collect_best.py', {}, f'{cfg.out_dir}/best_of_n.jsonl', ['reward'])
 
     ppos, later, files = ppo_of_rounds(cfg), [], f'{cfg.out_dir}/rankings_train.jsonl' # later: all rounds but the first
     for n, (last, ppo) in enumerate(zip(ppos, ppos[1:]), start=2):
@@ -88,9 +93,9 @@ def stages(cfg):
     models = ','.join(f'{name}={cfg.out_dir}/{name}' for name in ['base', 'sft', *methods, *ppos[1:]])
     return [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken', []),
             train('pretrain', 'sft.py', 'base', 'data'), train('sft', 'sft.py', 'sft', 'pretrain'),
-            collect('train'), collect('test'), train('reward', 'reward.py', 'reward', *rankings),
-            *(train(name, METHODS[name], name, *(['reward'] if METHODS[name] in ONLINE else rankings))
-              for name in methods), *later,
+            collect('train'), collect('test'), train('reward', 'reward.py', 'reward', *RANKINGS),
+            *([best] if 'rejection' in methods else []),
+            *(train(name, METHODS[name][0], name, *METHODS[name][1]) for name in methods), *later,
             ('evaluate', 'evaluate.py', 'config/toy/evaluate.py', dict(models=models),
              f'{cfg.out_dir}/evaluate/results.json', ['reward', *methods, *ppos[1:]])]
 
@@ -108,7 +113,9 @@ def moved_paths(path, out_dir):
 def command_of(stage, cfg):
     """The words of a stage's command, as a user would type them."""
     name, script, config, options, *_ = stage
-    options = moved_paths(config, cfg.out_dir) | options | (dict(seed=cfg.seed) if name != 'data' else {})
+    options = moved_paths(config, cfg.out_dir) | options
+    if name != 'data':
+        options.setdefault('seed', cfg.seed)
     return ['python', script, *([config] if config else []), *(f'--{k}={v}' for k, v in options.items())]
 
 
@@ -129,16 +136,17 @@ def first_to_end(running):
             time.sleep(0.02)
 
 
-def main(cfg):
-    began = time.time()
-    if cfg.fresh:
-        shutil.rmtree(cfg.out_dir, ignore_errors=True)
+def run_stages(todo, cfg):
+    """
+    Run the stages of a list as `stages` gives it, two at a time, less those that demo.json in cfg.out_dir says an
+    earlier run did. Returns {stage: the seconds that it took}; where one fails the program ends with its exit code.
+    """
     os.makedirs(cfg.out_dir, exist_ok=True)
     path, before = f'{cfg.out_dir}/demo.json', {}
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:
             before = json.load(f)
-    todo, record = stages(cfg), {} # record: {stage: [its command, seconds; null until it is done]}
+    names, todo, record = [name for name, *_ in todo], list(todo), {} # {stage: [its command, seconds; None: not yet]}
     anew, running, code = set(), {}, 0 # stages done by this run; {stage: (process, slot, when it began)}
 
     def put(name, words, seconds):
@@ -173,7 +181,7 @@ def main(cfg):
                 anew.add(name)
                 put(name, record[name][0], round(time.time() - started, 2))
             else:
-                print(f"{name} ended with exit code {process.returncode}; python demo.py goes on from here",
+                print(f"{name} ended with exit code {process.returncode}; the same command goes on from here",
                       file=sys.stderr)
                 if not code and process.returncode != 130: # after Ctrl-C the other one knows already
                     for other, *_ in running.values():
@@ -181,8 +189,14 @@ def main(cfg):
                 code = code or process.returncode
     if code:
         raise SystemExit(code)
+    return {name: record[name][1] for name in names}
 
-    seconds = {name: record[name][1] for name, *_ in stages(cfg)}
+
+def main(cfg):
+    began = time.time()
+    if cfg.fresh:
+        shutil.rmtree(cfg.out_dir, ignore_errors=True)
+    seconds = run_stages(stages(cfg), cfg)
     path = f'{cfg.out_dir}/evaluate/results.json'
     with open(path, encoding='utf-8') as f:
         results = json.load(f)

@@ -93,16 +93,20 @@ def test_all_methods(cfg, monkeypatch):
     everything = demo.Config(out_dir='out/two', seed=7, methods='all')
     fake.cfg = everything
     demo.main(everything)
-    new = ['reinforce', 'rloo', 'grpo', 'rrhf', 'ipo']
-    scripts = ['reinforce.py'] * 3 + ['rrhf.py', 'dpo.py', 'evaluate.py'] # PPO and DPO are there
-    assert [c[1] for c in fake.commands[9:]] == scripts
+    new = ['reinforce', 'rloo', 'grpo', 'rrhf', 'ipo', 'hinge', 'simpo', 'orpo', 'kto', 'rejection', 'distill']
+    best = fake.commands.pop(9) # before all others: the reward model is there
+    assert best[1:3] == ['collect.py', 'config/toy/collect_best.py'] and '--reward_model=out/two/reward' in best
+    scripts = ['reinforce.py'] * 3 + ['rrhf.py'] + ['dpo.py'] * 4 + ['kto.py', 'sft.py', 'sft.py', 'evaluate.py']
+    assert [c[1] for c in fake.commands[9:]] == scripts # PPO and DPO are there
     for name, command in zip(new, fake.commands[9:]):
         assert command[2] == f'config/toy/{name}.py' and f'--out_dir=out/two/{name}' in command
         assert Path(f'out/two/{name}/model.safetensors').exists()
     models = ['base', 'sft', 'ppo', 'dpo', *new]
     assert '--models=' + ','.join(f'{m}=out/two/{m}' for m in models) in fake.commands[-1]
     results = json.loads(Path('out/two/evaluate/results.json').read_text())
-    assert list(results['seconds']) == STAGES[:-1] + new + ['evaluate']
+    assert list(results['seconds']) == [*STAGES[:6], 'collect best', *STAGES[6:-1], *new, 'evaluate']
+    assert {'--train_data=out/two/best_of_n.jsonl', '--init_from=out/two/sft'} <= set(fake.commands[-3])
+    assert {'--train_data=out/two/best_of_n.jsonl', '--teacher=out/two/rejection'} <= set(fake.commands[-2])
 
 
 def test_a_list_of_methods(cfg, monkeypatch, capsys):
@@ -159,8 +163,14 @@ def test_methods_that_are_not_there(methods, capsys):
     with pytest.raises(SystemExit) as stopped:
         common.parse_config(demo.Config, [f'--methods={methods}'])
     assert stopped.value.code == 2 and capsys.readouterr().err == (
-        f"error: --methods={methods}: methods must be all, or names among ppo,dpo,reinforce,rloo,grpo,rrhf,ipo, "
-        f"each once, got {methods!r}\n")
+        f"error: --methods={methods}: methods must be all, or names among ppo,dpo,reinforce,rloo,grpo,rrhf,ipo,"
+        f"hinge,simpo,orpo,kto,rejection,distill, each once, got {methods!r}\n")
+
+
+def test_no_student_without_its_teacher(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_config(demo.Config, ['--methods=ppo,distill'])
+    assert 'methods must be with rejection, who teaches distill' in capsys.readouterr().err
 
 
 def test_goes_on_after_a_stop(cfg, monkeypatch):

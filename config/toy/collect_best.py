@@ -1,7 +1,7 @@
 # Best of four: the answer that the reward model likes best becomes a demonstration.
 #   python collect.py config/toy/collect_best.py
 # then
-#   python sft.py config/toy/best_of_n.py
+#   python sft.py config/toy/rejection.py
 policy = "out/toy/sft"
 prompts = "data/toy/prompts_train.jsonl"
 annotator = "reward_model"

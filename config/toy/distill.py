@@ -1,4 +1,4 @@
-# A smaller student, from scratch, of the model that config/toy/best_of_n.py made: the teacher's whole distribution at
+# A smaller student, from scratch, of the model that config/toy/rejection.py made: the teacher's whole distribution at
 # every token of the best answers.
 #   python sft.py config/toy/distill.py
 init_from = "scratch"
@@ -7,7 +7,7 @@ n_layer = 2
 n_head = 4
 n_embd = 96
 block_size = 96
-teacher = "out/toy/best_of_n"
+teacher = "out/toy/rejection"
 temperature = 1.0
 train_data = "out/toy/best_of_n.jsonl"
 val_fraction = 0.05

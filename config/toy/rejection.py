@@ -1,6 +1,6 @@
-# Best-of-n distilled into the policy: supervised fine-tuning on the best of four of its own answers.
+# Rejection sampling: supervised fine-tuning on the best of four of the policy's own answers.
 #   python collect.py config/toy/collect_best.py
-#   python sft.py config/toy/best_of_n.py
+#   python sft.py config/toy/rejection.py
 init_from = "out/toy/sft"
 train_data = "out/toy/best_of_n.jsonl"
 val_fraction = 0.05
@@ -8,4 +8,4 @@ epochs = 1
 batch_size = 32
 lr = 4e-4
 eval_every = 0
-out_dir = "out/toy/best_of_n"
+out_dir = "out/toy/rejection"
