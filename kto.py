@@ -69,7 +69,7 @@ class Config:
 
 def kto_loss(pi, ref, label, z0, beta, desirable_weight=1.0, undesirable_weight=1.0):
     """
-    Ethayarajh et al. 2024, equation 8, with r = log pi(y|x) - log pi_ref(y|x) and lambda = the weight of the label:
+    Ethayarajh et al. 2024, section 4, L_KTO, with r = log pi(y|x) - log pi_ref(y|x) and lambda = the weight of the label:
 
         v = lambda_D sigmoid(beta * (r - z0))  for a good answer
         v = lambda_U sigmoid(beta * (z0 - r))  for a bad one            L = mean of (lambda - v)

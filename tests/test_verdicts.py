@@ -53,12 +53,12 @@ def test_alpaca_eval(tmp_path, capsys):
     prepare = load('data/alpaca_eval/prepare.py')
     row = lambda preference, b='b': json.dumps(dict(instruction='q', output_1='a', output_2=b, preference=preference))
     source = tmp_path / 'source.jsonl'
-    source.write_text('\n'.join([row(1), row(1.75), row(1.5), row(None), row(1, ' '), row(1, 'a'), '{}']) + '\n')
+    source.write_text('\n'.join([row(1), row(1.75, 'bb'), row(1.5), row(None), row(1, ' '), row(1, 'a'), '{}']) + '\n')
     run(prepare, source=str(source), out_dir=str(tmp_path))
     rows = read_records(tmp_path / 'rankings_test.jsonl', 'rankings')
     assert [r['ranks'] for r in rows] == [[0, 1], [1, 0], [0, 0]] # 1.75: the second is better at 3 to 1
     assert [r['scores'] for r in rows] == [[1, 0], [.25, .75], [.5, .5]]
-    assert '3 of 7 rows, output_1 better in 1' in capsys.readouterr().out
+    assert '3 of 7 rows, output_1 better in 1, the longer one in 1\n' in capsys.readouterr().out
     source.write_text(row(1) + '\n' + row(3) + '\n')
     assert stops(capsys, prepare, source=str(source)) == (
         f'{source}:2: wanted `preference` to be a number from 1 to 2, or null, got 3')
@@ -72,4 +72,4 @@ REAL = os.path.join(os.path.dirname(ROOT), 'shared', 'data', 'alpaca-eval-vicuna
 @pytest.mark.skipif(not os.path.exists(REAL), reason='needs ../shared/data')
 def test_alpaca_eval_on_the_real_file(tmp_path, capsys):
     run(load('data/alpaca_eval/prepare.py'), source=REAL, out_dir=str(tmp_path))
-    assert '802 of 805 rows, output_1 better in 767' in capsys.readouterr().out
+    assert '802 of 805 rows, output_1 better in 767, the longer one in 717' in capsys.readouterr().out

@@ -6,7 +6,7 @@ A judge's preferences in AlpacaEval's format as rankings, to compare our annotat
 Reads rows of `instruction`, `output_1`, `output_2`, `preference`: 1 = output_1 … 2 = output_2, 1.5 = equal, null = no
 opinion. Writes rankings_test.jsonl, with `scores` 2 - preference and preference - 1. Rows without a preference, with an
 empty text or with two equal answers are left out and counted. Of alpaca-eval-vicuna-7b-v1.5-annotations.jsonl.gz one
-should see 802 of 805 rows, output_1 better in 767.
+should see 802 of 805 rows, output_1 better in 767, the longer one in 717: what a judge has to beat.
 """
 import os
 import sys
@@ -52,7 +52,10 @@ def main(cfg):
     os.makedirs(cfg.out_dir, exist_ok=True)
     out = os.path.join(cfg.out_dir, 'rankings_test.jsonl')
     write_records(out, kept)
-    print(f"{out}: {len(kept)} of {len(rows)} rows, output_1 better in {sum(row['ranks'] == [0, 1] for row in kept)}")
+    length = lambda row, rank: len(row['responses'][row['ranks'].index(rank)])
+    longer = sum(length(row, 0) > length(row, 1) for row in kept if 1 in row['ranks'])
+    print(f"{out}: {len(kept)} of {len(rows)} rows, output_1 better in {sum(row['ranks'] == [0, 1] for row in kept)}, "
+          f"the longer one in {longer}")
 
 
 if __name__ == '__main__':
