@@ -253,7 +253,8 @@ class Run:
                 fully_shard(part, mesh=mesh)
         elif self.world_size > 1:
             ids = [int(self.device.split(':')[1])] if self.device.startswith('cuda') else None
-            net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+            net = torch.nn.parallel.DistributedDataParallel(
+                net, device_ids=ids, find_unused_parameters=model.value_head is not None) # PPO-ptx's pass needs it not
         return net
 
     @torch.no_grad()

@@ -32,14 +32,14 @@ def stages(folder):
     supervised = dict(init_from=sft, train_data=rankings, val_data=held_out, batch_size=4)
     sampled = dict(policy=sft, reward_model=checkpoint(at('reward_model'), 1, n_layer=2, reward_head=True),
                    prompts=records(at('prompts.jsonl'), PROMPTS), max_new_tokens=6, epochs=2, batch_size=4)
+    ptx = dict(ptx_coef=0.5, ptx_data=demonstrations, ptx_batch_size=3)
     return dict(
         sft=('sft', dict(tokenizer='bytes', n_layer=2, n_head=2, n_embd=16, block_size=64, grad_accum=2, batch_size=4,
                          train_data=demonstrations, val_data=records(at('one.jsonl'), DEMONSTRATIONS[:1]))),
         reward=('reward', supervised | dict(lm_coef=0.5)),
         dpo=('dpo', supervised), kto=('kto', supervised | dict(lr=1e-3)), ipo=('dpo', supervised | dict(loss='ipo', grad_accum=2)), rrhf=('rrhf', supervised),
-        ppo=('ppo', sampled | dict(whiten_rewards=True, entropy_coef=0.01, kl_target=1.0, ptx_coef=0.5,
-                                   ptx_data=demonstrations, ptx_batch_size=3)),
-        ppo_shared=('ppo', sampled | dict(critic='shared', grad_accum=2)),
+        ppo=('ppo', sampled | ptx | dict(whiten_rewards=True, entropy_coef=0.01, kl_target=1.0)),
+        ppo_shared=('ppo', sampled | ptx | dict(critic='shared', grad_accum=2)),
         rloo=('reinforce', sampled | dict(n_answers=2)),
         reinforce=('reinforce', sampled | dict(kind='reinforce', n_answers=1)))
 
