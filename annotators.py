@@ -8,6 +8,7 @@ is seeded anew then. `progress` is (rows ranked, rows in all). `close()` ends it
 person who takes back the last row raises Undo, one who has had enough KeyboardInterrupt.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -29,7 +30,7 @@ import torch
 
 from model import last_places, load_policy, load_reward_model
 from rollout import in_chunks
-from tokens import (as_messages, collate_answers, load_tokenizer, pad, parse_line, prompt_ids, read_lines,
+from tokens import (as_messages, check, collate_answers, load_tokenizer, pad, parse_line, prompt_ids, read_lines,
                     response_ids, to_lines, truncate, write_records)
 
 
@@ -240,7 +241,7 @@ class Judge(Annotator):
     def look_ahead(self, rows):
         questions = [q for row in rows for q in
                      self.questions(row['prompt'], list(dict.fromkeys(row['responses']))).values()]
-        self.asked = self.ask(list(dict.fromkeys(questions)))
+        self.asked = self.ask(list(dict.fromkeys(questions))) if questions else {} # none where all answers are equal
 
     def verdict(self, question):
         return self.asked[question]
@@ -335,7 +336,10 @@ class ApiJudge(Judge):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.url, self.key = cfg.judge_url.rstrip('/') + '/chat/completions', os.environ.get('JUDGE_API_KEY', '')
+        self.url = cfg.judge_url.rstrip('/') + '/chat/completions'
+        self.key = os.environ.get('JUDGE_API_KEY', '').strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            fail("JUDGE_API_KEY: wanted printable ASCII characters alone")
         host = urllib.parse.urlsplit(self.url).hostname
         if self.key and self.url.startswith('http:') and host not in ('127.0.0.1', 'localhost', '::1'):
             fail(f"--judge_url={cfg.judge_url}: JUDGE_API_KEY would cross the network in the clear; wanted https://")
@@ -345,8 +349,9 @@ class ApiJudge(Judge):
             for n, line in lines:
                 try:
                     row = parse_line(line)
+                    check('key and reply', all(isinstance(row.get(name), str) for name in ('key', 'reply')))
                     self.cache[row['key']] = row['reply']
-                except (ValueError, KeyError):
+                except ValueError:
                     fail(f"{cfg.judge_cache}:{n}: wanted a line with key and reply")
         if cfg.judge_cache:
             try:
@@ -392,13 +397,15 @@ class ApiJudge(Judge):
             except urllib.error.HTTPError as e:
                 problem = f"HTTP {e.code} {e.reason}"
                 if e.code != 429 and e.code < 500:
-                    said = ' '.join(e.read(300).decode(errors='replace').split())
+                    said = ''
+                    with contextlib.suppress(OSError, http.client.HTTPException): # its reasons may not come through
+                        said = ' '.join(e.read(300).decode(errors='replace').split())
                     raise JudgeError(f"{problem}: {said}".replace(self.key or '\0', '***'), 2)
                 seconds = e.headers.get('Retry-After', '')
-                wait = float(seconds) if seconds.isdigit() else 0.0
+                wait = float(seconds) if seconds.isdecimal() else 0.0
             except (OSError, http.client.HTTPException) as e:
                 problem = str(getattr(e, 'reason', e)) or type(e).__name__
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 problem = "the reply is not one of the chat API"
             with self.lock:
                 self.retries += 1

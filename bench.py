@@ -74,6 +74,8 @@ class Config:
         at_least = dict(batch_size=0, tokens=2, steps=1, repeats=1, threads=0, seed=0)
         one_of = dict(workload=DEFAULT_BATCHES, preset=PRESETS, dtype=('float32', 'bfloat16', 'float16'))
         require(self, **{k: (getattr(self, k) >= low, f"at least {low}") for k, low in at_least.items()})
+        require(self, device=(self.device in ('auto', 'cpu', 'cuda', 'mps') or self.device.startswith('cuda:'),
+                              'auto, cpu, cuda, cuda:N or mps'))
         require(self, **{k: (getattr(self, k) in these, f"one of {', '.join(these)}") for k, these in one_of.items()})
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -121,6 +123,8 @@ def make_rows(cfg, model):
         pairs = read_pairs(cfg.data)
         with contextlib.redirect_stdout(io.StringIO()): # the encoder's report of what it cut
             return encode_rankings(choose_tokenizer(cfg, pairs, V), pairs, longest, cfg.data)
+    if longest < 34:
+        fail(f"--init_from={cfg.init_from}: wanted a context of 34 tokens at least, got {longest}")
     rng = np.random.default_rng(cfg.seed)
     text = lambda shortest: rng.integers(V, size=rng.integers(shortest, longest // 2)).tolist()
     return [(text(16), [text(8), text(8)], [0, 1]) for _ in range(1000)]

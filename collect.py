@@ -24,6 +24,7 @@ import os
 import random
 import signal
 import sys
+import urllib.parse
 from dataclasses import dataclass
 
 import common
@@ -34,7 +35,7 @@ import torch
 import agreement
 from annotators import JudgeError, Undo, make_annotator
 from model import load_policy
-from rollout import sample_answers
+from rollout import check_gold, sample_answers
 from select_labels import choose
 from tokens import (encode_prompts, load_tokenizer, parse_line, read_lines, read_preferences, read_records, to_lines,
                     write_records)
@@ -101,19 +102,34 @@ class Config:
                 gold=(self.gold == 'toy', 'toy'), noise=(self.noise >= 0, 'at least 0'),
                 tie=(self.tie >= 0, 'at least 0'), rows=(self.rows >= 0, 'at least 0'),
                 repeat=(0 <= self.repeat <= 0.5, 'between 0 and 0.5'), port=(0 <= self.port < 65536, '0 to 65535'),
-                judge=(not ai or bool(self.judge) != bool(self.judge_url), 'a checkpoint, unless judge_url is given'),
-                judge_url=(not self.judge_url or self.judge_url.startswith(('http://', 'https://')), 'http(s)://…'),
+                page=(not self.page or self.annotator == 'human', 'False unless annotator=human'),
+                max_prompts=(self.max_prompts >= 0, 'at least 0'),
+                judge=(bool(self.judge) != bool(self.judge_url) if ai else not self.judge,
+                       'a checkpoint with annotator=ai, unless judge_url is given; else empty'),
+                judge_url=(not self.judge_url or ai and is_url(self.judge_url),
+                           'http://HOST… or https://HOST… with annotator=ai, else empty'),
                 judge_model=(not (ai and self.judge_url) or self.judge_model != '', "the model's name at judge_url"),
                 judge_requests=(self.judge_requests >= 1, 'at least 1'),
                 judge_tokens=(self.judge_tokens >= 1, 'at least 1'), judge_tries=(self.judge_tries >= 1, 'at least 1'),
-                judge_timeout=(self.judge_timeout > 0, 'above 0'))
+                judge_timeout=(0 < self.judge_timeout <= 3600, 'above 0 and at most 3600'))
         self.rows = self.rows or (16 if self.annotator == 'human' else 256)
 
 
-def task(record):
+def is_url(text):
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ('http', 'https') and bool(parts.hostname) and (parts.port or 0) >= 0
+    except ValueError: # a port that is no number, half an IPv6 address
+        return False
+
+
+OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label')
+ANSWERS = ('response', 'responses', 'policies', 'messages', 'text')
+
+
+def task(record, without=OPINIONS):
     """A record without anybody's opinion of its answers."""
-    opinions = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin')
-    return {k: v for k, v in record.items() if k not in opinions}
+    return {k: v for k, v in record.items() if k not in without}
 
 
 def load_writer(name, cfg, run, records):
@@ -155,6 +171,8 @@ def main(cfg):
     run = None if cfg.merge else common.start(cfg)
     if (cfg.merge or run.is_master) and os.path.exists(cfg.out) and not cfg.overwrite:
         fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
+    if os.path.isdir(cfg.out):
+        fail(f"--out={cfg.out}: is a folder, wanted a file")
     if cfg.merge:
         return agreement.merge(cfg.merge.split(','), cfg.out)
     if cfg.annotator == 'human':
@@ -167,7 +185,10 @@ def main(cfg):
              "--overwrite=True")
     others = read_preferences(cfg.compare) if cfg.compare else []
     records = read_preferences(cfg.answers) if cfg.answers else read_records(cfg.prompts, 'prompts')
-    records = [task(record) for record in records[:cfg.max_prompts or None]]
+    without = OPINIONS if cfg.answers else OPINIONS + ANSWERS # prompts may come with answers that are not asked about
+    records = [task(record, without) for record in records[:cfg.max_prompts or None]]
+    if cfg.annotator == 'simulated':
+        check_gold(records, cfg.answers or cfg.prompts)
     writers = [] if cfg.answers else [load_writer(name, cfg, run, records) for name in cfg.policy.split(',')]
     if cfg.select:
         starts = range(0, len(records), cfg.rows)
@@ -211,8 +232,9 @@ def main(cfg):
             done = kept[n * size(cfg.rows):] # of this stretch; what was shown counts, should sampling not be repeatable
             rows[:len(done)] = [task(row) for row in done if 'repeat' not in row]
             rows = [row | dict(annotator=cfg.annotator) for row in rows]
-            again = random.Random(seed).sample(rows[:(len(rows) + 1) // 2], size(len(rows)) - len(rows)) # some time ago
-            todo = (rows + [row | dict(repeat=True) for row in again])[len(done):][::-1] # the next one last
+            again = random.Random(seed).sample(range((len(rows) + 1) // 2), size(len(rows)) - len(rows)) # some time ago
+            again = [rows[i] | dict(repeat=starts[n] + i) for i in again] # the number of the prompt
+            todo = (rows + again)[len(done):][::-1] # the next one last
             if run.is_master:
                 annotator.rng.seed(seed)
                 annotator.look_ahead(todo)
@@ -251,10 +273,9 @@ def main(cfg):
     if not run.is_master:
         return
     firsts = [row for row in kept if 'repeat' not in row]
-    known = {agreement.key(row): row for row in firsts} if len(firsts) < len(kept) else {}
     for row in kept:
         if 'repeat' in row and 'ranks' in row:
-            first = known[agreement.key(row)]
+            first = firsts[row['repeat']]
             first['again' if 'ranks' in first else 'ranks'] = row['ranks'] # it may have been skipped the first time
     ranked = [row for row in firsts if 'ranks' in row]
     best = [dict(prompt=row['prompt'], response=row['responses'][row['ranks'].index(0)]) for row in ranked]

@@ -127,12 +127,14 @@ def require(cfg, **wishes):
 
 def check_common(cfg):
     """The range checks of the options that all stages share; a script's __post_init__ adds its own with require."""
-    at_least = dict(max_steps=0, batch_size=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0, weight_decay=0,
-                    eval_every=0, save_every=0, log_every=1, n_layer=1, n_head=1, n_embd=1, block_size=2,
-                    max_new_tokens=1, seed=0)
+    at_least = dict(max_steps=0, epochs=1, batch_size=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0,
+                    weight_decay=0, eval_every=0, eval_batches=0, save_every=0, log_every=1, n_layer=1, n_head=1,
+                    n_embd=1, block_size=2, max_new_tokens=1, seed=0)
     for key, low in at_least.items():
         if hasattr(cfg, key):
             require(cfg, **{key: (getattr(cfg, key) >= low, f"at least {low}")})
+    if hasattr(cfg, 'seed'):
+        require(cfg, seed=(cfg.seed < 2**32, 'below 2^32'))
     one_of = dict(device=('auto', 'cpu', 'cuda', 'mps'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
                   lr_schedule=('constant', 'linear', 'cosine'))
     for key, choices in one_of.items():
@@ -145,17 +147,26 @@ def check_common(cfg):
 
 
 def launch(main, Config):
-    """What a script's guard calls: parse the options, run; Ctrl-C is exit code 130, a full disk 1."""
+    """
+    What a script's guard calls: parse the options, run. Ctrl-C is exit code 130, a full disk 1, a file that cannot be
+    opened or made 2, each with one line.
+    """
     try:
         main(parse_config(Config))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
+    except BrokenPipeError: # of `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is still to be flushed goes nowhere
+        raise SystemExit(141)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"error: {e.strerror}: a file could not be written; what was saved before is intact",
+                  file=sys.stderr)
+            raise SystemExit(1)
+        if e.filename is None:
             raise
-        print(f"error: {e.strerror}: a file could not be written; what was saved before is intact", file=sys.stderr)
-        raise SystemExit(1)
+        fail(f"{e.filename}: {e.strerror}")
 
 # ----------------------------------------------------------------------------------------------------------------
 # device, precision, processes
@@ -531,6 +542,9 @@ def prepare_out_dir(run, cfg):
     Called before any work is done: the folder must be writable, and a checkpoint in it is only ever replaced when the
     user said so. Returns nothing; starts an empty log unless the run is resumed.
     """
+    for key in ('init_from', 'policy', 'reward_model', 'teacher'):
+        if hasattr(cfg, key) and os.path.realpath(getattr(cfg, key)) == os.path.realpath(cfg.out_dir):
+            fail(f"--out_dir={cfg.out_dir}: is --{key} too; wanted another folder: a run needs what it began from")
     if run.is_master:
         try:
             os.makedirs(cfg.out_dir, exist_ok=True)
@@ -578,15 +592,16 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
         state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
     if not run.is_master:
         return
+    log_lines = len(read_log(os.path.join(cfg.out_dir, 'log.jsonl')))
     new = os.path.join(cfg.out_dir, '.saving')
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
         model.save_pretrained(new, tokenizer.eos)
         tokenizer.save(new)
-        torch.save(dict(step=step, options=dataclasses.asdict(cfg), rng=rng, scaler=run.scaler.state_dict(),
-                        optimizers=states, **more),
-                   os.path.join(new, 'state.pt'))
+        state = dict(step=step, script=script_of(cfg), options=dataclasses.asdict(cfg), log_lines=log_lines, rng=rng,
+                     scaler=run.scaler.state_dict(), optimizers=states, **more)
+        torch.save(state, os.path.join(new, 'state.pt'))
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
     except (OSError, RuntimeError) as e: # torch.save reports a full disk as RuntimeError
@@ -619,6 +634,11 @@ def finish_save(out_dir):
         os.rmdir(done)
 
 
+def script_of(cfg):
+    """The name of the script whose Config this is."""
+    return os.path.basename(sys.modules[type(cfg).__module__].__file__)
+
+
 def load_weights(model, tensors):
     """Fill the named parameters of a model, fsdp or not, from whole tensors."""
     params = dict(model.named_parameters())
@@ -636,9 +656,9 @@ def load_checkpoint(run, cfg, model, optimizers):
     path = os.path.join(cfg.out_dir, 'state.pt')
     if not os.path.exists(path):
         fail(f"--resume=True: {path} is missing, there is no checkpoint to go on from")
-    saved, *weights = model.open_pretrained(cfg.out_dir)
+    config, *weights = model.open_pretrained(cfg.out_dir)
     for f in dataclasses.fields(model.config):
-        old, new = getattr(saved, f.name), getattr(model.config, f.name)
+        old, new = getattr(config, f.name), getattr(model.config, f.name)
         if f.name not in ('dropout', 'pad_vocab') and old != new: # these two are not in the checkpoint
             fail(f"--resume=True: {f.name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
     if any(map(is_spread, model.parameters())): # they cannot be filled in place
@@ -649,11 +669,16 @@ def load_checkpoint(run, cfg, model, optimizers):
         model.load_tensors(*weights)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
+        if state['script'] != script_of(cfg):
+            fail(f"--resume=True: the checkpoint in {cfg.out_dir} is one of {state['script']}; wanted one of "
+                 f"{script_of(cfg)}")
         old, new = state['options'].get('pad_vocab', False), model.config.pad_vocab
         if old != new: # the weights would fit, the optimizer's rows would not
             fail(f"--resume=True: pad_vocab is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
         for name, optimizer in optimizers.items():
             new = state['optimizers'][name]
+            for saved, group in zip(new['param_groups'], optimizer.param_groups): # options may have changed
+                saved.update({k: v for k, v in group.items() if k != 'params'})
             params = [p for group in optimizer.param_groups for p in group['params']]
             new['state'] = {i: {k: spread_like(params[i], v) if v.dim() else v for k, v in slot.items()}
                             for i, slot in new['state'].items()}
@@ -670,8 +695,7 @@ def load_checkpoint(run, cfg, model, optimizers):
         fail(f"{path}: not a state to go on from ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
     if run.is_master:
         log = os.path.join(cfg.out_dir, 'log.jsonl') # forget what was logged after the checkpoint
-        lines = read_log(log)
-        write_atomic(log, ''.join(json.dumps(line) + '\n' for line in lines if line['step'] <= state['step']))
+        write_atomic(log, ''.join(json.dumps(line) + '\n' for line in read_log(log)[:state['log_lines']]))
         note(f"resumed from {cfg.out_dir} at step {state['step']}")
     return state
 

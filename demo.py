@@ -32,6 +32,7 @@ import time
 from dataclasses import dataclass
 
 from common import fail, launch, require, write_atomic
+from model import read_json
 
 DEFAULT = 'out/toy' # where the files in config/toy point
 RANKINGS = ['collect train', 'collect test']
@@ -80,7 +81,8 @@ def stages(cfg):
     train = lambda name, script, folder, *needs, config='', **options: (
         name, script, f'config/toy/{config or name}.py', options, f'{cfg.out_dir}/{folder}/model.safetensors', needs)
     methods = cfg.methods.split(',')
-    best = ('collect best', 'collect.py', 'config/toy/collect_best.py', {}, f'{cfg.out_dir}/best_of_n.jsonl', ['reward'])
+    best = ('collect best', 'collect.py', 'config/toy/collect_best.py', {}, f'{cfg.out_dir}/best_of_n.jsonl',
+            ['reward'])
 
     ppos, later, files = ppo_of_rounds(cfg), [], f'{cfg.out_dir}/rankings_train.jsonl' # later: all rounds but the first
     for n, (last, ppo) in enumerate(zip(ppos, ppos[1:]), start=2):
@@ -142,44 +144,43 @@ def run_stages(todo, cfg):
     earlier run did. Returns {stage: the seconds that it took}; where one fails the program ends with its exit code.
     """
     os.makedirs(cfg.out_dir, exist_ok=True)
-    path, before = f'{cfg.out_dir}/demo.json', {}
+    path, before = f'{cfg.out_dir}/demo.json', {} # {stage: [its command, when it began, when it ended or null]}
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:
             before = json.load(f)
-    names, todo, record = [name for name, *_ in todo], list(todo), {} # {stage: [its command, seconds; None: not yet]}
-    anew, running, code = set(), {}, 0 # stages done by this run; {stage: (process, slot, when it began)}
+    names, todo, record = [name for name, *_ in todo], list(todo), {}
+    running, code = {}, 0 # running: {stage: (process, slot)}
 
-    def put(name, words, seconds):
-        record[name] = [words, seconds]
-        write_atomic(path, json.dumps(record, indent=1))
+    def put(name, *entry):
+        record[name] = entry
+        write_atomic(path, json.dumps(before | record, indent=1)) # stages that are not asked for now stay known
 
     while running or todo and not code:
         for stage in list(todo):
             name, script, _, _, product, needs = stage
-            if code or len(running) == AT_ONCE or not all(record.get(n, (0, None))[1] is not None for n in needs):
+            if code or len(running) == AT_ONCE or not all(record.get(n, (0, 0, None))[2] for n in needs):
                 continue
             todo.remove(stage)
             words = command_of(stage, cfg)
-            last, seconds = before.get(name, (None, None))
-            same = last == words and not anew & set(needs) # else what it was made from has changed
-            if same and seconds is not None and os.path.exists(product):
-                print(f"{name}: done before, in {seconds:.0f} s")
-                put(name, words, seconds)
+            last, began, ended = before.get(name, (None, 0, None))
+            same = last == words and all(record[n][2] <= began for n in needs) # what it was made from has not changed
+            if same and ended and os.path.exists(product):
+                print(f"{name}: done before, in {ended - began:.0f} s")
+                put(name, words, began, ended)
                 continue
             command = words
             if name not in ('data', 'evaluate'):
                 state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
-                stopped = same and seconds is None and os.path.exists(state)
+                stopped = same and not ended and os.path.exists(state)
                 command = words + ['--resume=True' if stopped else '--overwrite=True']
-            slot = min(set(range(AT_ONCE)) - {slot for _, slot, _ in running.values()})
-            put(name, words, None)
-            running[name] = start(command, slot), slot, time.time()
+            slot = min(set(range(AT_ONCE)) - {slot for _, slot in running.values()})
+            put(name, words, time.time(), None)
+            running[name] = start(command, slot), slot
         if running:
             name = first_to_end(running)
-            process, _, started = running.pop(name)
+            process, _ = running.pop(name)
             if process.returncode == 0:
-                anew.add(name)
-                put(name, record[name][0], round(time.time() - started, 2))
+                put(name, *record[name][:2], time.time())
             else:
                 print(f"{name} ended with exit code {process.returncode}; the same command goes on from here",
                       file=sys.stderr)
@@ -189,15 +190,19 @@ def run_stages(todo, cfg):
                 code = code or process.returncode
     if code:
         raise SystemExit(code)
-    return {name: record[name][1] for name in names}
+    return {name: round(record[name][2] - record[name][1], 2) for name in names}
 
 
 def main(cfg):
     began = time.time()
-    if cfg.fresh:
-        shutil.rmtree(cfg.out_dir, ignore_errors=True)
+    if cfg.fresh and os.path.exists(cfg.out_dir):
+        if not os.path.exists(f'{cfg.out_dir}/demo.json'):
+            fail(f"--fresh=True: {cfg.out_dir} would be removed, and has no demo.json: it was not made by demo.py")
+        shutil.rmtree(cfg.out_dir)
+    path, models = f'{cfg.out_dir}/evaluate/results.json', [*cfg.methods.split(','), *ppo_of_rounds(cfg)[1:]]
+    if os.path.exists(path) and not {*models} <= read_json(path).get('models', {}).keys():
+        os.remove(path) # evaluate.py was run into this folder by hand
     seconds = run_stages(stages(cfg), cfg)
-    path = f'{cfg.out_dir}/evaluate/results.json'
     with open(path, encoding='utf-8') as f:
         results = json.load(f)
     results |= dict(seconds=seconds, seed=cfg.seed)

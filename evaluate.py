@@ -306,10 +306,7 @@ def load_models(cfg):
     judge = load_reward_model(cfg.reward_model).eval() if cfg.reward_model else None
     tok = load_tokenizer(first)
     for name, folder in [*folders.items()] + ([('reward_model', cfg.reward_model)] if judge else []):
-        check_same_vocabulary(models[cfg.baseline], models.get(name, judge), 'models', folder)
-        other = load_tokenizer(folder)
-        if (other.name, other.ranks) != (tok.name, tok.ranks):
-            fail(f"--models={folder}: has another tokenizer than {first}; wanted one tokenizer for all")
+        check_same_vocabulary(models[cfg.baseline], models.get(name, judge), 'models', folder, tok)
     return models, judge, tok
 
 
@@ -317,14 +314,17 @@ def main(cfg):
     started = time.time()
     run = common.start(cfg)
     signal.signal(signal.SIGINT, signal.default_int_handler) # there is nothing to save: the first Ctrl-C ends
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-    except OSError as e:
-        fail(f"--out_dir={cfg.out_dir}: {e.strerror}; wanted a folder that can be written to")
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    if not os.access(cfg.out_dir, os.W_OK):
+        fail(f"--out_dir={cfg.out_dir}: no permission; wanted a folder that can be written to")
     if cfg.models:
         results, samples = evaluate(cfg, run)
         print_results(results, samples, cfg.baseline)
         write_records(os.path.join(cfg.out_dir, 'samples.jsonl'), samples)
+        results['seconds']['evaluate'] = round(time.time() - started, 2)
+        path = os.path.join(cfg.out_dir, 'results.json')
+        common.write_atomic(path, json.dumps(rounded(results), indent=2) + '\n')
+        print(f"wrote {path}")
         if cfg.figures:
             judge = {'reward model': cfg.reward_model} if cfg.reward_model else {}
             figures.learning_curves(named_folders(cfg.models, 'models') | judge, cfg.out_dir)
@@ -333,10 +333,6 @@ def main(cfg):
                 intervals = [wilson(share, n) for _, share, n in quality['calibration']]
                 figures.calibration(quality['calibration'], intervals, quality['calibration_error'], cfg.out_dir)
             figures.reward_kl(results['models'], cfg.out_dir)
-        results['seconds']['evaluate'] = round(time.time() - started, 2)
-        path = os.path.join(cfg.out_dir, 'results.json')
-        common.write_atomic(path, json.dumps(rounded(results), indent=2) + '\n')
-        print(f"wrote {path}")
     if cfg.figure_runs:
         figures.over_optimisation(named_folders(cfg.figure_runs, 'figure_runs'), cfg.out_dir)
     common.stop(run)

@@ -69,7 +69,7 @@ class Config:
 
 def kto_loss(pi, ref, label, z0, beta, desirable_weight=1.0, undesirable_weight=1.0):
     """
-    Ethayarajh et al. 2024, section 4, L_KTO, with r = log pi(y|x) - log pi_ref(y|x) and lambda = the weight of the label:
+    Ethayarajh et al. 2024, section 4, L_KTO, with r = log pi(y|x) - log pi_ref(y|x), lambda = the weight of the label:
 
         v = lambda_D sigmoid(beta * (r - z0))  for a good answer
         v = lambda_U sigmoid(beta * (z0 - r))  for a bad one            L = mean of (lambda - v)
@@ -109,6 +109,13 @@ def log_probs(model, rows, run):
         return frozen_logp(model, *(x.to(run.device) for x in tensors(rows, model.config.block_size))).sum(1).cpu()
 
 
+def estimate_kl(model, reference, rows, run):
+    """z0 () on the CPU, from all rows mixed up; each process works on its share of them."""
+    others = run.rows(mismatched(rows))
+    pi, ref = (log_probs(m, others, run) for m in (model, reference)) # (B,)
+    return kl_estimate(*(torch.cat(run.gather(x)) for x in (pi, ref)))
+
+
 def load_data(path, tok, block_size, name):
     """Encoded rows (prompt, answer, label 1.0 or 0.0), in random order: the answers to a prompt stood together."""
     records = read_unpaired(path)
@@ -132,19 +139,18 @@ def describe(rewards, labels, run):
 
 
 def evaluate(model, reference, rows, cfg, run):
-    """The loss and the logged metrics, mean over held-out rows; a z0 for every batch of them."""
-    total, kl, rewards, labels = 0.0, 0.0, [], []
+    """The loss and the logged metrics, mean over held-out rows; one z0 for all of them."""
     model = run.whole(model).eval()
+    z0, total, rewards, labels = estimate_kl(model, reference, rows, run), 0.0, [], []
     for part in run.rows([rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]):
-        z0 = kl_estimate(*(log_probs(m, mismatched(part), run) for m in (model, reference)))
         pi, ref = (log_probs(m, part, run) for m in (model, reference)) # (B,)
         label = torch.tensor([label for *_, label in part]) # (B,)
         loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
-        total, kl = total + loss.item() * len(part), kl + z0.item() * len(part)
+        total += loss.item() * len(part)
         rewards, labels = rewards + reward.tolist(), labels + label.tolist()
     model.train()
-    means = {k: run.sum(v).item() / len(rows) for k, v in dict(loss=total, kl=kl).items()}
-    return {'val_' + k: v for k, v in (means | describe(rewards, labels, run)).items()}
+    means = dict(loss=run.sum(total).item() / len(rows), kl=z0.item()) | describe(rewards, labels, run)
+    return {'val_' + k: v for k, v in means.items()}
 
 
 def main(cfg):
@@ -174,11 +180,8 @@ def main(cfg):
         if val and cfg.eval_every and step % cfg.eval_every == 0:
             common.log(run, cfg, step, **evaluate(model, reference, val, cfg, run))
 
-        # one z0 for the whole batch, each process working on its share of the mixed up rows
         batch = [rows[i] for i in batches.at(step)]
-        others = run.rows(mismatched(batch))
-        pi, ref = (log_probs(m, others, run) for m in (run.whole(model), reference)) # (B,)
-        z0 = kl_estimate(*(torch.cat(run.gather(x)) for x in (pi, ref))).to(run.device) # ()
+        z0 = estimate_kl(run.whole(model), reference, batch, run).to(run.device) # (), of the whole batch
 
         loss, rewards, labels = 0.0, [], []
         lengths = [len(prompt) + len(answer) for prompt, answer, _ in batch]

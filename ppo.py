@@ -29,8 +29,8 @@ from common import check_common, fail, launch, require
 import torch
 
 from model import load_reward_model
-from rollout import (frozen_values, kl_k1, load_actors, masked_mean, micro_batches, policy_loss, ratio_stats,
-                     sample_and_score, whiten)
+from rollout import (check_gold, frozen_values, kl_k1, load_actors, masked_mean, micro_batches, policy_loss,
+                     ratio_stats, sample_and_score, whiten)
 from tokens import Batches, collate, encode_prompts, load_tokenizer, load_training_set, read_records
 
 
@@ -86,12 +86,15 @@ class Config:
         for key in ('kl_coef', 'kl_target', 'missing_eos_penalty', 'clip', 'value_clip', 'value_coef', 'entropy_coef',
                     'early_stop_kl', 'ptx_coef', 'critic_lr'):
             require(self, **{key: (getattr(self, key) >= 0, 'at least 0')})
-        for key in ('epochs', 'minibatches', 'ptx_batch_size', 'kl_horizon'):
+        for key in ('max_steps', 'minibatches', 'ptx_batch_size'):
             require(self, **{key: (getattr(self, key) >= 1, 'at least 1')})
         require(self, prompts=(self.prompts != '', 'a file of prompts'),
                 gold=(self.gold in ('', 'toy'), 'toy or empty'),
                 critic=(self.critic in ('separate', 'shared'), 'separate or shared'),
                 gamma=(0 <= self.gamma <= 1, 'between 0 and 1'), lam=(0 <= self.lam <= 1, 'between 0 and 1'),
+                kl_coef=(self.kl_coef > 0 or self.kl_target == 0, 'above 0 with kl_target, which multiplies it'),
+                kl_horizon=(self.kl_target == 0 or self.kl_horizon >= self.batch_size * self.minibatches,
+                            'at least batch_size * minibatches, the answers of an iteration'),
                 ptx_data=((self.ptx_data != '') == (self.ptx_coef > 0), 'given together with ptx_coef'))
 
 
@@ -150,10 +153,12 @@ class Models:
     reference: torch.nn.Module
 
 
-def load_models(cfg, run):
+def load_models(cfg, run, tok):
     shared = cfg.critic == 'shared'
-    policy, reward, reference = load_actors(cfg, run, cfg.pad_vocab, value_head=shared)
+    policy, reward, reference = load_actors(cfg, run, tok, cfg.pad_vocab, value_head=shared)
     critic = policy
+    if shared and not policy.config.bias: # the value head brings a final bias, which no policy's checkpoint has
+        policy.ln_f.bias.requires_grad_(False)
     if not shared: # its value head starts as the reward head
         critic = load_reward_model(cfg.reward_model, value_head=True).to(run.device)
         critic.reward_head, critic.config.reward_head = None, False
@@ -252,8 +257,10 @@ def main(cfg):
     tok = load_tokenizer(cfg.policy)
     if cfg.ptx_coef and cfg.ptx_batch_size < run.world_size:
         fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {run.world_size}, a row for each process")
-    models = load_models(cfg, run)
+    models = load_models(cfg, run, tok)
     questions = read_records(cfg.prompts, 'prompts')
+    if cfg.gold:
+        check_gold(questions, cfg.prompts)
     prompts = encode_prompts(tok, questions, models.policy.config.block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), cfg.batch_size * cfg.minibatches, cfg.seed) # in random order
     ptx = None
@@ -273,7 +280,8 @@ def main(cfg):
     state = common.load_checkpoint(run, cfg, models.policy, optimizers)
     if state and cfg.critic == 'separate':
         common.load_weights(models.critic, state['critic'])
-    first, kl_coef = (state['step'], state['kl_coef']) if state else (0, cfg.kl_coef)
+    first = state['step'] if state else 0
+    kl_coef = state['kl_coef'] if state and cfg.kl_target else cfg.kl_coef # adapted from step to step
 
     def save(step):
         critic = run.whole(models.critic).state_dict() if cfg.critic == 'separate' else {}

@@ -33,7 +33,8 @@ from common import check_common, fail, launch, require
 
 import torch
 
-from rollout import kl_k1, kl_k3, load_actors, masked_mean, micro_batches, policy_loss, ratio_stats, sample_and_score
+from rollout import (check_gold, kl_k1, kl_k3, load_actors, masked_mean, micro_batches, policy_loss, ratio_stats,
+                     sample_and_score)
 from tokens import Batches, encode_prompts, load_tokenizer, read_records
 
 
@@ -77,7 +78,7 @@ class Config:
         check_common(self)
         for key in ('kl_coef', 'missing_eos_penalty', 'clip'):
             require(self, **{key: (getattr(self, key) >= 0, 'at least 0')})
-        for key in ('epochs', 'minibatches'):
+        for key in ('max_steps', 'minibatches'):
             require(self, **{key: (getattr(self, key) >= 1, 'at least 1')})
         fewest = 1 if self.kind == 'reinforce' else 2
         require(self, prompts=(self.prompts != '', 'a file of prompts'),
@@ -168,8 +169,10 @@ def main(cfg):
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {run.world_size * cfg.n_answers}, "
              "processes x n_answers")
     tok = load_tokenizer(cfg.policy)
-    models = policy, *frozen = load_actors(cfg, run, cfg.pad_vocab) # policy, reward model, reference
+    models = policy, *frozen = load_actors(cfg, run, tok, cfg.pad_vocab) # policy, reward model, reference
     questions = read_records(cfg.prompts, 'prompts')
+    if cfg.gold:
+        check_gold(questions, cfg.prompts)
     prompts = encode_prompts(tok, questions, policy.config.block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), n_prompts, cfg.seed) # in random order
     T, sampled = max(map(len, prompts)) + cfg.max_new_tokens, cfg.batch_size * cfg.minibatches // run.world_size

@@ -15,6 +15,7 @@ Differs from InstructGPT: ties make no pair; the final shift and gain (mean 0, s
 answers, which the SFT model wrote; Ziegler et al. 2019) are folded into the weights.
 """
 
+import sys
 from dataclasses import dataclass
 
 import common
@@ -165,6 +166,10 @@ def main(cfg):
             changed = ('reward_head.weight', 'ln_f.bias')
             before = {k: v.clone() for k, v in whole.state_dict().items() if k in changed}
             scores = torch.tensor(score_rows(whole, rows[:cfg.normalise_on], run))
+            if not scores.std() > 1e-6: # one text alone, or a model that has fallen silent
+                print(f"error: the scores of the training answers do not differ, they cannot be normalised; nothing "
+                      f"was saved since the last checkpoint in {cfg.out_dir}", file=sys.stderr)
+                raise SystemExit(1)
             whole.normalise_rewards(scores.mean(), scores.std())
         common.save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
 

@@ -13,7 +13,7 @@ from common import fail
 import torch
 
 from model import load_policy, load_reward_model
-from tokens import encode_rankings, pad
+from tokens import encode_rankings, load_tokenizer, pad
 
 # ----------------------------------------------------------------------------------------------------------------
 # masked statistics
@@ -191,11 +191,11 @@ def score_records(reward_model, tok, records, block_size, name, device):
 # ----------------------------------------------------------------------------------------------------------------
 # rolling out
 
-def load_actors(cfg, run, pad_vocab=False, **overrides):
+def load_actors(cfg, run, tok, pad_vocab=False, **overrides):
     """Policy (with overrides of its configuration), reward model and reference (the policy as it is now, frozen)."""
     policy = load_policy(cfg.policy, pad_vocab=pad_vocab, **overrides).to(run.device)
     reward = load_reward_model(cfg.reward_model).to(run.device)
-    check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model)
+    check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model, tok)
     if reward.config.block_size < policy.config.block_size:
         fail(f"--reward_model={cfg.reward_model}: its context is {reward.config.block_size} tokens, the policy's "
              f"{policy.config.block_size}; wanted one at least as long")
@@ -229,6 +229,16 @@ def sample_and_score(policy, reward_model, reference, prompts, questions, tok, c
 # ----------------------------------------------------------------------------------------------------------------
 # measuring
 
+def check_gold(records, path):
+    """The toy world's gold score knows its own prompts alone; stops with one line at any other."""
+    from data.toy import world
+    for n, record in enumerate(records, 1):
+        try:
+            world.read(record['prompt'])
+        except ValueError as e:
+            fail(f"{path}: prompt {n}: {e}; there is no gold score for it")
+
+
 def gold_scores(questions, answers, tok):
     """The toy world's gold scores, a list, of answers (lists of ids) to the prompts of its records."""
     from data.toy import world
@@ -249,8 +259,14 @@ def pair_agreement(scores, ranks):
     return points, pairs
 
 
-def check_same_vocabulary(model, other, option, folder):
-    """Two models that read each other's tokens need one vocabulary; stops with one line otherwise."""
+def check_same_vocabulary(model, other, option, folder, tok):
+    """
+    Two models that read each other's tokens need one vocabulary and one tokenizer; stops with one line otherwise. tok:
+    the first one's; folder: the other one.
+    """
     a, b = model.config.vocab_size, other.config.vocab_size
     if a != b:
         fail(f"--{option}={folder}: its vocabulary has {b} tokens, the policy's has {a}; wanted the same tokenizer")
+    theirs = load_tokenizer(folder)
+    if (theirs.name, theirs.ranks) != (tok.name, tok.ranks):
+        fail(f"--{option}={folder}: has a tokenizer of its own; wanted the one of the policy")

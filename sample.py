@@ -101,7 +101,10 @@ def main(cfg):
     model = load_policy(cfg.policy).to(run.device).eval()
     if cfg.reward_model:
         judge = load_reward_model(cfg.reward_model).to(run.device).eval()
-        check_same_vocabulary(model, judge, 'reward_model', cfg.reward_model)
+        check_same_vocabulary(model, judge, 'reward_model', cfg.reward_model, tok)
+        if judge.config.block_size < model.config.block_size:
+            fail(f"--reward_model={cfg.reward_model}: its context is {judge.config.block_size} tokens, the policy's "
+                 f"{model.config.block_size}; wanted one at least as long")
     block_size = model.config.block_size
     longest = min(cfg.max_new_tokens, block_size // 2)
     room = block_size - longest # for the prompt

@@ -108,10 +108,8 @@ def load_teacher(cfg, model, tok):
     """The teacher, if there is one: it has to read the student's tokens, and rows as long as the student's."""
     if not cfg.teacher:
         return None
-    teacher, other = load_policy(cfg.teacher, 'teacher'), load_tokenizer(cfg.teacher)
-    check_same_vocabulary(model, teacher, 'teacher', cfg.teacher)
-    if (other.name, other.ranks) != (tok.name, tok.ranks):
-        fail(f"--teacher={cfg.teacher}: has another tokenizer than the student; wanted one for both")
+    teacher = load_policy(cfg.teacher, 'teacher')
+    check_same_vocabulary(model, teacher, 'teacher', cfg.teacher, tok)
     if teacher.config.block_size < model.config.block_size:
         fail(f"--teacher={cfg.teacher}: its context is {teacher.config.block_size} tokens, the student's "
              f"{model.config.block_size}; wanted one at least as long")

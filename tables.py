@@ -41,9 +41,9 @@ def table(header, rows):
 
 def main(cfg):
     runs = [read_json(os.path.join(folder, 'evaluate', 'results.json')) for folder in cfg.runs.split(',')]
-    names = [name for name in runs[0]['models'] if all(name in run['models'] for run in runs)]
-    if not all('gold' in run['models'].get('sft', {}) and 'seconds' in run for run in runs):
+    if not all('gold' in run.get('models', {}).get('sft', {}) and 'seconds' in run for run in runs):
         fail(f"--runs={cfg.runs}: wanted the results of demo.py, with gold scores and a model named sft")
+    names = [name for name in runs[0]['models'] if all(name in run['models'] for run in runs)]
 
     for decoding, title in (('models', 'sampled'), ('greedy', 'greedy')):
         rows = [[name, *(show([run[decoding][name][key] for run in runs]) for key in COLUMNS)] for name in names]

@@ -296,6 +296,9 @@ def check_record(row, kind):
         check('`label` to be true (a good answer) or false', isinstance(row['label'], bool))
     if kind == 'comparisons' and 'margin' in row:
         check('`margin` to be a number', is_number(row['margin']))
+    if kind == 'comparisons' and 'scores' in row:
+        check('`scores` to be two numbers, of chosen and rejected', isinstance(row['scores'], list)
+              and len(row['scores']) == 2 and all(map(is_number, row['scores'])))
     if kind == 'rankings':
         responses, ranks, scores = row['responses'], row['ranks'], row.get('scores')
         check('`responses` to be a list of two texts or more, none empty',
@@ -710,7 +713,8 @@ def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response
         data = encode_demonstrations(tok, read_records(path, 'demonstrations'), block_size, loss_on, name)
         wrap = lambda part: Rows(part, batch_size, seed)
     cut = math.ceil(len(data) * (1 - val_fraction))
-    if cut == 0 or isinstance(data, np.ndarray) and (cut < 2 or len(data) - cut == 1):
+    least = 2 if isinstance(data, np.ndarray) else 1 # a stream of one token predicts nothing
+    if cut < least or val_fraction and len(data) - cut < least:
         fail(f'{path}: {len(data)} rows or tokens are too few with val_fraction={val_fraction}')
     return wrap(data[:cut]), wrap(data[cut:]) if cut < len(data) else None
 
@@ -779,8 +783,9 @@ def peek(cfg):
         print(f'\nrow {n}')
         for name, ids, mask in parts_of(tok, record, kind):
             more = f' … and {len(ids) - 1000} more' if len(ids) > 1000 else '' # of a whole book
+            learnt = '1;31' if name in ('rejected', 'bad') else '1;32' # red, green
             print(f'[{name}: {len(ids)} tokens, {sum(mask)} learnt]\n'
-                  + paint(tok, ids[:1000], mask[:1000], colour, '1;31' if name in ('rejected', 'bad') else '1;32') + more)
+                  + paint(tok, ids[:1000], mask[:1000], colour, learnt) + more)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import fail, fetch_from_hub, require
 from tokens import check_record, check_row, parse_json, parse_line, read_lines, write_records
 
-KINDS = ('text', 'demonstrations', 'comparisons', 'rankings', 'prompts')
+KINDS = ('text', 'demonstrations', 'comparisons', 'rankings', 'unpaired', 'prompts')
 ENDINGS = ('.jsonl', '.jsonl.gz', '.json', '.json.gz')
 
 
@@ -44,7 +44,9 @@ class Counts:
 
 def check_options(cfg):
     """The range checks that all prepare.py share."""
-    require(cfg, val_fraction=(0 < cfg.val_fraction < 1, 'between 0 and 1'), seed=(cfg.seed >= 0, 'at least 0'))
+    require(cfg, val_fraction=(0 < cfg.val_fraction < 1, 'between 0 and 1'), seed=(cfg.seed >= 0, 'at least 0'),
+            out_dir=(not cfg.source or Path(cfg.out_dir).resolve() != Path(cfg.source).resolve(),
+                     'another folder than the source, or what is written would be read the next time'))
 
 # -----------------------------------------------------------------------------
 # files and rows
@@ -54,7 +56,7 @@ def find_files(source, repo, names, folders=('',)):
     """
     -> (files, held out files). source: a file, a folder (of which only `folders` are read, at any depth), or '' to
     fetch the files `names` of the data set `repo` from the hub. Where there are both train* and test* or val* files,
-    the latter are held out; otherwise all are of the first kind.
+    the latter are held out; otherwise, and whatever their names are, all others are of the first kind.
     """
     if source == '':
         files = [Path(fetch_from_hub(repo, name, repo_type='dataset')) for name in names]
@@ -74,9 +76,10 @@ def find_files(source, repo, names, folders=('',)):
         if not file.name.endswith(ENDINGS) and file.suffix in ('.parquet', '.arrow', '.csv', '.zip'):
             fail(f'{file}: wanted JSON or JSON lines ({", ".join(ENDINGS)}); the `datasets` package turns others into '
                  'it: Dataset.to_json')
-    train = [f for f in files if f.name.startswith('train')]
     held_out = [f for f in files if f.name.startswith(('test', 'val'))]
-    return (train, held_out) if train and held_out else (files, [])
+    if any(f.name.startswith('train') for f in files):
+        return [f for f in files if f not in held_out], held_out
+    return files, []
 
 
 def read_rows(path):

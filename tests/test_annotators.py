@@ -178,6 +178,22 @@ def test_some_are_asked_twice(some, monkeypatch):
     assert f"the same on 0.667 of {3 * len(twice)} pairs, kappa 0.333" in screen.getvalue()
 
 
+@pytest.mark.parametrize('first, said', [('xy', 'x first'), ('xxy', 'x first'), ('xy', 's')])
+def test_the_second_opinion_is_of_the_same_row(tmp_path, monkeypatch, first, said):
+    """Two rows with the same prompt and texts, in other orders or numbers: each keeps its own second ranks."""
+    rows = [dict(prompt='Q', responses=list(first), ranks=list(range(len(first)))),
+            dict(prompt='Q', responses=['y', 'x'], ranks=[0, 1])]
+    x_first = lambda texts: str(1 + texts.index('x')) + str(1 + texts.index('y'))
+    y_first = lambda texts: str(1 + texts.index('y')) + str(1 + texts.index('x'))
+    typing(monkeypatch, x_first if said == 'x first' else said, y_first, x_first)
+    out = str(tmp_path / 'out.jsonl')
+    run(collect, annotator='human', repeat=0.5, answers=records(tmp_path / 'a.jsonl', rows), device='cpu', out=out)
+    one, two = read_records(out, 'rankings') # the first of the two is asked again
+    x_is_best = [int(c == 'y') for c in first]
+    assert one['ranks'] == x_is_best and one.get('again') == (x_is_best if said == 'x first' else None)
+    assert two['ranks'] == [0, 1] and 'again' not in two
+
+
 def test_nobody_there(some, capsys):
     assert stops(capsys, collect, annotator='human', **some) == (
         '--annotator=human: stdin is not a terminal, nobody can be asked; --page=True serves a page instead')
@@ -273,6 +289,18 @@ def test_what_cannot_be_read_is_counted(told):
     assert someone.rank('?', ['a', 'b']) == ([0, 0], [0.5, 0.5])
     assert someone.rank('?', ['a', 'a']) == ([0, 0], [0.5, 0.5])
     assert 'judge: 1 pairs' in someone.close() and '2 verdicts could not be read, 1 rows left out' in someone.close()
+
+
+def test_a_gpt_judge_with_nothing_to_ask(told, tmp_path, capsys):
+    """All answers of a stretch are equal; and a run that was killed after its last row is finished by --resume."""
+    same = records(tmp_path / 'a.jsonl', [dict(prompt='Q', responses=['a', 'a'], ranks=[0, 0])])
+    options = dict(annotator='ai', judge=checkpoint(tmp_path / 'judge'), judge_instruction=told, answers=same,
+                   device='cpu', out=str(tmp_path / 'out.jsonl'))
+    run(collect, **options)
+    assert read_records(tmp_path / 'out.jsonl', 'rankings')[0]['ranks'] == [0, 0]
+    os.rename(tmp_path / 'out.jsonl', tmp_path / 'out.jsonl.partial')
+    run(collect, **options, resume=True)
+    assert len(read_records(tmp_path / 'out.jsonl', 'rankings')) == 1
 
 
 def test_look_ahead_asks_everything_once(told):
@@ -464,6 +492,31 @@ def test_api_judge_gives_up_and_goes_on(api, capsys, tmp_path, monkeypatch):
     assert not any('Q0' in q or 'Q1' in q for q in asked)
 
 
+def test_api_judge_refused_without_a_word(api, capsys):
+    """The reply promises more than it holds."""
+    with pytest.raises(SystemExit) as stopped:
+        api(lambda question, n: (401, {'Content-Length': '999', 'Connection': 'close'}), judge_requests=1)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error')]
+    assert stopped.value.code == 2 and len(err) == 1 and 'HTTP 401' in err[0]
+
+
+def test_api_judge_and_what_no_server_should_say(api, capsys):
+    odd = iter([(429, {'Retry-After': '²'.encode().decode('latin-1')}), b'[' * 100_000])
+    _, rows = api(lambda question, n: next(odd, honest(question)), judge_requests=1)
+    assert [row['ranks'] for row in rows] == [[0, 2, 1]] * 4 and '2 failed and tried again' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('key, sent', [('sk-secret\r\n', 'Bearer sk-secret'), ('sk-…', None)])
+def test_api_judge_with_a_key_from_a_file(api, capsys, monkeypatch, key, sent):
+    monkeypatch.setenv('JUDGE_API_KEY', key)
+    if sent:
+        assert {h['Authorization'] for h in api(honest)[0].headers} == {sent}
+        return
+    with pytest.raises(SystemExit) as stopped:
+        api(honest)
+    assert stopped.value.code == 2 and 'error: JUDGE_API_KEY: wanted printable ASCII' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('status', [400, 401, 403, 404, 301, 307])
 def test_api_judge_refused(api, capsys, monkeypatch, status):
     """One line with what the server says, without the key; a redirect is not followed."""
@@ -477,10 +530,14 @@ def test_api_judge_refused(api, capsys, monkeypatch, status):
 def test_what_is_refused(tmp_path, some, told, capsys, monkeypatch):
     url = dict(annotator='ai', judge_url='https://nowhere.example/v1', judge_model='m')
     for options, expected in [
-        (dict(annotator='ai'), 'judge must be a checkpoint, unless judge_url is given'),
-        (dict(annotator='ai', judge='x', judge_url='http://y', judge_model='m'), 'judge must be a checkpoint, unless'),
+        (dict(annotator='ai'), 'judge must be a checkpoint with annotator=ai, unless judge_url is given'),
+        (dict(judge='x'), "else empty, got 'x'"), (dict(page=True), 'page must be False unless annotator=human'),
+        (url | dict(annotator='simulated'), 'judge_url must be http://HOST… or https://HOST… with annotator=ai, else'),
+        (url | dict(judge_url='http://[::1'), "with annotator=ai, else empty, got 'http://[::1'"),
+        (url | dict(judge_timeout=1e30), 'judge_timeout must be above 0 and at most 3600'),
+        (dict(annotator='ai', judge='x', judge_url='http://y', judge_model='m'), 'judge must be a checkpoint with'),
         (dict(annotator='ai', judge='nowhere'), 'nowhere'),
-        (url | dict(judge_url='nowhere'), "judge_url must be http(s)://…, got 'nowhere'"),
+        (url | dict(judge_url='nowhere'), "judge_url must be http://HOST"),
         (url | dict(judge_model=''), "judge_model must be the model's name at judge_url, got ''"),
         (url | dict(judge_instruction='nowhere.txt'), '--judge_instruction=nowhere.txt: cannot be read'),
         (url | dict(judge_requests=0), 'judge_requests must be at least 1'),

@@ -94,5 +94,8 @@ def test_bad_options(capsys, tmp_path):
     assert 'wanted a row of 64 tokens' in stops(capsys, bench, workload='generate', data=data)
     folder = checkpoint(tmp_path / 'model') # a context of 64 tokens
     assert 'wanted a context of 192 tokens, got 64' in stops(capsys, bench, workload='generate', init_from=folder)
+    folder = checkpoint(tmp_path / 'short', block_size=32)
+    assert 'wanted a context of 34 tokens at least, got 32' in stops(capsys, bench, workload='sft', init_from=folder)
+    assert 'device must be auto, cpu' in stops(capsys, bench, workload='lm', device='tpu')
     folder = checkpoint(tmp_path / 'reward', reward_head=True)
     assert 'is a reward model' in stops(capsys, bench, workload='lm', init_from=folder)

@@ -229,6 +229,18 @@ def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, cap
 # ---------------------------------------------------------------------------------------------------------------------
 # what is refused
 
+def test_what_comes_with_prompts_is_not_what_is_ranked(tmp_path, given, monkeypatch):
+    """Prompts from a file of answers: neither the old answers nor what was said of them gets into the rankings."""
+    said = dict(response='old', label=True, responses=['a', 'b'], ranks=[0, 1], policies=['p', 'q'], scores=[1.0, 2.0])
+    old = [dict(said, prompt=row['prompt'], annotator='Anna', number=n)
+           for n, row in enumerate(read_records(given['prompts'], 'prompts'))]
+    out = str(tmp_path / 'r.jsonl')
+    run(collect, out=out, **given | dict(prompts=records(tmp_path / 'old.jsonl', old)))
+    rows = read_records(out, 'rankings')
+    assert len(rows) > 0 and all(row.keys() == {'prompt', 'number', 'responses', 'ranks', 'scores', 'annotator'}
+                                 and 'a' not in row['responses'] and row['annotator'] == 'simulated' for row in rows)
+
+
 @pytest.mark.parametrize('options, expected', [
     (dict(n_answer=3), '--n_answer=3: unknown option n_answer, did you mean n_answers?'),
     (dict(n_answers=1), '--n_answers=1: n_answers must be at least 2, got 1'),
@@ -257,6 +269,12 @@ def test_other_bad_input(tmp_path, given, capsys):
     assert stops(capsys, collect, out=out, **given | dict(policy=head)) == (
         f"--policy={head}: is a reward model, wanted a language model")
     path = tmp_path / 'bad.jsonl'
+    path.write_text('{"prompt": "Where does the fox live?"}\n{"prompt": "Write a poem about rain."}\n')
+    assert stops(capsys, collect, out=out, **given | dict(prompts=str(path))) == (
+        f"{path}: prompt 2: not a prompt of the toy world: 'Write a poem about rain.'; there is no gold score for it")
+    assert stops(capsys, collect, out=str(tmp_path), overwrite=True, **given) == (
+        f"--out={tmp_path}: is a folder, wanted a file")
+    assert 'max_prompts must be at least 0' in stops(capsys, collect, out=out, max_prompts=-1, **given)
     path.write_text('{"prompt": "Hi"}\n{"prompt": ""}\n')
     assert stops(capsys, collect, out=out, **given | dict(prompts=str(path))).startswith(f"{path}:2: ")
     assert not os.path.exists(out) and not os.path.exists(out + '.partial')

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +14,7 @@ from common import (Run, check_common, check_finite, finish_save, launch, load_c
                     optimizer_step, parse_config, prepare_out_dir, read_log, require, save_checkpoint, save_if_due,
                     split, split_by_tokens, start, stop, write_atomic)
 from model import GPT, GPTConfig
-from tiny import by_hand, in_processes
+from tiny import ROOT, by_hand, in_processes
 from tokens import load_tokenizer
 
 
@@ -418,8 +420,8 @@ def test_weights_that_cannot_be_written_leave_the_last_checkpoint(tmp_path, caps
 
 
 def test_a_checkpoint_is_only_replaced_when_told_so(tmp_path, capsys):
-    save_step(tmp_path, 1)
     log(RUN, config(tmp_path), 1, loss=2.0)
+    save_step(tmp_path, 1)
     line = one_line(capsys, lambda: prepare_out_dir(RUN, config(tmp_path)))
     assert f"--out_dir={tmp_path}: holds a checkpoint" in line
     assert '--resume=True' in line and '--overwrite=True' in line
@@ -514,10 +516,11 @@ def test_a_damaged_state_is_told_in_one_line(tmp_path, capsys, damage):
 
 
 def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
-    save_step(tmp_path, 2)
     cfg = config(tmp_path)
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 2, 3, 4): # of the second step a second line, that of a measurement made after the checkpoint
         log(RUN, cfg, step, loss=step / 2, lr=1e-5)
+        if step == 2 and not os.path.exists(tmp_path / 'state.pt'):
+            save_step(tmp_path, 2)
     with open(tmp_path / 'log.jsonl', 'a') as f:
         f.write('{"step": 5, "lo') # cut short by a kill
     assert loaded_step(tmp_path) == (2, 2.0)
@@ -525,6 +528,29 @@ def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
     assert [(line['step'], line['loss'], line['lr']) for line in lines] == [(1, 0.5, 1e-5), (2, 1.0, 1e-5)]
     log(RUN, cfg, 3, loss=9.0)
     assert json.loads(open(tmp_path / 'log.jsonl').read().splitlines()[2])['loss'] == 9.0
+
+
+def test_resuming_with_other_options(tmp_path):
+    """What the optimizer is told is what this run's options say; what it has learnt stays."""
+    model = tiny()
+    adam = make_optimizer(model, Config(weight_decay=0.1), betas=(0.9, 0.95))
+    model.wte.weight.grad = torch.ones_like(model.wte.weight)
+    adam.step()
+    save_checkpoint(RUN, config(tmp_path), model, BYTES, 1, {'adam': adam})
+    again = make_optimizer(model, Config(weight_decay=0.3), betas=(0.9, 0.99))
+    load_checkpoint(RUN, config(tmp_path, resume=True), model, {'adam': again})
+    assert [g['weight_decay'] for g in again.param_groups] == [0.3, 0.0]
+    assert again.param_groups[0]['betas'] == (0.9, 0.99)
+    first = lambda optimizer: optimizer.state[model.wte.weight]['exp_avg']
+    assert torch.equal(first(again), first(adam)) and first(adam).abs().min() > 0
+
+
+def test_another_script_cannot_go_on(tmp_path, capsys):
+    save_step(tmp_path, 1)
+    path = str(tmp_path / 'state.pt')
+    torch.save(torch.load(path, weights_only=True) | dict(script='dpo.py'), path)
+    assert one_line(capsys, lambda: loaded_step(tmp_path)) == (
+        f"--resume=True: the checkpoint in {tmp_path} is one of dpo.py; wanted one of test_common.py")
 
 
 def test_small_numbers_survive_the_log(tmp_path):
@@ -657,6 +683,27 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
         assert f.read() == 'as it was'
     assert not os.path.exists(path + '.tmp')
     assert read_log(str(tmp_path / 'log.jsonl'))[0]['step'] == 0 # what could be written is there
+
+
+def test_what_cannot_be_opened_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['script.py'])
+    (tmp_path / 'file').write_text('')
+    line = one_line(capsys, lambda: launch(lambda cfg: os.makedirs(tmp_path / 'file' / 'out'), Config))
+    assert line == f"{tmp_path}/file/out: Not a directory"
+    with pytest.raises(ConnectionResetError): # no file's fault: a bug's traceback stays
+        launch(lambda cfg: (_ for _ in ()).throw(ConnectionResetError(104, 'reset')), Config)
+
+
+def test_nobody_reads_on(tmp_path):
+    """As in `tokens.py --peek FILE | head -1`."""
+    rows = tmp_path / 'rows.jsonl'
+    rows.write_text('{"text": "Hello"}\n' * 5000)
+    script = os.path.join(ROOT, 'tokens.py')
+    peek = subprocess.Popen([sys.executable, script, '--peek', str(rows), '--tokenizer=bytes', '--rows=5000'],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b'5000 text' in peek.stdout.readline()
+    peek.stdout.close()
+    assert peek.stderr.read() == b'' and peek.wait(60) == 141
 
 
 def test_save_if_due(capsys):

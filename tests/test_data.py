@@ -238,11 +238,17 @@ def test_oasst1_flat_messages_are_the_same_trees(tmp_path, capsys):
     for t in TREES[:-1]: # the last has a string for a message
         flatten(t['prompt'], None, t['tree_state'], 0)
     rows = sum(levels[::-1], []) # children before their parents
-    rows.append({'message_id': 'lost', 'parent_id': 'nowhere', 'text': 'a', 'role': 'assistant', 'lang': 'en'})
+    said = {'text': 'a', 'role': 'assistant', 'lang': 'en'}
+    message = lambda name, parent: said | {'message_id': name, 'parent_id': parent}
+    rows += [message('lost', 'nowhere'), message('reply to it', 'lost'), message('hen', 'egg'), message('egg', 'hen'),
+             message('lost', 'egg')]
     with gzip.open(tmp_path / 'messages.jsonl.gz', 'wt') as file:
         file.writelines(json.dumps(row) + '\n' for row in rows)
     run(oasst1, source=tmp_path / 'messages.jsonl.gz', out_dir=tmp_path / 'out', val_fraction=0.3)
-    assert line_of(capsys.readouterr().out, 'left out', 1, 'no tree, and no message whose parent is there')
+    out = capsys.readouterr().out
+    assert line_of(out, 'left out', 1, 'no tree, and no message whose parent is there')
+    assert line_of(out, 'left out', 3, 'reply in no tree') # to the lost one, and two that are their own ancestors
+    assert line_of(out, 'left out', 1, 'message_id that another message has')
     assert_kept(tmp_path / 'out', KEPT | {'prompts': KEPT['prompts'][:-1]})
 
 
@@ -350,8 +356,9 @@ def test_trl_unpaired_preferences(tmp_path, capsys):
         'rankings': [{'prompt': 'a', 'responses': ['good', 'poor', 'fine'], 'ranks': [0, 1, 0]}],
         'demonstrations': [{'prompt': 'a', 'response': 'good'}, {'prompt': 'a', 'response': 'fine'},
                            {'prompt': 'c', 'response': 'nice'}],
+        'unpaired': [{'prompt': p, 'response': c, 'label': label} for p, c, label in (
+            ('a', 'good', True), ('b', 'bad', False), ('a', 'poor', False), ('a', 'fine', True), ('c', 'nice', True))],
         'prompts': [{'prompt': 'a'}, {'prompt': 'b'}, {'prompt': 'c'}]})
-    assert line_of(out, 'cut', 1, 'disliked answer without a liked one to its prompt') and 'kto.jsonl:2\n' in out
     assert line_of(out, 'left out', 1, 'malformed row') and 'kept          5  of 8 rows' in out
     assert line_of(out, 'left out', 1, 'wanted `response` to be text that is not empty')
     assert line_of(out, 'left out', 1, 'wanted `prompt` to end in the turn of the user')

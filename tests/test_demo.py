@@ -17,7 +17,8 @@ class Fake:
 
     def __init__(self, monkeypatch, cfg):
         self.commands, self.fail_at, self.cfg = [], None, cfg
-        self.signals, self.busy, self.at_once, self.code, self.results = [], set(), 0, 130, '{}'
+        self.signals, self.busy, self.at_once, self.code = [], set(), 0, 130
+        self.results = json.dumps(dict(models=dict.fromkeys([*demo.METHODS, 'ppo2', 'ppo3'])))
         monkeypatch.setattr(demo, 'start', self)
 
     def __call__(self, command, slot):
@@ -42,7 +43,7 @@ class FakeProcess:
         self.fake, self.name, self.product, self.slot = fake, name, product, slot
         self.returncode, self.asked = None, 0
         done = json.loads(Path(fake.cfg.out_dir, 'demo.json').read_text())
-        assert all(done[need][1] is not None for need in needs) # what it stands on is there
+        assert all(done[need][2] is not None for need in needs) # what it stands on is there
 
     def poll(self):
         self.asked += 1
@@ -107,6 +108,46 @@ def test_all_methods(cfg, monkeypatch):
     assert list(results['seconds']) == [*STAGES[:6], 'collect best', *STAGES[6:-1], *new, 'evaluate']
     assert {'--train_data=out/two/best_of_n.jsonl', '--init_from=out/two/sft'} <= set(fake.commands[-3])
     assert {'--train_data=out/two/best_of_n.jsonl', '--teacher=out/two/rejection'} <= set(fake.commands[-2])
+
+
+def test_what_is_not_asked_for_now_stays_known(cfg, monkeypatch):
+    everything = demo.Config(out_dir='out/two', seed=7, methods='all')
+    fake = Fake(monkeypatch, everything)
+    demo.main(everything)
+    assert len(fake.commands) == 21
+    for again in (cfg, everything): # the models to be measured are others each time, nothing else is
+        fake.cfg = again
+        demo.main(again)
+        assert fake.commands[-1][1] == 'evaluate.py'
+    assert len(fake.commands) == 23
+    os.remove('out/two/sft/model.safetensors') # now the others, made from another one, are out of date
+    fake.cfg = cfg
+    demo.main(cfg)
+    n, fake.cfg = len(fake.commands), everything
+    demo.main(everything)
+    assert len(fake.commands) == n + 13
+
+
+def test_results_that_are_not_its_own(cfg, monkeypatch):
+    """evaluate.py was run by hand into the same folder: it is run again."""
+    fake = Fake(monkeypatch, cfg)
+    demo.main(cfg)
+    Path('out/two/evaluate/results.json').write_text(json.dumps(dict(models=dict(sft={}, rlaif={}))))
+    demo.main(cfg)
+    assert [c[1] for c in fake.commands[9:]] == ['evaluate.py']
+
+
+def test_fresh_removes_its_own_folders_alone(cfg, monkeypatch, capsys):
+    fresh = demo.Config(out_dir='out/two', seed=7, fresh=True)
+    fake = Fake(monkeypatch, fresh)
+    demo.main(fresh) # there is no such folder yet
+    Path('out/two/mine').touch()
+    demo.main(fresh)
+    assert len(fake.commands) == 18 and not Path('out/two/mine').exists()
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(demo.Config(out_dir='.', fresh=True))
+    assert stopped.value.code == 2 and Path('out/two/ppo').exists()
+    assert '--fresh=True: . would be removed, and has no demo.json' in capsys.readouterr().err
 
 
 def test_a_list_of_methods(cfg, monkeypatch, capsys):
@@ -193,7 +234,7 @@ def test_a_stage_that_fails_stops_the_one_beside_it(cfg, monkeypatch, capsys):
     assert stop.value.code == 1 and fake.signals == [('dpo', signal.SIGINT)]
     assert 'reward ended with exit code 1' in capsys.readouterr().err
     record = json.loads(Path('out/two/demo.json').read_text())
-    assert record['reward'][1] is None and record['dpo'][1] is not None # it had come to its end all the same
+    assert record['reward'][2] is None and record['dpo'][2] is not None # it had come to its end all the same
     assert 'ppo' not in record
 
 

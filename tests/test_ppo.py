@@ -11,7 +11,7 @@ import torch
 import common
 import ppo
 from data.toy import world
-from model import GPT
+from model import GPT, GPTConfig
 from ppo import Models, adapt_kl_coef, gae, policy_loss, roll_out, token_rewards, update, value_loss
 from rollout import kl_k1, masked_mean, pack
 from tiny import (ANSWERS, BED_TOK, DEMONSTRATIONS, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes,
@@ -348,10 +348,20 @@ def test_the_very_first_update_of_a_run(tmp_path, given):
     assert log[0]['first_ratio'] < 1e-4 and log[0]['clipfrac'] == 0.0 and abs(log[0]['policy_loss']) < 1e-5
 
 
+def test_a_shared_critic_adds_no_bias_to_a_policy_without(tmp_path, given):
+    """What was trained is what a policy is loaded as: without a final bias."""
+    policy, out = str(tmp_path / 'plain'), str(tmp_path / 'out')
+    GPT(GPTConfig(64, 257, n_layer=1, n_head=2, n_embd=16, bias=False)).save_pretrained(policy)
+    TOK.save(policy)
+    run(ppo, out_dir=out, max_steps=2, **given | dict(policy=policy, critic='shared', lr=1e-2))
+    trained = GPT.from_pretrained(out)
+    assert trained.ln_f.bias.abs().max() == 0 and trained.value_head.weight.abs().max() > 0
+
+
 def test_the_critic_starts_as_the_reward_model_and_others_stay(tmp_path, given, monkeypatch):
     kept, load_models = [], ppo.load_models
     monkeypatch.setattr(ppo, 'load_models', lambda *a: (kept.append(load_models(*a)), kept[-1])[1])
-    before = load_models(config(**{k: given[k] for k in ('policy', 'reward_model')}), RUN)
+    before = load_models(config(**{k: given[k] for k in ('policy', 'reward_model')}), RUN, TOK)
     assert torch.equal(before.critic.value_head.weight, before.reward.reward_head.weight)
     run(ppo, out_dir=str(tmp_path / 'out'), max_steps=2, **given)
     after = kept[0]
@@ -438,6 +448,11 @@ def test_a_step_that_throws_the_weights_far_away_stops(tmp_path, given, capsys):
     (dict(clip=-0.1), '--clip=-0.1: clip must be at least 0, got -0.1'),
     (dict(lam=1.5), '--lam=1.5: lam must be between 0 and 1, got 1.5'),
     (dict(critic='none'), "--critic=none: critic must be separate or shared, got 'none'"),
+    (dict(max_steps=0), '--max_steps=0: max_steps must be at least 1, got 0'),
+    (dict(epochs=0), '--epochs=0: epochs must be at least 1, got 0'), (dict(seed=2**32), 'seed must be below 2^32'),
+    (dict(kl_target=6.0, kl_coef=0.0), 'kl_coef must be above 0 with kl_target, which multiplies it, got 0.0'),
+    (dict(kl_target=6.0, kl_horizon=3), 'kl_horizon must be at least batch_size * minibatches'),
+    (dict(gold='toy'), "prompts.jsonl: prompt 1: not a prompt of the toy world: 'Hi'"),
     (dict(ptx_coef=1.0), 'ptx_data must be given together with ptx_coef'),
     (dict(prompts=''), "prompts must be a file of prompts, got ''"),
     (dict(prompts='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
@@ -475,7 +490,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, given, capsys):
                     "wanted the same tokenizer")
     assert not has_checkpoint(out)
     before = weights(policy)
-    assert 'holds a checkpoint' in stops(capsys, ppo, out_dir=policy, **given)
+    assert 'is --policy too; wanted another folder' in stops(capsys, ppo, out_dir=policy, **given)
     assert weights(policy) == before
     run(ppo, out_dir=out, max_steps=1, **given)
     said = stops(capsys, ppo, out_dir=out, max_steps=2, resume=True, **given | dict(critic='shared'))

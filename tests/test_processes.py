@@ -196,6 +196,7 @@ def prompts(tmp_path):
 
 def test_two_processes_share_the_prompts(tmp_path, prompts, monkeypatch):
     monkeypatch.setattr('data.toy.world.gold', lambda prompt, response: len(response) / 10)
+    monkeypatch.setattr('data.toy.world.read', lambda prompt: None)
     out, again = str(tmp_path / 'r.jsonl'), str(tmp_path / 'again.jsonl')
     assert in_processes(2, lambda: run(collect, out=out, **prompts)) == [0, 0]
     assert not os.path.exists(out + '.partial')

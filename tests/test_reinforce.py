@@ -15,7 +15,7 @@ from data.toy import world
 from model import GPT
 from reinforce import advantages, roll_out, update
 from rollout import kl_k1, kl_k3, masked_mean, pack, policy_loss
-from tiny import (ANSWERS, BED_TOK, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, LikesOnes,
+from tiny import (ANSWERS, BED_TOK, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes,
                   assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly, bed, by_hand, checkpoint,
                   enumerated, gradients, has_checkpoint, records, run, stops, weights)
 
@@ -297,7 +297,7 @@ score = reinforce.sample_and_score
 def test_others_stay(tmp_path, given, monkeypatch):
     kept, load = [], reinforce.load_actors
     monkeypatch.setattr(reinforce, 'load_actors', lambda *a: (kept.append(load(*a)), kept[-1])[1])
-    before = load(config(**{k: given[k] for k in ('policy', 'reward_model')}), RUN)
+    before = load(config(**{k: given[k] for k in ('policy', 'reward_model')}), RUN, TOK)
     run(reinforce, out_dir=str(tmp_path / 'out'), max_steps=2, kind='grpo', **given)
     same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     (policy, rm, reference), = kept
@@ -338,6 +338,7 @@ def test_a_step_that_throws_the_weights_far_away_stops(tmp_path, given, capsys):
 
 @pytest.mark.parametrize('options, expected', [
     (dict(n_answer=2), '--n_answer=2: unknown option n_answer, did you mean n_answers?'),
+    (dict(max_steps=0), '--max_steps=0: max_steps must be at least 1, got 0'),
     (dict(kind='ppo'), "--kind=ppo: kind must be reinforce, rloo or grpo, got 'ppo'"),
     (dict(kind='rloo', n_answers=1), '--n_answers=1: n_answers must be at least 2 with kind=rloo, got 1'),
     (dict(kind='reinforce', n_answers=0), '--n_answers=0: n_answers must be at least 1 with kind=reinforce, got 0'),
@@ -378,4 +379,4 @@ def test_checkpoints_that_do_not_fit(tmp_path, given, capsys):
     said = stops(capsys, reinforce, out_dir=out, **given | dict(reward_model=short))
     assert said == (f"--reward_model={short}: its context is 32 tokens, the policy's 64; wanted one at least as long")
     assert not has_checkpoint(out)
-    assert 'holds a checkpoint' in stops(capsys, reinforce, out_dir=policy, **given)
+    assert 'is --policy too; wanted another folder' in stops(capsys, reinforce, out_dir=policy, **given)

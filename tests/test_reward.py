@@ -1,5 +1,6 @@
 """reward.py: the losses by hand, what normalising leaves behind, resuming, micro-batches, and what is refused."""
 import math
+import os
 
 import pytest
 import torch
@@ -262,12 +263,20 @@ def test_nothing_but_ties_is_refused(tmp_path, sft_model, capsys):
     assert said == f"{path}: all answers of every prompt tie; wanted some that are ranked above others"
 
 
+def test_scores_that_do_not_differ_cannot_be_normalised(tmp_path, sft_model, capsys):
+    rows = [dict(prompt='Hi', responses=['Yo', 'Yo'], ranks=[0, 1])] * 4
+    said = stops(capsys, reward, code=1, out_dir=str(tmp_path / 'out'), init_from=sft_model, batch_size=4, max_steps=1,
+                 train_data=records(tmp_path / 'same.jsonl', rows))
+    assert 'the scores of the training answers do not differ' in said and os.listdir(tmp_path / 'out') == ['log.jsonl']
+
+
 def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
     head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
     said = stops(capsys, reward, out_dir=out, init_from=head, train_data=data)
     assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
-    assert 'holds a checkpoint' in stops(capsys, reward, out_dir=sft_model, init_from=sft_model, train_data=data)
-    said = stops(capsys, reward, out_dir=sft_model, init_from=sft_model, train_data=data, resume=True)
+    said = stops(capsys, reward, out_dir=sft_model, init_from=sft_model, train_data=data)
+    assert 'is --init_from too; wanted another folder' in said
+    said = stops(capsys, reward, out_dir=head, init_from=sft_model, train_data=data, resume=True)
     assert 'state.pt is missing' in said
     run(reward, out_dir=out, init_from=sft_model, train_data=data, max_steps=1)
     wide = checkpoint(tmp_path / 'wide', n_embd=32)

@@ -9,6 +9,8 @@ import common
 from model import GPT, GPTConfig, token_logp
 from rollout import (check_same_vocabulary, frozen_logp, frozen_rewards, frozen_values, kl_k1, kl_k3, masked_mean,
                      micro_batches, pack, pair_agreement, ratio_stats, sample_answers, score_answers, whiten)
+from tiny import TOK, checkpoint
+from tokens import Tokenizer
 
 EOS = 9
 
@@ -214,15 +216,19 @@ def test_pair_agreement_by_hand(scores, ranks, points, pairs):
     assert pair_agreement(torch.tensor(scores), torch.tensor(ranks)) == (points, pairs)
 
 
-def test_another_vocabulary_is_told_in_one_line(capsys):
+def test_another_vocabulary_is_told_in_one_line(tmp_path, capsys):
+    """Another size, or one of the same size that means other bytes."""
     def model(n):
         return SimpleNamespace(config=SimpleNamespace(vocab_size=n))
-    check_same_vocabulary(model(11), model(11), 'reward_model', 'out/rm')
-    with pytest.raises(SystemExit) as stopped:
-        check_same_vocabulary(model(11), model(50257), 'reward_model', 'out/rm')
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count('\n') == 1
-    assert '--reward_model=out/rm' in err and '50257' in err and '11' in err
+    folder = checkpoint(tmp_path / 'rm')
+    check_same_vocabulary(model(257), model(257), 'reward_model', folder, TOK)
+    other = Tokenizer('tiktoken', {bytes([255 - i]): i for i in range(256)})
+    for n, tok, expected in ((50257, TOK, 'its vocabulary has 50257 tokens'),
+                             (257, other, 'has a tokenizer of its own')):
+        with pytest.raises(SystemExit) as stopped:
+            check_same_vocabulary(model(257), model(n), 'reward_model', folder, tok)
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count('\n') == 1 and f'--reward_model={folder}: {expected}' in err
 
 
 def test_hand_numbers_above():

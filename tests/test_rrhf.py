@@ -202,5 +202,6 @@ def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
     said = stops(capsys, rrhf, out_dir=out, init_from=head, train_data=data)
     assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
     before = weights(sft_model)
-    assert 'holds a checkpoint' in stops(capsys, rrhf, out_dir=sft_model, init_from=sft_model, train_data=data)
+    said = stops(capsys, rrhf, out_dir=sft_model, init_from=sft_model, train_data=data)
+    assert 'is --init_from too; wanted another folder' in said
     assert weights(sft_model) == before

@@ -27,8 +27,9 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder)
     tok.save(folder)
     torch.manual_seed(0)
-    GPT(GPTConfig(120, 257, 1, 1, 16, reward_head=True)).save_pretrained(folder / 'reward')
-    tok.save(folder / 'reward')
+    for name, block_size in (('reward', 120), ('short', 60)):
+        GPT(GPTConfig(block_size, 257, 1, 1, 16, reward_head=True)).save_pretrained(folder / name)
+        tok.save(folder / name)
     return str(folder)
 
 
@@ -236,6 +237,7 @@ def test_end_of_input_ends(folder, capsys, monkeypatch):
     (dict(policy='FOLDER/reward'), 'is a reward model'),
     (dict(reward_model='FOLDER'), 'is a language model'),
     (dict(policy='FOLDER/nowhere'), 'nowhere'),
+    (dict(reward_model='FOLDER/short'), "its context is 60 tokens, the policy's 120; wanted one at least as long"),
 ])
 def test_bad_input_is_one_line(folder, capsys, more, words):
     more = {k: v.replace('FOLDER', folder) for k, v in more.items()}

@@ -101,6 +101,7 @@ def test_uncertain_takes_the_prompts_with_the_largest_disagreement(tmp_path, giv
                                               for n in range(10)])
     folder, out = checkpoint(tmp_path / 'reward', reward_head=True), str(tmp_path / 'out.jsonl')
     monkeypatch.setattr(world, 'gold', lambda prompt, response: float(ord(response)))
+    monkeypatch.setattr(world, 'read', lambda prompt: None)
     run(collect, answers=rankings, out=out, select='uncertain', ensemble=f'{folder},{folder}', budget=3)
     assert [row['number'] for row in read_records(out, 'rankings')] == [8, 6, 5]
 

@@ -156,7 +156,7 @@ def test_teachers_that_do_not_fit(tmp_path, data, capsys, teacher):
     Tokenizer('tiktoken', {bytes([255 - i]): i for i in range(256)}).save(tmp_path / 'other') # as many, but others
     for folder, expected in (
             (wide, "its vocabulary has 300 tokens, the policy's has 257; wanted the same tokenizer"),
-            (other, 'has another tokenizer than the student; wanted one for both'),
+            (other, 'has a tokenizer of its own; wanted the one of the policy'),
             (short, "its context is 32 tokens, the student's 64; wanted one at least as long"),
             (head, 'is a reward model, wanted a language model')):
         said = stops(capsys, sft, out_dir=out, teacher=folder, **options)
@@ -222,6 +222,9 @@ def test_a_loss_that_is_no_number_stops(tmp_path, data, capsys):
     (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(init_from='nowhere'), 'nowhere'),
+    (dict(epochs=0), '--epochs=0: epochs must be at least 1, got 0'),
+    (dict(eval_batches=-1), 'eval_batches must be at least 0, got -1'),
+    (dict(val_data='', val_fraction=0.01), 'rows or tokens are too few with val_fraction=0.01'),
     (dict(temperature=0), '--temperature=0: temperature must be above 0, got 0.0'),
     (dict(tokenizer='klingon'), "wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got 'klingon'"),
     (dict(n_head=3), 'n_embd must be a multiple of n_head, got n_embd=16, n_head=3'),
@@ -261,7 +264,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, data, capsys):
     assert not has_checkpoint(out)
 
     before = weights(fine)
-    assert f"--out_dir={fine}: holds a checkpoint" in stops(capsys, sft, out_dir=fine, init_from=fine, **options)
+    assert f"--out_dir={fine}: is --init_from too" in stops(capsys, sft, out_dir=fine, init_from=fine, **options)
     run(sft, out_dir=out, **options | SCRATCH)
     said = stops(capsys, sft, out_dir=out, resume=True, **options | SCRATCH | dict(n_embd=32))
     assert said == f"--resume=True: n_embd is 16 in {out} and 32 in this run; wanted the same model"
@@ -274,7 +277,7 @@ def test_overwrite_with_bad_input_leaves_the_old_checkpoint(tmp_path, data, caps
     for wrong in (dict(train_data='nowhere.jsonl'), dict(init_from='nowhere'), dict(n_head=3)):
         stops(capsys, sft, out_dir=out, overwrite=True, **SCRATCH | dict(train_data=data, max_steps=1) | wrong)
         assert weights(out) == before
-    run(sft, out_dir=out, overwrite=True, **SCRATCH | dict(train_data=data, max_steps=1, init_from=out))
+    run(sft, out_dir=out, overwrite=True, **SCRATCH | dict(train_data=data, max_steps=1))
     assert weights(out) != before
 
 

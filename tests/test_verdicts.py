@@ -1,4 +1,4 @@
-"""data/toy/judge.py: verdicts that the gold score gives; data/alpaca_eval/prepare.py: a judge's preferences as rankings."""
+"""data/toy/judge.py: verdicts that the gold score gives; data/alpaca_eval/prepare.py: a judge's preferences."""
 import importlib.util
 import json
 import os
@@ -53,7 +53,8 @@ def test_alpaca_eval(tmp_path, capsys):
     prepare = load('data/alpaca_eval/prepare.py')
     row = lambda preference, b='b': json.dumps(dict(instruction='q', output_1='a', output_2=b, preference=preference))
     source = tmp_path / 'source.jsonl'
-    source.write_text('\n'.join([row(1), row(1.75, 'bb'), row(1.5), row(None), row(1, ' '), row(1, 'a'), '{}']) + '\n')
+    rows = [row(1), row(1.75, 'bb'), row(1.5), row(None), row(1, ' '), row(1, 'a'), '{}']
+    source.write_text('\n'.join(rows) + '\n\n')
     run(prepare, source=str(source), out_dir=str(tmp_path))
     rows = read_records(tmp_path / 'rankings_test.jsonl', 'rankings')
     assert [r['ranks'] for r in rows] == [[0, 1], [1, 0], [0, 0]] # 1.75: the second is better at 3 to 1

@@ -42,6 +42,8 @@ def parse_row(row):
 def main(cfg):
     rows = []
     for n, line in read_lines(cfg.source):
+        if not line.strip():
+            continue # an empty line, often the last
         try:
             rows.append(parse_row(parse_line(line)))
         except ValueError as e:

@@ -64,6 +64,9 @@ def trees(rows):
     messages = {}
     for place, row in rows:
         if 'prompt' not in row and isinstance(row.get('message_id'), str):
+            if row['message_id'] in messages:
+                yield place, {'left out': 'message_id that another message has'}
+                continue
             messages[row['message_id']] = place, row | {'replies': []}
         else:
             yield place, row
@@ -75,9 +78,15 @@ def trees(rows):
             messages[parent][1]['replies'].append(message)
         else:
             yield place, message # no tree: parse_tree says so
+    reached = [message for _, message in messages.values() if message.get('parent_id') is None]
+    for message in reached: # grows as it is walked
+        reached += message['replies']
+    reached = {message['message_id'] for message in reached}
     for place, message in messages.values():
         if message.get('parent_id') is None:
             yield place, {'tree_state': message.get('tree_state'), 'prompt': message}
+        elif str(message['parent_id']) in messages and message['message_id'] not in reached:
+            yield place, {'left out': 'reply in no tree'}
 
 
 def flaw(message, role, langs):
@@ -100,7 +109,7 @@ def flaw(message, role, langs):
 def parse_tree(tree, langs):
     """A tree -> its demonstrations, rankings and prompts; ValueError says why there are none."""
     if 'prompt' not in tree:
-        raise ValueError('no tree, and no message whose parent is there')
+        raise ValueError(tree.get('left out', 'no tree, and no message whose parent is there'))
     if (tree.get('tree_state') or 'ready_for_export') != 'ready_for_export':
         raise ValueError(f"tree is {str(tree['tree_state'])[:40]}, not ready_for_export")
     if reason := flaw(tree['prompt'], 'prompter', langs):

@@ -7,8 +7,8 @@ format is told row by row; all but `text` and `messages` may be strings ("standa
     prompt, chosen, rejected   comparison (with `margin` where there is one), demonstration (the chosen answer), prompt
     chosen, rejected           the same; what both begin with is the prompt ("implicit")
     prompt, completion         demonstration (one for every answer of the completion), prompt
-    prompt, completion, label  ("unpaired") prompt; a liked answer is a demonstration; liked and disliked answers to one
-                               prompt are a ranking; a disliked answer alone is of no use
+    prompt, completion, label  ("unpaired") an unpaired record, for kto.py; prompt; a liked answer is a demonstration;
+                               liked and disliked answers to one prompt are a ranking
     prompt                     prompt
     messages                   demonstration of every answer, prompt
     text                       text
@@ -23,7 +23,6 @@ the two part, before the word that is torn there. Chosen and rejected may differ
 not read: Dataset.to_json of the `datasets` package makes JSON lines of it. For HH-RLHF, whose strings hold several
 turns, use data/hh_rlhf.
 """
-import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -80,7 +79,10 @@ def split_strings(chosen, rejected):
     is ", "blue", "black". Scripts that begin at U+2E80, Chinese and Japanese above all, have no spaces between words.
     """
     shared = commonprefix([chosen, rejected])
-    n = len(re.sub(r'[^\s\u2e80-\U0010ffff]+$', '', shared) or shared)
+    n = len(shared)
+    while n and not shared[n - 1].isspace() and shared[n - 1] < '\u2e80':
+        n -= 1
+    n = n or len(shared)
     return chosen[:n], chosen[n:], rejected[n:]
 
 
@@ -104,7 +106,7 @@ def parse_preference(row):
 
 
 def parse_completion(row):
-    """A prompt and its completion; the label of an unpaired preference stays with the demonstration for `pair_up`."""
+    """A prompt and its completion, with a label an unpaired preference."""
     messages = to_messages(row['prompt'], 'user')
     n_prompt = len(messages)
     messages += to_messages(row['completion'], 'assistant')
@@ -113,11 +115,13 @@ def parse_completion(row):
                       for i, m in enumerate(messages) if i >= n_prompt and m['role'] == 'assistant']
     if not demonstrations:
         raise ValueError('completion without an answer')
+    records = {'demonstrations': demonstrations, 'prompts': [{'prompt': prompt}]}
     if row.get('label') is not None:
         if type(row['label']) is not bool or len(demonstrations) > 1:
             raise ValueError('label is not true or false, or judges several answers')
-        demonstrations[0]['label'] = row['label']
-    return Item(prompt, {'demonstrations': demonstrations, 'prompts': [{'prompt': prompt}]})
+        records['unpaired'] = [demonstrations[0] | {'label': row['label']}]
+        records['demonstrations'] = demonstrations if row['label'] else []
+    return Item(prompt, records)
 
 
 def parse_row(row):
@@ -136,34 +140,25 @@ def parse_row(row):
     raise ValueError(f"keys of no format that is read: {', '.join(sorted(row))[:80]}")
 
 
-def pair_up(items, counts):
-    """
-    Unpaired preferences -> rankings: answers to one prompt of which some are liked (rank 0) and some are not (rank 1).
-    Disliked answers are no demonstrations, and without a liked one beside them they are no ranking either.
-    """
-    judged = defaultdict(list) # prompt -> [(demonstration with a label, its item)]
+def pair_up(items):
+    """Adds to unpaired preferences the rankings: answers to one prompt, some liked (rank 0) and some not (rank 1)."""
+    judged = defaultdict(list) # prompt -> its unpaired records
     for item in items:
-        for d in item.records.get('demonstrations', []):
-            if 'label' in d:
-                judged[str(d['prompt'])].append((d, item))
+        for record in item.records.get('unpaired', []):
+            judged[str(record['prompt'])].append((record, item))
     for same_prompt in judged.values():
-        labels = [d.pop('label') for d, _ in same_prompt]
-        if len(set(labels)) == 2:
+        rows = [record for record, _ in same_prompt]
+        if len({record['label'] for record in rows}) == 2:
             same_prompt[0][1].records['rankings'] = [{
-                'prompt': same_prompt[0][0]['prompt'], 'responses': [d['response'] for d, _ in same_prompt],
-                'ranks': [0 if label else 1 for label in labels]}]
-        for label, (_, item) in zip(labels, same_prompt):
-            if not label:
-                item.records['demonstrations'] = []
-                if True not in labels:
-                    counts.cut_off('disliked answer without a liked one to its prompt', item.place)
+                'prompt': rows[0]['prompt'], 'responses': [record['response'] for record in rows],
+                'ranks': [0 if record['label'] else 1 for record in rows]}]
     return items
 
 
 def main(cfg):
     files, test_files = find_files(cfg.source, cfg.repo, [cfg.file])
     counts = Counts()
-    items, held_out = (pair_up(read(rows_of(part, counts), parse_row, counts), counts) for part in (files, test_files))
+    items, held_out = (pair_up(read(rows_of(part, counts), parse_row, counts)) for part in (files, test_files))
     write_splits(items, held_out, cfg, counts)
 
 
