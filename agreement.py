@@ -89,11 +89,12 @@ def merge(files, out):
             print(f"{path}, with themself: {with_oneself(rows)}")
     for (path, rows), (other, others) in combinations(zip(files, tables), 2):
         print(f"{path} and {other}: {compare(rows, others)}")
-    tasks = {}
-    for row in (row for rows in tables for row in rows):
-        tasks.setdefault(key(row), []).append(row)
+    tasks = {} # task -> {rater's file: its row}
+    for path, rows in zip(files, tables):
+        for row in rows:
+            tasks.setdefault(key(row), {}).setdefault(path, row) # what a file holds twice counts once
     merged = []
-    for rows in tasks.values():
+    for rows in (list(by_file.values()) for by_file in tasks.values()):
         row = {k: v for k, v in rows[0].items() if k not in ('scores', 'again', 'chosen', 'rejected', 'margin')}
         wins = dict.fromkeys(row['responses'], 0.0)
         for r in rows:

@@ -166,7 +166,8 @@ class Terminal(Person):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        if not sys.stdin.isatty():
+        sys.stdout.reconfigure(errors='replace') # a character that the terminal does not know is no reason to stop
+        if not (sys.stdin and sys.stdin.isatty()):
             fail("--annotator=human: stdin is not a terminal, nobody can be asked; --page=True serves a page instead")
 
     def ask(self, messages, texts):

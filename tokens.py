@@ -243,9 +243,11 @@ def check_row(row):
     if not isinstance(row, dict):
         raise ValueError(f'wanted a JSON object, got {type(row).__name__}')
     try:
-        json.dumps(row, ensure_ascii=False).encode() # an escape like \ud83d alone is half a character
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode() # an escape like \ud83d alone is half a character
     except UnicodeEncodeError:
         raise ValueError('wanted whole characters, got half of a surrogate pair')
+    except ValueError:
+        raise ValueError('wanted finite numbers, got one like 1e999')
     return row
 
 

@@ -604,6 +604,7 @@ def test_merge(tmp_path, capsys):
     anna = records(tmp_path / 'anna.jsonl', [
         dict(prompt='p', responses=['x', 'y', 'z'], ranks=[0, 1, 2], annotator='human', again=[0, 1, 2], number=7),
         dict(prompt='q', responses=['x', 'y'], ranks=[1, 0], annotator='human'),
+        dict(prompt='q', responses=['y', 'x'], ranks=[1, 0], annotator='human'), # the first one counts
         dict(prompt='s', responses=['x', 'y', 'z'], ranks=[0, 1, 2])])
     ben = records(tmp_path / 'ben.jsonl', [
         dict(prompt='p', responses=['z', 'y', 'x', 'x'], ranks=[1, 0, 2, 2], annotator='ai', scores=[1., 2., 0., 0.]),

@@ -449,6 +449,7 @@ def bad(kind, **changes):
     ("prompts", b'["a"]', "wanted a JSON object, got list"),
     ("prompts", b'{"prompt": "\xff"}', "wanted UTF-8 text"),
     ("prompts", b'{"prompt": "\\ud83d"}', "half of a surrogate pair"),
+    ("prompts", b'{"prompt": "Hi", "more": 1e999}', "wanted finite numbers"),
     ("prompts", b"[" * 100_000, "nested too deeply"),
     ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "a finite number, got NaN"),
     ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "`margin` to be a number"),
