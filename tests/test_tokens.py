@@ -452,7 +452,7 @@ def bad(kind, **changes):
     ("prompts", b'{"prompt": "Hi", "more": 1e999}', "wanted finite numbers"),
     ("prompts", b"[" * 100_000, "nested too deeply"),
     ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "a finite number, got NaN"),
-    ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "`margin` to be a number"),
+    ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "wanted finite numbers"),
 ])
 def test_bad_row_is_named_by_file_and_line(tmp_path, capsys, kind, line, wish):
     path = tmp_path / "rows.jsonl"
