@@ -30,8 +30,8 @@ import torch
 
 from model import last_places, load_policy, load_reward_model
 from rollout import in_chunks
-from tokens import (as_messages, check, collate_answers, load_tokenizer, pad, parse_line, prompt_ids, read_lines,
-                    response_ids, to_lines, truncate, write_records)
+from tokens import (as_messages, by_length, check, collate_answers, load_tokenizer, pad, parse_line, prompt_ids,
+                    read_lines, response_ids, to_lines, truncate, write_records)
 
 
 class Undo(Exception):
@@ -101,17 +101,37 @@ class RewardModel(Annotator):
         super().__init__(cfg, run)
         self.model = run.freeze(load_reward_model(cfg.reward_model).to(run.device).eval())
         self.tok, self.left_out = load_tokenizer(cfg.reward_model), 0
+        self.scores = {} # of the rows looked at: (prompt, texts) as a string -> {text: score}, or None
 
     @torch.no_grad()
+    def look_ahead(self, rows):
+        """Equal texts of a row are scored once, rows of like length together."""
+        self.scores, encoded = {}, {}
+        for row in rows:
+            texts = list(dict.fromkeys(row['responses']))
+            answers, name = [response_ids(self.tok, text) for text in texts], str((row['prompt'], texts))
+            prompt = answers and truncate(prompt_ids(self.tok, row['prompt']), max(map(len, answers)),
+                                          self.model.config.block_size)
+            self.scores[name] = None
+            if prompt:
+                encoded[name] = texts, (prompt, answers, [0] * len(answers))
+        names, some = list(encoded), [row for _, row in encoded.values()]
+        for part in by_length(some, 32) if some else []:
+            with self.run.autocast():
+                scores = self.model.answer_rewards(collate_answers([some[i] for i in part]).to(self.run.device)).tolist()
+            for i in part:
+                texts, _ = encoded[names[i]]
+                self.scores[names[i]] = dict(zip(texts, scores))
+                scores = scores[len(texts):]
+
     def rank(self, prompt, responses):
-        answers = [response_ids(self.tok, r) for r in responses]
-        prompt = truncate(prompt_ids(self.tok, prompt), max(map(len, answers)), self.model.config.block_size)
-        if prompt is None:
+        name = str((prompt, list(dict.fromkeys(responses))))
+        if name not in self.scores:
+            self.look_ahead([dict(prompt=prompt, responses=responses)])
+        if self.scores[name] is None:
             self.left_out += 1
             return None, None
-        batch = collate_answers([(prompt, answers, [0] * len(answers))]).to(self.run.device)
-        with self.run.autocast():
-            scores = self.model.answer_rewards(batch).tolist() # (K,)
+        scores = [self.scores[name][text] for text in responses] # (K,)
         return to_ranks(scores, self.cfg.tie), scores
 
     def close(self):

@@ -237,11 +237,14 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
             break
         if ptx:
             ptx_step = step * cfg.epochs * cfg.minibatches + n_updates - 1
-            idx, mask = (x.to(run.device) for x in collate(run.rows(ptx.at(ptx_step))))
-            with run.autocast():
-                logp = nets['policy']('logp', idx, mask)
-            share = mask.sum() / run.sum(mask.sum()) # ()
-            run.backward(-cfg.ptx_coef * masked_mean(logp, mask) * share)
+            examples = ptx.at(ptx_step)
+            parts = common.split_by_tokens(examples, [len(ids) for ids, _ in examples], cfg.grad_accum, run.world_size)
+            micro = [collate(run.rows(part)) for part in parts] # (B, T), (B, T-1) each
+            n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
+            for idx, mask in micro:
+                with run.autocast():
+                    logp = nets['policy']('logp', idx.to(run.device), mask.to(run.device)) # (B, T-1), 0 where mask is
+                run.backward(-cfg.ptx_coef * logp.sum() / n_tokens)
         norms.append(common.optimizer_step(optimizers['policy'], models.policy, lr, cfg.grad_clip, run.scaler,
                                            cfg.critic == 'shared')) # else the critic steps last
         common.check_finite('the gradient norm', norms[-1], step + 1, cfg.out_dir)
@@ -255,8 +258,9 @@ def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
 def main(cfg):
     run = common.start(cfg)
     tok = load_tokenizer(cfg.policy)
-    if cfg.ptx_coef and cfg.ptx_batch_size < run.world_size:
-        fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {run.world_size}, a row for each process")
+    if cfg.ptx_coef and cfg.ptx_batch_size < run.world_size * cfg.grad_accum:
+        fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {run.world_size * cfg.grad_accum}, processes x "
+             "grad_accum")
     models = load_models(cfg, run, tok)
     questions = read_records(cfg.prompts, 'prompts')
     if cfg.gold:

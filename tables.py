@@ -3,8 +3,9 @@ Several runs of demo.py, of different seeds, as the tables of README.md (Markdow
 
     python tables.py --runs=out/toy,out/toy2,out/toy3
 
-A run is demo.py's out_dir, with evaluate/results.json in it. Seconds are those of the stage alone, one thread, another
-stage running beside it; the lowest of the seeds, since a busy machine only adds to them.
+A run is demo.py's out_dir, with evaluate/results.json in it. Seconds are those of the method's own stage (rejection: and
+of collecting the best answers), one thread, another stage running beside it; the lowest of the seeds, since a busy
+machine only adds to them.
 """
 
 import os
@@ -14,6 +15,13 @@ from statistics import fmean
 from common import fail, launch, require
 from model import read_json
 
+MODELS = { # in memory at once while training
+    'base': 'policy', 'sft': 'policy', 'ppo': 'policy, critic, reward model, reference',
+    'dpo': 'policy (reference beforehand)', 'reinforce': 'policy, reward model, reference',
+    'rloo': 'policy, reward model, reference', 'grpo': 'policy, reward model, reference', 'rrhf': 'policy',
+    'ipo': 'policy (reference beforehand)', 'hinge': 'policy (reference beforehand)', 'simpo': 'policy',
+    'orpo': 'policy', 'kto': 'policy, reference', 'rejection': 'policy (with the reward model beforehand)',
+    'distill': 'student, teacher'}
 COLUMNS = {'gold': 'gold', 'helpful': 'helpful', 'honest': 'honest', 'harmless': 'harmless',
            'win_rate_vs_sft': 'wins against SFT', 'kl': 'KL'}
 
@@ -34,6 +42,13 @@ def show(values, digits=2):
     return mean if low == high else f'{mean} ({low}–{high})'
 
 
+def seconds(name, runs):
+    stages = {'base': ['pretrain'], 'rejection': ['collect best', 'rejection']}.get(name, [name])
+    if not all(stage in run['seconds'] for run in runs for stage in stages):
+        return ''
+    return f"{min(sum(run['seconds'][stage] for stage in stages) for run in runs):.0f}"
+
+
 def table(header, rows):
     """Lists of strings -> lines of Markdown."""
     print('\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows]))
@@ -48,9 +63,8 @@ def main(cfg):
     for decoding, title in (('models', 'sampled'), ('greedy', 'greedy')):
         rows = [[name, *(show([run[decoding][name][key] for run in runs]) for key in COLUMNS)] for name in names]
         if decoding == 'models':
-            seconds = [[run['seconds'].get(name) for run in runs] for name in names]
-            rows = [[*row, '' if None in times else f'{min(times):.0f}'] for row, times in zip(rows, seconds)]
-        table([title, *COLUMNS.values(), *(['seconds'] if decoding == 'models' else [])], rows)
+            rows = [[*row, seconds(name, runs), MODELS.get(name, '')] for name, row in zip(names, rows)]
+        table([title, *COLUMNS.values(), *(['seconds', 'models in memory'] if decoding == 'models' else [])], rows)
 
     categories = list(runs[0]['models']['sft']['by_category'])
     table(['content right', *categories],

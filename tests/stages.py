@@ -32,7 +32,7 @@ def stages(folder):
     supervised = dict(init_from=sft, train_data=rankings, val_data=held_out, batch_size=4)
     sampled = dict(policy=sft, reward_model=checkpoint(at('reward_model'), 1, n_layer=2, reward_head=True),
                    prompts=records(at('prompts.jsonl'), PROMPTS), max_new_tokens=6, epochs=2, batch_size=4)
-    ptx = dict(ptx_coef=0.5, ptx_data=demonstrations, ptx_batch_size=3)
+    ptx = dict(ptx_coef=0.5, ptx_data=demonstrations, ptx_batch_size=5)
     return dict(
         sft=('sft', dict(tokenizer='bytes', n_layer=2, n_head=2, n_embd=16, block_size=64, grad_accum=2, batch_size=4,
                          train_data=demonstrations, val_data=records(at('one.jsonl'), DEMONSTRATIONS[:1]))),

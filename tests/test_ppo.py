@@ -385,9 +385,10 @@ def test_float16(tmp_path, given, monkeypatch, critic, scale_may_change):
     assert held == [torch.float32] * 2 + [torch.float16] * 2
 
 
-def test_ptx_adds_the_pretraining_gradient_and_walks_through_its_data(tmp_path, given, monkeypatch):
+@pytest.mark.parametrize('grad_accum', [1, 2])
+def test_ptx_adds_the_pretraining_gradient_and_walks_through_its_data(tmp_path, given, monkeypatch, grad_accum):
     data = records(tmp_path / 'demonstrations.jsonl', DEMONSTRATIONS)
-    options = given | dict(max_steps=2, grad_clip=0.0)
+    options = given | dict(max_steps=2, grad_clip=0.0, grad_accum=grad_accum)
     asked, load = [], ppo.load_training_set
 
     def noting(*args, **more):

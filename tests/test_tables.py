@@ -28,10 +28,11 @@ def test_by_hand(tmp_path, capsys):
     runs = [write(tmp_path / 'a', results(0.6, 30.2)), write(tmp_path / 'b', second)]
     run(tables, runs=','.join(runs))
     assert capsys.readouterr().out.strip().split('\n\n') == [
-        '| sampled | gold | helpful | honest | harmless | wins against SFT | KL | seconds |\n'
-        '| -- | -- | -- | -- | -- | -- | -- | -- |\n'
-        '| sft | 0.40 | 0.50 | – | 1.00 | 0.50 | 2.00 |  |\n'
-        '| ppo | 0.70 (0.60–0.80) | 0.50 | – | 1.00 | 0.50 | 0.70 (0.60–0.80) | 10 |',
+        '| sampled | gold | helpful | honest | harmless | wins against SFT | KL | seconds | models in memory |\n'
+        '| -- | -- | -- | -- | -- | -- | -- | -- | -- |\n'
+        '| sft | 0.40 | 0.50 | – | 1.00 | 0.50 | 2.00 |  | policy |\n'
+        '| ppo | 0.70 (0.60–0.80) | 0.50 | – | 1.00 | 0.50 | 0.70 (0.60–0.80) | 10 |'
+        ' policy, critic, reward model, reference |',
         '| greedy | gold | helpful | honest | harmless | wins against SFT | KL |\n| -- | -- | -- | -- | -- | -- | -- |\n'
         '| sft | 0.40 | 0.50 | – | 1.00 | 0.50 | 2.00 |\n'
         '| ppo | 0.70 (0.60–0.80) | 0.50 | – | 1.00 | 0.50 | 0.70 (0.60–0.80) |',
