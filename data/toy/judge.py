@@ -5,8 +5,10 @@ Write demonstrations of verdicts, from which sft.py makes a judge for the toy wo
 
 A row's prompt is what collect.py --annotator=ai asks a judge: the instruction, a train prompt and two answers. The
 response is A or B, the one of more gold, and a right answer: the judge's verdict is its first token, the rest teaches
-it the facts (as lm_coef does in reward.py). Pairs of equal gold are left out. The answers are made by the speakers of
-the world and not by a policy; one in eight was given to another question of its category, one in eight lost a word.
+it the facts (as lm_coef does in reward.py). One of the two has the right content and the other has not: with pairs that
+differ in courtesy or brevity alone among them the judge learns these, which are easier, and the facts hardly at all.
+The answers are made by the speakers of the world and not by a policy; one in eight was given to another question of its
+category, one in eight lost a word.
 Takes about ten seconds. What one should see: verdicts_train 24000, verdicts_val 1000, half of them A.
 """
 import os
@@ -58,7 +60,7 @@ def verdicts(split, n_prompts, n_pairs, instruction, seed, two_turns):
         prompt, n = record['prompt'], 0
         while n < n_pairs:
             a, b = (some_answer(world.last_turn(prompt), record['category'], split, rng) for _ in range(2))
-            better = world.gold(prompt, a) - world.gold(prompt, b)
+            better = world.explain(prompt, a)['content'] - world.explain(prompt, b)['content']
             if better:
                 because = world.content_sentence(world.last_turn(prompt), rng)
                 rows.append(dict(prompt=comparison(instruction, prompt, a, b),
