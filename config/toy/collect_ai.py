@@ -1,5 +1,6 @@
 # The same answers as in config/toy/collect.py, ranked by the toy judge; how far it agrees with the simulated person and
-# with the gold score is printed. Answers whose scores are nearer than `tie` are equal: where the two orders disagree, they are.
+# with the gold score is printed. Answers whose scores are at most `tie` apart are equal: those on which the judge's
+# verdicts in the two orders disagree.
 #   python collect.py config/toy/collect_ai.py
 # 95 seconds of one core. What comes of it:
 #   python reward.py config/toy/reward.py --train_data=out/toy/rankings_ai_train.jsonl --out_dir=out/toy/reward_ai
