@@ -204,6 +204,9 @@ def main(cfg):
             os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
             lines = [line for _, line in read_lines(partial)] if cfg.resume else []
             kept = [parse_line(line) for line in lines if line.endswith(b'\n')] # a kill may have cut the last one
+            if any(row.get('repeat') is True for row in kept):
+                fail(f"{partial}: was written by an older version, which did not say whose second ranks these are; "
+                     "wanted it finished by that version, or --overwrite=True")
             kept = kept if by_row else kept[:len(kept) // size(cfg.rows) * size(cfg.rows)]
             write_records(partial, kept)
         except (OSError, ValueError) as e:

@@ -238,14 +238,14 @@ class Run:
         """This process's share of the rows of a batch."""
         return batch[self.rank::self.world_size]
 
-    def parallel(self, model, compile=False, fsdp=False, checkpointing=False):
+    def parallel(self, model, compile=False, fsdp=False, checkpointing=False, unused=False):
         """
         A callable `net('method', *args)` for the model's methods, with gradients averaged over the processes.
         DistributedDataParallel sees only what passes through its forward, so every method goes through it.
 
         fsdp: each process keeps a part of every weight, and later of its gradient and its optimizer's state. A block's
         weights are gathered while it works (fully_shard: Zhao et al. 2023, https://arxiv.org/abs/2304.11277). To be
-        called before the optimizer is made: the parameters are replaced.
+        called before the optimizer is made: the parameters are replaced. unused: a backward pass may leave some out.
         """
         net = Methods(model)
         model.checkpointing = checkpointing
@@ -265,7 +265,7 @@ class Run:
         elif self.world_size > 1:
             ids = [int(self.device.split(':')[1])] if self.device.startswith('cuda') else None
             net = torch.nn.parallel.DistributedDataParallel(
-                net, device_ids=ids, find_unused_parameters=model.value_head is not None) # PPO-ptx's pass needs it not
+                net, device_ids=ids, find_unused_parameters=unused)
         return net
 
     @torch.no_grad()
@@ -543,7 +543,8 @@ def prepare_out_dir(run, cfg):
     user said so. Returns nothing; starts an empty log unless the run is resumed.
     """
     for key in ('init_from', 'policy', 'reward_model', 'teacher'):
-        if hasattr(cfg, key) and os.path.realpath(getattr(cfg, key)) == os.path.realpath(cfg.out_dir):
+        folder = getattr(cfg, key, '')
+        if folder not in ('', 'scratch') and os.path.realpath(folder) == os.path.realpath(cfg.out_dir):
             fail(f"--out_dir={cfg.out_dir}: is --{key} too; wanted another folder: a run needs what it began from")
     if run.is_master:
         try:
@@ -669,9 +670,9 @@ def load_checkpoint(run, cfg, model, optimizers):
         model.load_tensors(*weights)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-        if state['script'] != script_of(cfg):
-            fail(f"--resume=True: the checkpoint in {cfg.out_dir} is one of {state['script']}; wanted one of "
-                 f"{script_of(cfg)}")
+        made_by = state.get('script', 'an older version')
+        if made_by != script_of(cfg):
+            fail(f"--resume=True: the checkpoint in {cfg.out_dir} is one of {made_by}; wanted one of {script_of(cfg)}")
         old, new = state['options'].get('pad_vocab', False), model.config.pad_vocab
         if old != new: # the weights would fit, the optimizer's rows would not
             fail(f"--resume=True: pad_vocab is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")

@@ -147,7 +147,7 @@ def run_stages(todo, cfg):
     path, before = f'{cfg.out_dir}/demo.json', {} # {stage: [its command, when it began, when it ended or null]}
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:
-            before = json.load(f)
+            before = {name: entry for name, entry in json.load(f).items() if len(entry) == 3} # older ones had two parts
     names, todo, record = [name for name, *_ in todo], list(todo), {}
     running, code = {}, 0 # running: {stage: (process, slot)}
 

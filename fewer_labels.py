@@ -11,7 +11,8 @@ somebody to rank them. For every budget N a reward model (config/toy/reward.py, 
     random       N prompts
     diverse      the N prompts whose answers are least alike
     uncertain    the first of the budgets at random; three reward models, trained on these with seeds of their own; and
-                 the prompts that they disagree on most, N in all. The ensemble's labels are part of the budget.
+                 the prompts that they disagree on most, N in all. The ensemble's labels are part of the budget; a few
+                 prompts (some 30 of 2000) come up in both and are ranked twice.
 
 It prints each command before it runs it, reuses what is finished, and writes results.json and fewer_labels.png.
 """
@@ -38,7 +39,7 @@ class Config:
 
     def __post_init__(self):
         seeds, budgets = numbers(self.seeds), numbers(self.budgets)
-        require(self, seeds=(seeds != [], 'numbers, separated by commas'),
+        require(self, seeds=(seeds != [] and len(set(seeds)) == len(seeds), 'numbers, each once, separated by commas'),
                 budgets=(budgets != [] and budgets == sorted(set(budgets) - {0}),
                          'rising numbers above 0, separated by commas'),
                 steps=(self.steps >= 1, 'at least 1'))

@@ -103,16 +103,19 @@ def tensors(rows, block_size):
     return idx, mask, torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
 
 
-def log_probs(model, rows, run):
-    """log pi(y|x) of each row, summed over the answer's tokens, without gradient: (B,) on the CPU."""
+def log_probs(model, rows, run, at_once):
+    """log pi(y|x) of each row, summed over the answer's tokens, no gradient, at_once rows a pass: (B,) on the CPU."""
+    if not rows:
+        return torch.zeros(0)
     with run.autocast():
-        return frozen_logp(model, *(x.to(run.device) for x in tensors(rows, model.config.block_size))).sum(1).cpu()
+        idx, mask, lengths = (x.to(run.device) for x in tensors(rows, model.config.block_size))
+        return frozen_logp(model, idx, mask, lengths, at_once).sum(1).cpu()
 
 
-def estimate_kl(model, reference, rows, run):
+def estimate_kl(model, reference, rows, run, at_once):
     """z0 () on the CPU, from all rows mixed up; each process works on its share of them."""
     others = run.rows(mismatched(rows))
-    pi, ref = (log_probs(m, others, run) for m in (model, reference)) # (B,)
+    pi, ref = (log_probs(m, others, run, at_once) for m in (model, reference)) # (B,)
     return kl_estimate(*(torch.cat(run.gather(x)) for x in (pi, ref)))
 
 
@@ -140,10 +143,10 @@ def describe(rewards, labels, run):
 
 def evaluate(model, reference, rows, cfg, run):
     """The loss and the logged metrics, mean over held-out rows; one z0 for all of them."""
-    model = run.whole(model).eval()
-    z0, total, rewards, labels = estimate_kl(model, reference, rows, run), 0.0, [], []
+    model, at_once = run.whole(model).eval(), cfg.batch_size // cfg.grad_accum
+    z0, total, rewards, labels = estimate_kl(model, reference, rows, run, at_once), 0.0, [], []
     for part in run.rows([rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]):
-        pi, ref = (log_probs(m, part, run) for m in (model, reference)) # (B,)
+        pi, ref = (log_probs(m, part, run, at_once) for m in (model, reference)) # (B,)
         label = torch.tensor([label for *_, label in part]) # (B,)
         loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
         total += loss.item() * len(part)
@@ -163,6 +166,7 @@ def main(cfg):
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
     batches = Batches([len(prompt) + len(answer) for prompt, answer, _ in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
+    at_once = cfg.batch_size // cfg.grad_accum # rows in a pass
     words = max(len(answer) for _, answer, _ in rows)
     memory.check(run, cfg, [model], int(batches.lengths.max()), words, words, [reference])
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
@@ -181,7 +185,7 @@ def main(cfg):
             common.log(run, cfg, step, **evaluate(model, reference, val, cfg, run))
 
         batch = [rows[i] for i in batches.at(step)]
-        z0 = estimate_kl(run.whole(model), reference, batch, run).to(run.device) # (), of the whole batch
+        z0 = estimate_kl(run.whole(model), reference, batch, run, at_once).to(run.device) # (), of the whole batch
 
         loss, rewards, labels = 0.0, [], []
         lengths = [len(prompt) + len(answer) for prompt, answer, _ in batch]
@@ -189,7 +193,7 @@ def main(cfg):
             part = run.rows(part)
             idx, mask, _ = (x.to(run.device) for x in tensors(part, model.config.block_size)) # (B, T), (B, T-1)
             label = torch.tensor([label for *_, label in part], device=run.device) # (B,)
-            ref = log_probs(reference, part, run).to(run.device) # (B,)
+            ref = log_probs(reference, part, run, at_once).to(run.device) # (B,)
             with run.autocast():
                 pi = net('logp', idx, mask).sum(1) # (B,)
             out, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)

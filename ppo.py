@@ -276,7 +276,8 @@ def main(cfg):
                  sampled=min(sampled, 256))
     common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
 
-    nets = dict(policy=run.parallel(models.policy, cfg.compile, cfg.fsdp, cfg.checkpointing))
+    without_critic = cfg.critic == 'shared' and cfg.ptx_coef > 0 # the pass over ptx_data needs no value head
+    nets = dict(policy=run.parallel(models.policy, cfg.compile, cfg.fsdp, cfg.checkpointing, without_critic))
     optimizers = dict(policy=common.make_optimizer(models.policy, cfg, eps=1e-5))
     if cfg.critic == 'separate':
         nets['critic'] = run.parallel(models.critic, cfg.compile, cfg.fsdp, cfg.checkpointing)

@@ -344,11 +344,11 @@ def read_records(path, kind):
     return rows
 
 
-def first_keys(path):
-    """The keys of a file's first row; none where it cannot be read as one: read_records then says why."""
+def first_row(path):
+    """A file's first row; {} where it cannot be read as one: read_records then says why."""
     line = next((line for _, line in read_lines(path) if line.strip()), b'{}')
     try:
-        return parse_line(line).keys()
+        return parse_line(line)
     except ValueError:
         return {}
 
@@ -357,16 +357,18 @@ def is_text_file(path):
     """Whether a file holds plain text (.txt, or rows with `text`) and not demonstrations."""
     if str(path).endswith(('.txt', '.txt.gz')):
         return True
-    return 'text' in first_keys(path)
+    return 'text' in first_row(path)
 
 
 def kind_of(path):
     """The kind of a file's records, told by the keys of its first row; a broken first row passes as "prompts"."""
     if is_text_file(path):
         return 'text'
-    keys = set(first_keys(path))
-    for kind, own in (('unpaired', {'label'}), ('demonstrations', {'messages', 'response'}),
-                      ('comparisons', {'chosen'}), ('rankings', {'responses'}), ('prompts', {'prompt'})):
+    keys = set(first_row(path))
+    if isinstance(first_row(path).get('label'), bool):
+        return 'unpaired'
+    for kind, own in (('demonstrations', {'messages', 'response'}), ('comparisons', {'chosen'}),
+                      ('rankings', {'responses'}), ('prompts', {'prompt'})):
         if keys & own:
             return kind
     if keys:
@@ -487,7 +489,7 @@ def encode_rankings(tok, records, block_size, name='rankings'):
 
 def read_preferences(path):
     """A file of rankings or of comparisons, as ranking records: a comparison is a ranking of two; its margin stays."""
-    if 'chosen' in first_keys(path):
+    if 'chosen' in first_row(path):
         return [r | {'responses': [r['chosen'], r['rejected']], 'ranks': [0, 1]}
                 for r in read_records(path, 'comparisons')]
     return read_records(path, 'rankings')
@@ -516,7 +518,7 @@ def read_unpaired(path):
     A file of unpaired records; or one of rankings or comparisons, taken apart: an answer that beats more of the other
     answers to its prompt than beat it is good, one that is beaten by more is bad, and one in the middle is left out.
     """
-    if 'label' in first_keys(path):
+    if 'label' in first_row(path):
         return read_records(path, 'unpaired')
     rows = []
     for r in read_preferences(path):

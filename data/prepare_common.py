@@ -56,7 +56,7 @@ def find_files(source, repo, names, folders=('',)):
     """
     -> (files, held out files). source: a file, a folder (of which only `folders` are read, at any depth), or '' to
     fetch the files `names` of the data set `repo` from the hub. Where there are both train* and test* or val* files,
-    the latter are held out; otherwise, and whatever their names are, all others are of the first kind.
+    the latter are held out, and others, which may repeat them, are named and not read; else all are of the first kind.
     """
     if source == '':
         files = [Path(fetch_from_hub(repo, name, repo_type='dataset')) for name in names]
@@ -76,10 +76,14 @@ def find_files(source, repo, names, folders=('',)):
         if not file.name.endswith(ENDINGS) and file.suffix in ('.parquet', '.arrow', '.csv', '.zip'):
             fail(f'{file}: wanted JSON or JSON lines ({", ".join(ENDINGS)}); the `datasets` package turns others into '
                  'it: Dataset.to_json')
+    train = [f for f in files if f.name.startswith('train')]
     held_out = [f for f in files if f.name.startswith(('test', 'val'))]
-    if any(f.name.startswith('train') for f in files):
-        return [f for f in files if f not in held_out], held_out
-    return files, []
+    if not (train and held_out):
+        return files, []
+    others = [str(f) for f in files if f not in train + held_out]
+    if others:
+        print(f"not read         {', '.join(others)} (neither train* nor test* or val*)")
+    return train, held_out
 
 
 def read_rows(path):

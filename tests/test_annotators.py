@@ -194,6 +194,14 @@ def test_the_second_opinion_is_of_the_same_row(tmp_path, monkeypatch, first, sai
     assert two['ranks'] == [0, 1] and 'again' not in two
 
 
+def test_second_opinions_of_an_older_version(some, tmp_path, monkeypatch, capsys):
+    """They did not say of which row they are: guessing would mix them up."""
+    monkeypatch.setattr(sys.stdin, 'isatty', lambda: True, raising=False)
+    records(tmp_path / 'out.jsonl.partial', [dict(prompt='Q0', responses=['b', 'a'], ranks=[0, 1], repeat=True)])
+    said = stops(capsys, collect, annotator='human', resume=True, repeat=0.4, **some)
+    assert 'was written by an older version' in said
+
+
 def test_nobody_there(some, capsys):
     assert stops(capsys, collect, annotator='human', **some) == (
         '--annotator=human: stdin is not a terminal, nobody can be asked; --page=True serves a page instead')

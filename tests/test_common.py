@@ -548,9 +548,20 @@ def test_resuming_with_other_options(tmp_path):
 def test_another_script_cannot_go_on(tmp_path, capsys):
     save_step(tmp_path, 1)
     path = str(tmp_path / 'state.pt')
-    torch.save(torch.load(path, weights_only=True) | dict(script='dpo.py'), path)
-    assert one_line(capsys, lambda: loaded_step(tmp_path)) == (
-        f"--resume=True: the checkpoint in {tmp_path} is one of dpo.py; wanted one of test_common.py")
+    state = torch.load(path, weights_only=True)
+    del state['script']
+    for more, name in ((dict(script='dpo.py'), 'dpo.py'), ({}, 'an older version')):
+        torch.save(state | more, path)
+        assert one_line(capsys, lambda: loaded_step(tmp_path)) == (
+            f"--resume=True: the checkpoint in {tmp_path} is one of {name}; wanted one of test_common.py")
+
+
+def test_a_folder_that_is_not_where_it_began(tmp_path, monkeypatch):
+    """No model to begin from, or the word scratch: no folder can be meant."""
+    monkeypatch.chdir(tmp_path)
+    prepare_out_dir(RUN, Config(out_dir='.', init_from=''))
+    prepare_out_dir(RUN, Config(out_dir='scratch', init_from='scratch'))
+    assert os.path.exists('log.jsonl') and os.path.exists('scratch/log.jsonl')
 
 
 def test_small_numbers_survive_the_log(tmp_path):

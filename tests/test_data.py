@@ -407,6 +407,17 @@ def test_held_out_files_make_val(tmp_path, capsys, script):
     assert line_of(capsys.readouterr().out, 'left out', 1, 'prompt is in the test files too')
 
 
+def test_other_files_beside_train_and_test_are_named_and_not_read(tmp_path, capsys):
+    (tmp_path / 'in').mkdir()
+    for name in ('train', 'test', 'all'):
+        lines(tmp_path / 'in' / f'{name}.jsonl', [{'prompt': f'{name}{i}', 'completion': 'a'} for i in range(3)])
+    run(trl, source=tmp_path / 'in', out_dir=tmp_path / 'out')
+    assert f"not read         {tmp_path / 'in' / 'all.jsonl'}" in capsys.readouterr().out
+    assert [r['prompt'] for r in records(tmp_path / 'out', 'prompts', ['train'])] == ['train0', 'train1', 'train2']
+    assert 'out_dir must be another folder than the source' in stops(
+        capsys, trl, source=tmp_path / 'in', out_dir=tmp_path / 'in')
+
+
 def test_a_prompt_asked_most_often_is_not_held_out(tmp_path):
     """30 of 40 rows share a first question: val is to be a fifth of the rows, not three quarters."""
     for seed in range(5):
@@ -642,6 +653,8 @@ class tokens_as_script:
      '[prompt: 47 tokens, 0 learnt]\n### System: 你好\n### Human: Hi\n### Assistant:\n'),
     ({'prompt': 'Hi', 'response': 'Yo', 'label': False}, 'unpaired',
      '[prompt: 28 tokens, 0 learnt]\n### Human: Hi\n### Assistant:\n[bad: 4 tokens, 4 learnt]\n⟦ Yo<|endoftext|>⟧\n'),
+    ({'prompt': 'Hi', 'response': 'Yo', 'label': 'greeting'}, 'demonstrations', # a label of somebody's own
+     '[dialogue: 32 tokens, 4 learnt]\n### Human: Hi\n### Assistant:⟦ Yo<|endoftext|>⟧\n'),
     ({'text': 'Hi'}, 'text', '[text: 3 tokens, 3 learnt]\n⟦Hi<|endoftext|>⟧\n'),
 ])
 def test_peek_shows_the_mask(tmp_path, capsys, row, kind, expected):

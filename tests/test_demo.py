@@ -128,6 +128,14 @@ def test_what_is_not_asked_for_now_stays_known(cfg, monkeypatch):
     assert len(fake.commands) == n + 13
 
 
+def test_an_older_record_counts_as_none(cfg, monkeypatch):
+    fake = Fake(monkeypatch, cfg)
+    os.makedirs('out/two')
+    Path('out/two/demo.json').write_text(json.dumps(dict(data=[['python', 'data/toy/prepare.py'], 3.2])))
+    demo.main(cfg)
+    assert len(fake.commands) == 9
+
+
 def test_results_that_are_not_its_own(cfg, monkeypatch):
     """evaluate.py was run by hand into the same folder: it is run again."""
     fake = Fake(monkeypatch, cfg)

@@ -70,7 +70,8 @@ def test_results_and_figure(ran, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('options, line', [
-    (dict(seeds='1,x'), "seeds must be numbers, separated by commas, got '1,x'"), (dict(seeds='1,,2'), 'numbers'),
+    (dict(seeds='1,x'), "seeds must be numbers, each once, separated by commas, got '1,x'"),
+    (dict(seeds='1,,2'), 'numbers'), (dict(seeds='1,1'), 'each once'),
     (dict(budgets='30,10'), "budgets must be rising numbers above 0, separated by commas, got '30,10'"),
     (dict(budgets='0'), "rising numbers"), (dict(steps=0), 'steps must be at least 1, got 0'),
 ])

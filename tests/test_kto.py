@@ -83,7 +83,10 @@ def test_log_probs_are_those_of_each_row_alone(sft_model):
     model = load_policy(sft_model)
     texts = [('Hi', 'Yo'), ('A', 'longer than that'), ('x', 'y')]
     rows = [(prompt_ids(TOK, p), response_ids(TOK, r)) for p, r in texts]
-    assert log_probs(model, rows, CPU).tolist() == pytest.approx([alone(model, *row) for row in rows], abs=1e-4)
+    for at_once in (64, 1):
+        got = log_probs(model, rows, CPU, at_once).tolist()
+        assert got == pytest.approx([alone(model, *row) for row in rows], abs=1e-4)
+    assert log_probs(model, [], CPU, 1).tolist() == [] # a process without a share
 
 
 def test_what_is_logged():
