@@ -537,6 +537,20 @@ def write_atomic(path, text):
         raise
 
 
+def read_json(path, wanted='a JSON object'):
+    """The JSON object in a file, as a dict; what cannot be read as one ends the program, which says what was `wanted`."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            value = json.load(f)
+    except OSError as e:
+        fail(f"{path}: {e.strerror}; wanted {wanted}")
+    except ValueError as e:
+        fail(f"{path}: not JSON ({e})")
+    if not isinstance(value, dict):
+        fail(f"{path}: not {wanted}")
+    return value
+
+
 def prepare_out_dir(run, cfg):
     """
     Called before any work is done: the folder must be writable, and a checkpoint in it is only ever replaced when the
@@ -593,13 +607,13 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
         state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
     if not run.is_master:
         return
-    log_lines = len(read_log(os.path.join(cfg.out_dir, 'log.jsonl')))
     new = os.path.join(cfg.out_dir, '.saving')
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
         model.save_pretrained(new, tokenizer.eos)
         tokenizer.save(new)
+        log_lines = len(read_log(os.path.join(cfg.out_dir, 'log.jsonl'))) # a resumed run forgets what comes after
         state = dict(step=step, script=script_of(cfg), options=dataclasses.asdict(cfg), log_lines=log_lines, rng=rng,
                      scaler=run.scaler.state_dict(), optimizers=states, **more)
         torch.save(state, os.path.join(new, 'state.pt'))

@@ -31,8 +31,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from common import fail, launch, require, write_atomic
-from model import read_json
+from common import fail, launch, read_json, require, write_atomic
 
 DEFAULT = 'out/toy' # where the files in config/toy point
 RANKINGS = ['collect train', 'collect test']
@@ -146,8 +145,7 @@ def run_stages(todo, cfg):
     os.makedirs(cfg.out_dir, exist_ok=True)
     path, before = f'{cfg.out_dir}/demo.json', {} # {stage: [its command, when it began, when it ended or null]}
     if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            before = {name: entry for name, entry in json.load(f).items() if len(entry) == 3} # older ones had two parts
+        before = {name: entry for name, entry in read_json(path).items() if len(entry) == 3} # older ones had two parts
     names, todo, record = [name for name, *_ in todo], list(todo), {}
     running, code = {}, 0 # running: {stage: (process, slot)}
 
@@ -203,9 +201,7 @@ def main(cfg):
     if os.path.exists(path) and not {*models} <= read_json(path).get('models', {}).keys():
         os.remove(path) # evaluate.py was run into this folder by hand
     seconds = run_stages(stages(cfg), cfg)
-    with open(path, encoding='utf-8') as f:
-        results = json.load(f)
-    results |= dict(seconds=seconds, seed=cfg.seed)
+    results = read_json(path) | dict(seconds=seconds, seed=cfg.seed)
     if cfg.rounds > 1:
         results['rounds'] = [results['models'][ppo]['gold'] for ppo in ppo_of_rounds(cfg)]
         print('\ngold score of PPO, sampled, by round: ' + ', '.join(f'{gold:.3f}' for gold in results['rounds']))

@@ -36,7 +36,7 @@ from common import check_common, fail, launch, require
 import torch
 
 from model import load_policy, load_reward_model
-from rollout import (check_same_vocabulary, frozen_rewards, in_chunks, pack, pair_agreement, sample_answers,
+from rollout import (check_gold, check_same_vocabulary, frozen_rewards, in_chunks, pack, pair_agreement, sample_answers,
                      score_answers, score_records)
 from tokens import (collate, encode_prompts, load_tokenizer, load_training_set, read_preferences, read_records,
                     write_records)
@@ -346,6 +346,8 @@ def evaluate(cfg, run):
     baseline, reference, K = cfg.baseline, models[cfg.reference or cfg.baseline].to(run.device), cfg.best_of
     block_size = min(model.config.block_size for model in [*models.values(), judge] if model)
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]
+    if cfg.gold:
+        check_gold(records, cfg.prompts)
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
     held_out, quality = [], {}
     if cfg.text:
@@ -359,7 +361,7 @@ def evaluate(cfg, run):
         r = pack(prompts, answers, [[0.0] * len(a) for a in answers], tok.eos).to(run.device)
         texts = [tok.decode(a).removeprefix(' ') for a in answers]
         rewards = frozen_rewards(judge, r.idx, r.lengths).tolist() if judge else []
-        answered[decoding, name] = Answers(texts, rewards, explain(cfg, records, texts) if cfg.gold else [])
+        answered[decoding, name] = Answers(texts, rewards, explain(records, texts) if cfg.gold else [])
         row = table[decoding][name] = describe(r, answered[decoding, name])
         if model is None: # an upper bound (Stiennon et al. 2020, appendix G.3), to the model that was sampled from
             row['kl'] = math.log(K) - (K - 1) / K if reference is models[baseline] else None
@@ -417,13 +419,10 @@ def evaluate(cfg, run):
                 baseline=baseline, reference=cfg.reference or baseline, prompts=len(prompts)), samples
 
 
-def explain(cfg, records, texts):
+def explain(records, texts):
     """The toy world's verdict on each answer, part by part."""
     from data.toy import world
-    try:
-        return [world.explain(record['prompt'], text) for record, text in zip(records, texts)]
-    except ValueError as e:
-        fail(f"--gold={cfg.gold}: {cfg.prompts}: {e}")
+    return [world.explain(record['prompt'], text) for record, text in zip(records, texts)]
 
 
 def rounded(x):

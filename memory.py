@@ -23,17 +23,12 @@ def n_parameters(c):
     block = 12 * C * C + (linear_bias + 2 + norm_bias) * C
     heads = c.value_head * (C + 1) + c.reward_head * C
     final = C * (1 + (c.bias or c.value_head or c.reward_head))
-    return (vocabulary(c) + c.block_size) * C + c.n_layer * block + final + heads
+    return (c.vocab_rows + c.block_size) * C + c.n_layer * block + final + heads
 
 
 def frozen_weights(c, dtype):
     """The weights of a model that is not trained: float32, but linear layers as in Run.freeze."""
     return 4 * n_parameters(c) - (0 if dtype == 'float32' else 2 * n_linear(c))
-
-
-def vocabulary(c):
-    """The rows of the embedding."""
-    return math.ceil(c.vocab_size / 64) * 64 if c.pad_vocab else c.vocab_size
 
 
 def n_linear(c):
@@ -43,7 +38,7 @@ def n_linear(c):
 
 def copies(c, dtype):
     """What autocast makes of the linear layers and the projection onto the vocabulary, in 16 bits, for one pass."""
-    return 0 if dtype == 'float32' else 2 * (n_linear(c) + vocabulary(c) * c.n_embd)
+    return 0 if dtype == 'float32' else 2 * (n_linear(c) + c.vocab_rows * c.n_embd)
 
 
 def kept(c, rows, T, places, words, dtype, sharing=False):
@@ -61,18 +56,18 @@ def kept(c, rows, T, places, words, dtype, sharing=False):
     attention = C * (4 + 5 * h) + 8 + 4 * c.n_head + (T * h if sharing else 0) # 8: ln_1's mean and deviation
     rest = C * (4 + 9 * h) + 8
     last = N * attention + n * (rest + C * h) # C h: the picked output of attention
-    end = n * (C * (4 + h) + 8) + 4 * rows * words * vocabulary(c) # ln_f, what reads it, log-softmax
+    end = n * (C * (4 + h) + 8) + 4 * rows * words * c.vocab_rows # ln_f, what reads it, log-softmax
     return (c.n_layer - 1) * N * (attention + rest), last, end, N * (attention + rest)
 
 
 def activations(c, rows, T, places, words, dtype, checkpointing=False, sharing=False):
     """The most that a forward and a backward pass hold besides weights and gradients; arguments as for `kept`."""
     blocks, last, end, block = kept(c, rows, T, places, words, dtype, sharing)
-    logits = 4 * rows * words * vocabulary(c) # the backward pass begins with their gradient and that of log-softmax
+    logits = 4 * rows * words * c.vocab_rows # the backward pass begins with their gradient and that of log-softmax
     if not checkpointing:
         return copies(c, dtype) + blocks + last + end + 2 * logits
     inputs = 4 * c.n_layer * rows * T * c.n_embd # of all blocks; then all copies, or the end's, or one block at a time
-    projection = copies(c, dtype) and 2 * vocabulary(c) * c.n_embd # its copy
+    projection = copies(c, dtype) and 2 * c.vocab_rows * c.n_embd # its copy
     return inputs + max(copies(c, dtype) + end + logits, projection + end + 2 * logits, block)
 
 
@@ -98,7 +93,7 @@ def needs(trained, frozen, rows, T, places, words, dtype, checkpointing=False, s
                         for c, w in zip(trained, said)),
         kv_cache=kv_cache(trained[0], sampled, T, dtype))
     begin = need['activations'] + need['gradients'] * several # a backward pass frees the ones and makes the others
-    end = need['gradients'] + 8 * vocabulary(trained[0]) * trained[0].n_embd # the embedding's has two parts and a sum
+    end = need['gradients'] + 8 * trained[0].vocab_rows * trained[0].n_embd # the embedding's has two parts and a sum
     sampling = need['kv_cache'] + 4 * n_parameters(trained[0]) * fsdp # measuring, sampling and saving take all weights
     if sampled: # and the pass over the prompts takes one block at a time
         sampling += copies(trained[0], dtype) + kept(trained[0], sampled, T, 1, 0, dtype)[3]

@@ -18,7 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import partial
 
-from common import checkpoint_file, fail
+from common import checkpoint_file, fail, read_json
 
 import torch
 import torch.nn as nn
@@ -39,6 +39,11 @@ class GPTConfig:
     value_head: bool = False # V(s_t) for every position, for PPO's critic
     reward_head: bool = False # one score per sequence, for the reward model
     pad_vocab: bool = False # hold the vocabulary's rows up to a multiple of 64, which GPUs like; seen nowhere outside
+
+    @property
+    def vocab_rows(self):
+        """The rows of the embedding, padding included."""
+        return math.ceil(self.vocab_size / 64) * 64 if self.pad_vocab else self.vocab_size
 
 
 class Attention(nn.Module):
@@ -158,8 +163,7 @@ class GPT(nn.Module):
         self.config = config
         self.checkpointing = False # see through; set by whoever trains
         self.compiled = None # the decoding step, see compile_decoding
-        rows = math.ceil(config.vocab_size / 64) * 64 if config.pad_vocab else config.vocab_size
-        self.wte = nn.Embedding(rows, config.n_embd) # also the output projection
+        self.wte = nn.Embedding(config.vocab_rows, config.n_embd) # also the output projection
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         # the reward model's normalisation needs the final bias, see normalise_rewards, and so does a critic made of it
@@ -407,7 +411,7 @@ class GPT(nn.Module):
         before it is wanted, so that a model and its file are never in memory together.
         """
         path = checkpoint_file(name, 'config.json')
-        hf = read_json(path)
+        hf = read_json(path, "a checkpoint's configuration")
         hf.setdefault('n_positions', 1024)
         missing = [k for k in ('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd')
                    if type(hf.get(k)) is not int or hf[k] < 1]
@@ -484,19 +488,6 @@ class GPT(nn.Module):
             json.dump(hf, f, indent=2)
 
 
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            value = json.load(f)
-    except OSError as e:
-        fail(f"{path}: {e.strerror}; wanted a file of a checkpoint")
-    except ValueError as e:
-        fail(f"{path}: not JSON ({e})")
-    if not isinstance(value, dict):
-        fail(f"{path}: not a checkpoint's configuration")
-    return value
-
-
 def open_weights(name):
     """
     The path of a checkpoint's weights and {tensor's name, less 'transformer.': function that reads it}. Weights are one
@@ -511,7 +502,7 @@ def open_weights(name):
         checkpoint_file(name, 'model.safetensors') # says what is missing
     paths = [path]
     if filename.endswith('.index.json'):
-        files = read_json(path).get('weight_map') # tensor's name: file
+        files = read_json(path, "a checkpoint's index").get('weight_map') # tensor's name: file
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             fail(f"{path}: wanted `weight_map`, the file of every tensor")
         paths = [checkpoint_file(name, file) for file in sorted(set(files.values()))]

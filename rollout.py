@@ -196,9 +196,7 @@ def load_actors(cfg, run, tok, pad_vocab=False, **overrides):
     policy = load_policy(cfg.policy, pad_vocab=pad_vocab, **overrides).to(run.device)
     reward = load_reward_model(cfg.reward_model).to(run.device)
     check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model, tok)
-    if reward.config.block_size < policy.config.block_size:
-        fail(f"--reward_model={cfg.reward_model}: its context is {reward.config.block_size} tokens, the policy's "
-             f"{policy.config.block_size}; wanted one at least as long")
+    check_context(policy, reward, 'reward_model', cfg.reward_model)
     reference = load_policy(cfg.policy, pad_vocab=pad_vocab).to(run.device)
     return policy, run.freeze(reward), run.freeze(reference)
 
@@ -270,3 +268,10 @@ def check_same_vocabulary(model, other, option, folder, tok):
     theirs = load_tokenizer(folder)
     if (theirs.name, theirs.ranks) != (tok.name, tok.ranks):
         fail(f"--{option}={folder}: has a tokenizer of its own; wanted the one of the policy")
+
+
+def check_context(model, other, option, folder, whose="policy's"):
+    """A model that reads whole rows of another one needs a context as long; stops with one line otherwise."""
+    if other.config.block_size < model.config.block_size:
+        fail(f"--{option}={folder}: its context is {other.config.block_size} tokens, the {whose} "
+             f"{model.config.block_size}; wanted one at least as long")

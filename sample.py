@@ -20,7 +20,7 @@ import common
 from common import check_common, fail, launch, require
 
 from model import load_policy, load_reward_model
-from rollout import check_same_vocabulary, score_answers
+from rollout import check_context, check_same_vocabulary, score_answers
 from tokens import SPEAKER, load_tokenizer, prompt_ids, response_ids
 
 STOP = SPEAKER['user'].rstrip() # "### Human:"
@@ -102,9 +102,7 @@ def main(cfg):
     if cfg.reward_model:
         judge = load_reward_model(cfg.reward_model).to(run.device).eval()
         check_same_vocabulary(model, judge, 'reward_model', cfg.reward_model, tok)
-        if judge.config.block_size < model.config.block_size:
-            fail(f"--reward_model={cfg.reward_model}: its context is {judge.config.block_size} tokens, the policy's "
-                 f"{model.config.block_size}; wanted one at least as long")
+        check_context(model, judge, 'reward_model', cfg.reward_model)
     block_size = model.config.block_size
     longest = min(cfg.max_new_tokens, block_size // 2)
     room = block_size - longest # for the prompt

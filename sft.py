@@ -22,12 +22,12 @@ from dataclasses import dataclass
 
 import common
 import memory
-from common import check_common, fail, launch, require
+from common import check_common, launch, require
 
 import torch
 
 from model import GPT, GPTConfig, load_policy
-from rollout import check_same_vocabulary, masked_mean
+from rollout import check_context, check_same_vocabulary, masked_mean
 from tokens import collate, load_tokenizer, load_training_set
 
 
@@ -110,9 +110,7 @@ def load_teacher(cfg, model, tok):
         return None
     teacher = load_policy(cfg.teacher, 'teacher')
     check_same_vocabulary(model, teacher, 'teacher', cfg.teacher, tok)
-    if teacher.config.block_size < model.config.block_size:
-        fail(f"--teacher={cfg.teacher}: its context is {teacher.config.block_size} tokens, the student's "
-             f"{model.config.block_size}; wanted one at least as long")
+    check_context(model, teacher, 'teacher', cfg.teacher, "student's")
     return teacher.eval()
 
 

@@ -12,8 +12,7 @@ import os
 from dataclasses import dataclass
 from statistics import fmean
 
-from common import fail, launch, require
-from model import read_json
+from common import fail, launch, read_json, require
 
 MODELS = { # in memory at once while training
     'base': 'policy', 'sft': 'policy', 'ppo': 'policy, critic, reward model, reference',

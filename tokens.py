@@ -364,8 +364,9 @@ def kind_of(path):
     """The kind of a file's records, told by the keys of its first row; a broken first row passes as "prompts"."""
     if is_text_file(path):
         return 'text'
-    keys = set(first_row(path))
-    if isinstance(first_row(path).get('label'), bool):
+    row = first_row(path)
+    keys = set(row)
+    if isinstance(row.get('label'), bool):
         return 'unpaired'
     for kind, own in (('demonstrations', {'messages', 'response'}), ('comparisons', {'chosen'}),
                       ('rankings', {'responses'}), ('prompts', {'prompt'})):

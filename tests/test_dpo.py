@@ -6,22 +6,12 @@ import torch
 
 import dpo
 from dpo import dpo_loss, hinge_loss, ipo_loss, orpo_loss, pair_loss, reference_logp, simpo_loss, sum_or_mean
-from tiny import (COMPARISONS, RANKINGS, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
+from tiny import (COMPARISONS, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
                   assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops)
 
 
 def T(values):
     return torch.tensor(values, requires_grad=True)
-
-
-@pytest.fixture
-def sft_model(tmp_path):
-    return checkpoint(tmp_path / 'sft')
-
-
-@pytest.fixture
-def data(tmp_path):
-    return records(tmp_path / 'rankings.jsonl', RANKINGS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

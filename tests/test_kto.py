@@ -11,7 +11,7 @@ import kto
 from common import Run, read_log
 from kto import describe, kl_estimate, kto_loss, log_probs, mismatched, tensors
 from model import load_policy
-from tiny import (COMPARISONS, FAST, RANKINGS, ROOT, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops,
+from tiny import (COMPARISONS, FAST, ROOT, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops,
                   assert_resumes_exactly, assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, losses,
                   records, run, stops)
 from tokens import Batches, prompt_ids, read_unpaired, response_ids
@@ -21,16 +21,6 @@ CPU = Run('cpu', 'float32')
 
 def T(values):
     return torch.tensor(values, requires_grad=True)
-
-
-@pytest.fixture
-def sft_model(tmp_path):
-    return checkpoint(tmp_path / 'sft')
-
-
-@pytest.fixture
-def data(tmp_path):
-    return records(tmp_path / 'rankings.jsonl', RANKINGS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

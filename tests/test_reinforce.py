@@ -16,8 +16,8 @@ from model import GPT
 from reinforce import advantages, roll_out, update
 from rollout import kl_k1, kl_k3, masked_mean, pack, policy_loss
 from tiny import (ANSWERS, BED_TOK, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes,
-                  assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly, bed, by_hand, checkpoint,
-                  enumerated, gradients, has_checkpoint, records, run, stops, weights)
+                  assert_ctrl_c_resumes_exactly, assert_resumes_exactly, bed, by_hand, checkpoint, enumerated,
+                  has_checkpoint, records, run, stops, weights)
 
 KINDS = ['reinforce', 'rloo', 'grpo']
 

@@ -16,16 +16,6 @@ from tokens import prompt_ids, response_ids
 T = torch.tensor
 
 
-@pytest.fixture
-def sft_model(tmp_path):
-    return checkpoint(tmp_path / 'sft')
-
-
-@pytest.fixture
-def data(tmp_path):
-    return records(tmp_path / 'rankings.jsonl', RANKINGS)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the losses; -log sigmoid(x) = log(1 + e^-x): 1 -> 0.313262, 0 -> 0.693147, 2 -> 0.126928, -0.5 -> 0.974077
 

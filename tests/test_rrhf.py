@@ -20,16 +20,6 @@ def T(values, requires_grad=False):
     return torch.tensor(values, requires_grad=requires_grad)
 
 
-@pytest.fixture
-def sft_model(tmp_path):
-    return checkpoint(tmp_path / 'sft')
-
-
-@pytest.fixture
-def data(tmp_path):
-    return records(tmp_path / 'rankings.jsonl', RANKINGS)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
 

@@ -1,7 +1,5 @@
 """sft.py: the loss by hand, resuming bit for bit, micro-batches, and what is refused."""
-import json
 import math
-import os
 
 import pytest
 import torch
@@ -9,8 +7,8 @@ import torch
 import sft
 from model import GPT
 from sft import distillation_loss, sft_loss
-from tiny import (DEMONSTRATIONS, ROOT, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
-                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, losses, records, run, stops,
+from tiny import (DEMONSTRATIONS, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
+                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops,
                   weights)
 from tokens import Tokenizer, prompt_ids
 
