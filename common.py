@@ -538,7 +538,7 @@ def write_atomic(path, text):
 
 
 def read_json(path, wanted='a JSON object'):
-    """The JSON object in a file, as a dict; what cannot be read as one ends the program, which says what was `wanted`."""
+    """The JSON object in a file, as a dict; what cannot be read as one ends the program, naming what was `wanted`."""
     try:
         with open(path, encoding='utf-8') as f:
             value = json.load(f)
