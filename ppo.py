@@ -1,49 +1,49 @@
-"""
-Proximal policy optimisation from a reward model, with a penalty for leaving the reference.
+"""Train a policy by proximal policy optimisation (PPO) from a reward model.
 
 PPO: Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE: Schulman et al. 2016,
-https://arxiv.org/abs/1506.02438. For language models: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and
-Ouyang et al. 2022 (InstructGPT), https://arxiv.org/abs/2203.02155. Four models: the policy, the critic (it starts as
-the reward model), the reward model, and the reference (the policy before training, frozen).
+https://arxiv.org/abs/1506.02438. For language models: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang
+et al. 2022 (InstructGPT), https://arxiv.org/abs/2203.02155. Four models: the policy, the critic (it starts as the
+reward model), the reward model, and the reference (the policy before training, frozen).
 
     python ppo.py config/toy/ppo.py
-    python ppo.py config/toy/ppo.py --kl_coef=0.1 --critic=shared --out_dir=out/toy/ppo_shared
+    python ppo.py config/toy/ppo.py --critic=shared --out_dir=out/toy/ppo_shared
 
 One iteration:
     1. roll out: sample answers to a batch of prompts at temperature 1, no top-k or top-p, recording log pi_old
     2. score: r(x, y) from the reward model, less a penalty where an answer does not end
-    3. reward per token: -beta * (log pi_old - log pi_ref), plus r(x, y) on the last token
+    3. reward per token: the KL penalty -beta * (log pi_old - log pi_ref), plus the score on the last token
     4. advantages by GAE from the critic's values, whitened
     5. several epochs of the clipped surrogate and the clipped value loss
 
-Differs from InstructGPT: the score's shift and gain are in the reward model's weights (see reward.py), and an answer
-that does not end loses a fixed amount instead of scoring -1.
+Differs from InstructGPT: the score's shift and gain are in the reward model's weights (see reward.py). An answer that
+does not end loses a fixed amount; the code of Ziegler et al. scores it -1.
 """
 
+from collections import namedtuple
 from dataclasses import dataclass
 
-import common
-import memory
-from common import check_common, fail, launch, require
+from common.batches import Batches, collate, encode_prompts, load_training_set, split_by_tokens
+from common.checkpoints import load_checkpoint, load_reward_model, load_weights, prepare_out_dir, save_checkpoint
+from common.options import TrainOptions, fail, launch, require
+from common.records import read_records
+from common.rollout import (describe, describe_critic, frozen_logp, frozen_rewards, frozen_values, kl_k1, load_actors,
+                            load_gold, masked_mean, mean_gold, micro_batches, minibatches, pack, ratio_stats,
+                            sample_answers, whiten)
+from common.run import start, stop
+from common.tokens import load_tokenizer
+from common.training import Means, check_finite, finish_step, lr_at, make_optimizer, optimizer_step, training_bar
 
 import torch
 
-from model import load_reward_model
-from rollout import (check_gold, frozen_values, kl_k1, load_actors, masked_mean, micro_batches, policy_loss,
-                     ratio_stats, sample_and_score, whiten)
-from tokens import Batches, collate, encode_prompts, load_tokenizer, load_training_set, read_records
-
-
 @dataclass
-class Config:
+class Config(TrainOptions):
     out_dir: str = 'out/ppo' # the checkpoint
     policy: str = 'out/sft' # where the policy starts, a folder or a model on the hub; also the reference
     reward_model: str = 'out/reward' # a folder or a model on the hub
-    pad_vocab: bool = False # vocabulary rows up to a multiple of 64 while training: GPUs like that; saved without them
     prompts: str = '' # prompt records
     max_new_tokens: int = 64 # longest answer, EOS included
     critic: str = 'separate' # separate: a model of its own; shared: a value head on the policy
-    kl_coef: float = 0.05 # beta, the price of a nat of KL
+    kl_coef: float = 0.05 # beta, the weight of the KL penalty, per nat
     kl_target: float = 0.0 # above 0: adapt beta so that the KL per answer comes to this many nats (Ziegler et al. 2.2)
     kl_horizon: int = 10000 # answers over which beta adapts
     missing_eos_penalty: float = 1.0 # taken off the score of an answer that does not end
@@ -71,25 +71,11 @@ class Config:
     grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
     save_every: int = 50 # iterations between checkpoints; 0 = only at the end
     log_every: int = 1
-    gold: str = '' # toy: also log the toy world's gold score, which the policy never sees
-    seed: int = 1
-    device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
-    compile: bool = False # torch.compile of the updates: pays off after minutes
-    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
-    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
-    resume: bool = False # go on from the checkpoint in out_dir
-    overwrite: bool = False # replace the checkpoint in out_dir
+    gold: str = '' # MODULE:FUNCTION: also log this score, which the policy never sees, as in data.toy.world:gold
 
     def __post_init__(self):
-        check_common(self)
-        for key in ('kl_coef', 'kl_target', 'missing_eos_penalty', 'clip', 'value_clip', 'value_coef', 'entropy_coef',
-                    'early_stop_kl', 'ptx_coef', 'critic_lr'):
-            require(self, **{key: (getattr(self, key) >= 0, 'at least 0')})
-        for key in ('max_steps', 'minibatches', 'ptx_batch_size'):
-            require(self, **{key: (getattr(self, key) >= 1, 'at least 1')})
-        require(self, prompts=(self.prompts != '', 'a file of prompts'),
-                gold=(self.gold in ('', 'toy'), 'toy or empty'),
+        super().__post_init__()
+        require(self, prompts=(self.prompts != '', 'a file of prompts'), max_steps=(self.max_steps >= 1, 'at least 1'),
                 critic=(self.critic in ('separate', 'shared'), 'separate or shared'),
                 gamma=(0 <= self.gamma <= 1, 'between 0 and 1'), lam=(0 <= self.lam <= 1, 'between 0 and 1'),
                 kl_coef=(self.kl_coef > 0 or self.kl_target == 0, 'above 0 with kl_target, which multiplies it'),
@@ -97,11 +83,12 @@ class Config:
                             'at least batch_size * minibatches, the answers of an iteration'),
                 ptx_data=((self.ptx_data != '') == (self.ptx_coef > 0), 'given together with ptx_coef'))
 
-
 def token_rewards(scores, kl, mask, kl_coef):
-    """
-    Reward per token (B, T-1): -beta * kl_t everywhere, plus the answer's score on its last token (Ziegler et al. 2019,
-    equation 2). scores: (B,). kl: (B, T-1) log pi_old - log pi_ref. mask: (B, T-1), 1 = answer, EOS included.
+    """Return the reward per token (B, T-1) (Ziegler et al. 2019, equation 2).
+
+        r_t = -beta * (log pi_old - log pi_ref)_t, plus r(x, y) at the answer's last token
+
+    scores: (B,). kl: (B, T-1) log pi_old - log pi_ref. mask: (B, T-1), 1 = answer, EOS included.
     """
     t = torch.arange(mask.size(1), device=mask.device)
     last = (t * mask).argmax(1) # (B,) position of the last counted token, be it EOS or where the answer was cut off
@@ -109,15 +96,13 @@ def token_rewards(scores, kl, mask, kl_coef):
     rewards[torch.arange(len(rewards), device=mask.device), last] += scores
     return rewards
 
-
 def gae(rewards, values, mask, gamma, lam):
-    """
-    Generalised advantage estimation, Schulman et al. 2016, equations 11, 12 and 16:
+    """Estimate advantages and returns by GAE (Schulman et al. 2016, equations 11, 12 and 16).
 
         delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}          return_t = A_t + V_t
 
-    with V and A 0 after the answer's last token. All (B, T); mask is 1 on one contiguous stretch per row.
-    Returns advantages and returns, (B, T) each, 0 outside the mask.
+    V and A are 0 after the answer's last token. All (B, T-1); mask is 1 on one contiguous stretch per row. Returns
+    advantages and returns, (B, T-1) each, 0 outside the mask.
     """
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0]) # (B,)
@@ -127,189 +112,182 @@ def gae(rewards, values, mask, gamma, lam):
         next_value, next_advantage = values[:, t] * mask[:, t], advantages[:, t]
     return advantages, (advantages + values) * mask
 
+def policy_loss(logp, old_logp, advantages, mask, clip):
+    """Return the clipped surrogate () (Schulman et al. 2017, equation 7, negated).
+
+        ratio = pi / pi_old        L = mean over counted tokens of -min(ratio A, clamp(ratio, 1 - clip, 1 + clip) A)
+
+    All (B, T-1). At ratio 1 its gradient is that of -A log pi: plain REINFORCE (Williams 1992).
+    """
+    ratio = ((logp - old_logp) * mask).exp() # (B, T-1), 1 outside the mask
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.max(unclipped, clipped), mask) # max(-a, -b) = -min(a, b)
 
 def value_loss(values, old_values, returns, mask, clip):
+    """Return the clipped value loss () (Huang et al. 2022, The 37 implementation details of PPO, detail 9).
+
+        V_clipped = V kept within clip of V_old    L = mean over counted tokens of 1/2 max((V - R)^2, (V_clipped - R)^2)
+
+    V_old is the value at the time of sampling, R the return. All (B, T-1).
     """
-    Clipped value loss: the mean () over counted tokens of 1/2 max((V - R)^2, (V_clipped - R)^2), where V_clipped is V
-    kept within `clip` of the value at the time of sampling. All (B, T). From the reference implementations of PPO
-    (Huang et al. 2022, The 37 implementation details of PPO, detail 9).
-    """
-    clipped = old_values + (values - old_values).clamp(-clip, clip) # (B, T)
+    clipped = old_values + (values - old_values).clamp(-clip, clip) # (B, T-1)
     return masked_mean(0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
-
 def adapt_kl_coef(kl_coef, kl, target, n, horizon):
-    """Ziegler et al. 2019, section 2.2: raise beta while the KL per answer is above target; n answers were sampled."""
+    """Adapt beta to the KL per answer (Ziegler et al. 2019, section 2.2).
+
+        e = clamp(KL / target - 1, -0.2, 0.2)          beta <- beta (1 + e n / horizon), n answers were sampled
+
+    The paper has a constant K = 0.1 for n / horizon.
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * n / horizon)
 
-
-@dataclass
-class Models:
-    """The four models; the critic is the policy itself where it is shared."""
-    policy: torch.nn.Module
-    critic: torch.nn.Module
-    reward: torch.nn.Module
-    reference: torch.nn.Module
-
+Models = namedtuple('Models', 'policy critic reward reference') # a shared critic is the policy itself
 
 def load_models(cfg, run, tok):
+    """Load the four models; a separate critic starts as the reward model, its value head as the reward head."""
     shared = cfg.critic == 'shared'
-    policy, reward, reference = load_actors(cfg, run, tok, cfg.pad_vocab, value_head=shared)
-    critic = policy
-    if shared and not policy.config.bias: # the value head brings a final bias, which no policy's checkpoint has
-        policy.ln_f.bias.requires_grad_(False)
-    if not shared: # its value head starts as the reward head
-        critic = load_reward_model(cfg.reward_model, value_head=True).to(run.device)
-        critic.reward_head, critic.config.reward_head = None, False
+    policy, reward, reference = load_actors(cfg, run, tok, value_head=shared)
+    if shared:
+        if not policy.config.bias: # the value head brings a final bias, which a saved policy has not
+            policy.ln_f.bias.requires_grad_(False)
+        return Models(policy, policy, reward, reference)
+    critic = load_reward_model(cfg.reward_model, value_head=True).to(run.device)
+    critic.reward_head, critic.config.reward_head = None, False # its value head took over
     return Models(policy, critic, reward, reference)
 
+def ppo_loss(models, b, cfg, run):
+    """Return the loss (), its metrics, and the largest |ratio - 1| (); b: part of the batch.
 
-def roll_out(models, prompts, questions, tok, cfg, kl_coef, run):
+        L = policy_loss + value_coef value_loss - entropy_coef entropy          (Schulman et al. 2017, equation 9)
     """
-    Steps 1 to 4 for prompts (lists of ids) and the records they come from. Returns a batch of tensors, idx (B, T) and
-    the rest (B, T-1), the rows' lengths (B,), and what was measured.
-    """
-    # 1. sample, and record log pi_old while sampling; 2. score
-    rolls, ref_logp, scores, measured = sample_and_score(models.policy, models.reward, models.reference, prompts,
-                                                         questions, tok, cfg, run)
-    mask, lengths = rolls.mask, rolls.lengths # (B, T-1), (B,)
+    idx, mask, shared = b['idx'], b['mask'], models.critic is models.policy # (B, T), (B, T-1)
     with run.autocast():
-        values = frozen_values(run.whole(models.critic), rolls.idx, mask, lengths) # (B, T-1)
-    # 3. reward per token
-    kl = kl_k1(rolls.logp, ref_logp) * mask # (B, T-1)
-    rewards = token_rewards(scores, kl, mask, kl_coef) # (B, T-1)
+        logp, entropy, values = models.policy.logp_entropy_values(idx, mask, cfg.entropy_coef > 0) # (B, T-1) each
+        values = values if shared else models.critic.values(idx, mask)
+    pg_loss = policy_loss(logp, b['old_logp'], b['advantages'], mask, cfg.clip)
+    vf_loss = value_loss(values, b['old_values'], b['returns'], mask, cfg.value_clip)
+    loss = pg_loss + (cfg.value_coef if shared else 1.0) * vf_loss # a separate critic has an optimizer of its own
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * masked_mean(entropy, mask)
+    largest, stats = ratio_stats(logp, b['old_logp'], mask, cfg.clip)
+    stats |= dict(loss=loss, policy_loss=pg_loss, value_loss=vf_loss,
+                  value_clipfrac=masked_mean(((values - b['old_values']).abs() > cfg.value_clip).float(), mask))
+    return loss, stats, largest
+
+def ptx_backward(policy, examples, cfg, run):
+    """Add the gradient of PPO-ptx (Ouyang et al. 2022, InstructGPT, equation 2, second term, negated).
+
+        L = -ptx_coef * mean over the tokens of examples (ids, mask) of log pi
+    """
+    parts = split_by_tokens(examples, [len(ids) for ids, _ in examples], cfg.grad_accum, run.world_size)
+    micro = [collate(run.rows(part)) for part in parts] # (B, T), (B, T-1) each
+    n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
+    for idx, mask in micro:
+        with run.autocast():
+            logp = policy.logp(idx.to(run.device), mask.to(run.device)) # (B, T-1), 0 where mask is
+        run.backward(-cfg.ptx_coef * logp.sum() / n_tokens)
+
+def roll_out(models, prompts, questions, tok, cfg, kl_coef, run, gold=None):
+    """Make steps 1 to 4 for prompts, lists of ids.
+
+    questions: the same prompts as text, which only the gold score reads. Returns a batch of tensors, idx (B, T) and the
+    rest (B, T-1), the rows' lengths (B,), and metrics.
+    """
+    # 1. roll out: sample answers at temperature 1, recording log pi_old
+    with run.autocast():
+        answers, logps = sample_answers(run.whole(models.policy), prompts, tok, cfg.max_new_tokens)
+    rolls = pack(prompts, answers, logps, tok.eos).to(run.device)
+    idx, mask, old_logp, lengths = rolls.idx, rolls.mask, rolls.logp, rolls.lengths # (B, T), (B, T-1) twice, (B,)
+    with run.autocast():
+        ref_logp = frozen_logp(models.reference, idx, mask, lengths, cfg.batch_size // cfg.grad_accum) # (B, T-1)
+        values = frozen_values(run.whole(models.critic), idx, mask, lengths) # (B, T-1)
+        reward = frozen_rewards(models.reward, idx, lengths) # (B,)
+    # 2. score: less a penalty where an answer does not end
+    scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (B,)
+    # 3. reward per token: the KL's price everywhere, the score on the last token
+    rewards = token_rewards(scores, kl_k1(old_logp, ref_logp), mask, kl_coef) # (B, T-1)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, run) + masked_mean(rewards, mask, run) * mask
-    # 4. advantages
+    # 4. advantages by GAE, whitened
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam) # (B, T-1) each
-    batch = dict(idx=rolls.idx, mask=mask, old_logp=rolls.logp, old_values=values, returns=returns,
+    batch = dict(idx=idx, mask=mask, old_logp=old_logp, old_values=values, returns=returns,
                  advantages=whiten(advantages, mask, run))
-
-    mean = lambda x: masked_mean(x, mask, run)
-    variance = lambda x: mean((x - mean(x)) ** 2)
-    measured |= dict(
-        values=mean(values), returns=mean(returns), returns_std=variance(returns).sqrt(),
-        explained_variance=1 - variance(returns - values) / variance(returns).clamp(min=1e-8))
+    measured = describe(rolls, ref_logp, reward, scores, run) | describe_critic(values, returns, mask, run)
+    if gold:
+        measured['gold'] = mean_gold(gold, questions, answers, tok)
     return batch, lengths, measured
 
+def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
+    """Make step 5 on one iteration's answers, as roll_out returns them; return means over the updates.
 
-def update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx):
+    first_ratio: the largest |ratio - 1| before the first update, 0 but for rounding unless sampling and scoring differ.
     """
-    Step 5: epochs of minibatches over one iteration's answers, as roll_out returns them. Returns means over the mask
-    and over the updates; first_ratio is the largest |ratio - 1| before the first update: 0 but for rounding, unless
-    sampling and scoring disagree.
-    """
-    totals, n_updates, norms, first_ratio = {}, 0, [], 0.0
-    lr, critic_lr = common.lr_at(step, cfg), common.lr_at(step, cfg, cfg.critic_lr)
-    for rows in (rows for _ in range(cfg.epochs) for rows in torch.randperm(len(lengths)).chunk(cfg.minibatches)):
-        measured = {}
+    updates, norms, first_ratio, lr = [], [], 0.0, lr_at(step, cfg)
+    # 5. several epochs of the clipped surrogate and the clipped value loss
+    for rows in minibatches(len(lengths), cfg):
+        means = Means()
         for b, share in micro_batches(batch, lengths, rows.to(run.device), cfg.grad_accum, run):
-            idx, mask, old_logp = b['idx'], b['mask'], b['old_logp'] # (B, T), (B, T-1), (B, T-1)
-            with run.autocast():
-                if cfg.critic == 'shared':
-                    logp, entropy, values = nets['policy']('logp_entropy_values', idx, mask, cfg.entropy_coef > 0)
-                else:
-                    logp, entropy = nets['policy']('logp_and_entropy', idx, mask, cfg.entropy_coef > 0)
-                    values = nets['critic']('masked_values', idx, mask) # (B, T-1)
-            pg_loss = policy_loss(logp, old_logp, b['advantages'], mask, cfg.clip)
-            vf_loss = value_loss(values, b['old_values'], b['returns'], mask, cfg.value_clip)
-            loss = pg_loss + (cfg.value_coef if cfg.critic == 'shared' else 1.0) * vf_loss
-            if cfg.entropy_coef:
-                loss = loss - cfg.entropy_coef * masked_mean(entropy, mask)
+            loss, measured, largest = ppo_loss(models, b, cfg, run)
             run.backward(loss * share)
-
-            with torch.no_grad():
-                far, stats = ratio_stats(logp, old_logp, mask, cfg.clip)
-                if n_updates == 0:
-                    first_ratio = max(first_ratio, far.item())
-                now = stats | dict(loss=loss, policy_loss=pg_loss, value_loss=vf_loss, value_clipfrac=masked_mean(
-                    ((values - b['old_values']).abs() > cfg.value_clip).float(), mask))
-                measured = {k: measured.get(k, 0.0) + v * share for k, v in now.items()}
-
-        measured = {k: run.sum(v).item() for k, v in measured.items()}
-        common.check_finite('the loss', measured['loss'], step + 1, cfg.out_dir)
-        totals = {k: totals.get(k, 0.0) + v for k, v in measured.items()}
-        n_updates += 1
-        if cfg.early_stop_kl and measured['approx_kl'] > cfg.early_stop_kl:
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
+            means.add(measured, share)
+            first_ratio = first_ratio if updates else max(first_ratio, largest.item())
+        updates.append(means.sum(run))
+        check_finite(cfg, step, 'the loss', updates[-1]['loss'])
+        if cfg.early_stop_kl and updates[-1]['approx_kl'] > cfg.early_stop_kl:
+            models.policy.zero_grad(), models.critic.zero_grad() # this update is not made
             break
         if ptx:
-            ptx_step = step * cfg.epochs * cfg.minibatches + n_updates - 1
-            examples = ptx.at(ptx_step)
-            parts = common.split_by_tokens(examples, [len(ids) for ids, _ in examples], cfg.grad_accum, run.world_size)
-            micro = [collate(run.rows(part)) for part in parts] # (B, T), (B, T-1) each
-            n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
-            for idx, mask in micro:
-                with run.autocast():
-                    logp = nets['policy']('logp', idx.to(run.device), mask.to(run.device)) # (B, T-1), 0 where mask is
-                run.backward(-cfg.ptx_coef * logp.sum() / n_tokens)
-        norms.append(common.optimizer_step(optimizers['policy'], models.policy, lr, cfg.grad_clip, run.scaler,
-                                           cfg.critic == 'shared')) # else the critic steps last
-        common.check_finite('the gradient norm', norms[-1], step + 1, cfg.out_dir)
-        if cfg.critic == 'separate':
-            norm = common.optimizer_step(optimizers['critic'], models.critic, critic_lr, cfg.grad_clip, run.scaler)
-            common.check_finite("the critic's gradient norm", norm, step + 1, cfg.out_dir)
-    return {k: v / n_updates for k, v in totals.items()} | dict(
-        grad_norm=sum(norms) / max(1, len(norms)), first_ratio=max(run.gather(first_ratio)), updates=len(norms))
-
+            ptx_backward(models.policy, ptx.at(step * cfg.epochs * cfg.minibatches + len(updates) - 1), cfg, run)
+        last = 'critic' not in optimizers # a separate critic steps after the policy
+        norms.append(optimizer_step(run, cfg, step, models.policy, optimizers['policy'], lr, last))
+        if 'critic' in optimizers:
+            optimizer_step(run, cfg, step, models.critic, optimizers['critic'], lr_at(step, cfg, cfg.critic_lr))
+    return {k: sum(line[k] for line in updates) / len(updates) for k in updates[0]} | dict(
+        grad_norm=sum(norms) / max(1, len(norms)), first_ratio=max(run.gather(first_ratio)), updates=len(norms), lr=lr)
 
 def main(cfg):
-    run = common.start(cfg)
+    run = start(cfg)
     tok = load_tokenizer(cfg.policy)
-    if cfg.ptx_coef and cfg.ptx_batch_size < run.world_size * cfg.grad_accum:
-        fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {run.world_size * cfg.grad_accum}, processes x "
-             "grad_accum")
+    if cfg.ptx_coef and cfg.ptx_batch_size < (least := run.world_size * cfg.grad_accum):
+        fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {least}, processes x grad_accum")
     models = load_models(cfg, run, tok)
-    questions = read_records(cfg.prompts, 'prompts')
-    if cfg.gold:
-        check_gold(questions, cfg.prompts)
-    prompts = encode_prompts(tok, questions, models.policy.config.block_size - cfg.max_new_tokens)
-    batches = Batches([0] * len(prompts), cfg.batch_size * cfg.minibatches, cfg.seed) # in random order
+    records = read_records(cfg.prompts, 'prompts')
+    gold = load_gold(cfg.gold, records, cfg.prompts)
+    block_size, n = models.policy.config.block_size, cfg.batch_size * cfg.minibatches # n answers an iteration
+    prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
+    batches = Batches([0] * len(prompts), n, cfg.seed) # of equal lengths: in random order
     ptx = None
     if cfg.ptx_coef:
-        ptx, _ = load_training_set(cfg.ptx_data, tok, models.policy.config.block_size, cfg.ptx_batch_size, cfg.seed)
-    trained = [models.policy, models.critic] if cfg.critic == 'separate' else [models.policy]
-    T, sampled = max(map(len, prompts)) + cfg.max_new_tokens, cfg.batch_size * cfg.minibatches // run.world_size
-    memory.check(run, cfg, trained, T, cfg.max_new_tokens, cfg.max_new_tokens, [models.reward, models.reference],
-                 sampled=min(sampled, 256))
-    common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
+        ptx, _ = load_training_set(cfg.ptx_data, tok, block_size, cfg.ptx_batch_size, cfg.seed)
+    prepare_out_dir(run, cfg)
 
-    without_critic = cfg.critic == 'shared' and cfg.ptx_coef > 0 # the pass over ptx_data needs no value head
-    nets = dict(policy=run.parallel(models.policy, cfg.compile, cfg.fsdp, cfg.checkpointing, without_critic))
-    optimizers = dict(policy=common.make_optimizer(models.policy, cfg, eps=1e-5))
-    if cfg.critic == 'separate':
-        nets['critic'] = run.parallel(models.critic, cfg.compile, cfg.fsdp, cfg.checkpointing)
-        optimizers['critic'] = common.make_optimizer(models.critic, cfg, eps=1e-5)
-    state = common.load_checkpoint(run, cfg, models.policy, optimizers)
+    trained = dict(policy=models.policy) | (dict(critic=models.critic) if cfg.critic == 'separate' else {})
+    for model in trained.values():
+        run.prepare(model, cfg)
+    optimizers = {name: make_optimizer(model, cfg, eps=1e-5) for name, model in trained.items()}
+    state = load_checkpoint(run, cfg, models.policy, optimizers)
     if state and cfg.critic == 'separate':
-        common.load_weights(models.critic, state['critic'])
-    first = state['step'] if state else 0
+        load_weights(models.critic, state['critic'])
     kl_coef = state['kl_coef'] if state and cfg.kl_target else cfg.kl_coef # adapted from step to step
 
     def save(step):
         critic = run.whole(models.critic).state_dict() if cfg.critic == 'separate' else {}
-        common.save_checkpoint(run, cfg, models.policy, tok, step, optimizers, critic=critic, kl_coef=kl_coef)
+        save_checkpoint(run, cfg, models.policy, tok, step, optimizers, critic=critic, kl_coef=kl_coef)
 
-    bar = common.training_bar(run, cfg, first)
+    bar = training_bar(run, cfg, state)
     for step in bar:
         chosen = run.rows(batches.at(step))
         batch, lengths, measured = roll_out(models, [prompts[i] for i in chosen],
-                                            [questions[i]['prompt'] for i in chosen], tok, cfg, kl_coef, run)
-        measured = {k: (run.sum(v) / run.world_size).item() for k, v in measured.items()}
-        updates = update(models, nets, optimizers, batch, lengths, cfg, run, step, ptx)
-        done = step + 1
-        if done % cfg.log_every == 0 or done == cfg.max_steps:
-            common.log(run, cfg, done, **measured, **updates, kl_coef=kl_coef, lr=common.lr_at(step, cfg))
-            bar.set_postfix(reward=f"{measured['reward']:.3f}", kl=f"{measured['kl']:.2f}",
-                            ended=f"{measured['ended']:.2f}")
+                                            [records[i]['prompt'] for i in chosen], tok, cfg, kl_coef, run, gold)
+        measured = {k: (run.sum(v) / run.world_size).item() for k, v in measured.items()} | dict(kl_coef=kl_coef)
+        measured |= update(models, optimizers, batch, lengths, cfg, run, step, ptx)
         if cfg.kl_target:
-            n = cfg.batch_size * cfg.minibatches
             kl_coef = adapt_kl_coef(kl_coef, measured['kl'], cfg.kl_target, n, cfg.kl_horizon)
-        common.save_if_due(run, cfg, done, save)
-    common.stop(run)
-
+        finish_step(run, cfg, bar, step + 1, measured, ['reward', 'kl', 'ended'], save)
+    stop(run)
 
 if __name__ == '__main__':
     launch(main, Config)

@@ -1,37 +1,35 @@
-"""
-The reward model: a language model whose head gives one score to a prompt and its answer, read off the last token, and
-trained so that the answer that people preferred scores higher.
+"""Train a reward model: it scores a prompt and its answer by one number.
 
-Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, and Ouyang et al. 2022 (InstructGPT),
-https://arxiv.org/abs/2203.02155, equation 1: K ranked answers make all their K(K-1)/2 pairs, in one batch.
+The score is read off the last token. Training makes the answer that people preferred score higher: Stiennon et al.
+2020, https://arxiv.org/abs/2009.01325, and equation 1 of Ouyang et al. 2022 (InstructGPT),
+https://arxiv.org/abs/2203.02155. K ranked answers make all their K(K-1)/2 pairs, in one batch.
 
     python reward.py config/toy/reward.py
     python reward.py --init_from=out/hh/sft --train_data=data/hh_rlhf/comparisons_train.jsonl
 
-With --lm_coef the model goes on learning to write the preferred answers while it learns to score, which keeps what it
-knows: the text-generation regularisation of Yang et al. 2024 (GRM), https://arxiv.org/abs/2406.10216, section 3.
+With --lm_coef the model keeps predicting the preferred answers, which preserves its knowledge: text-generation
+regularisation, Yang et al. 2024 (GRM), https://arxiv.org/abs/2406.10216, section 3.
 
-Differs from InstructGPT: ties make no pair; the final shift and gain (mean 0, standard deviation 1 on the training
-answers, which the SFT model wrote; Ziegler et al. 2019) are folded into the weights.
+Differs from InstructGPT: ties make no pair. The final shift and gain are folded into the weights (mean 0, standard
+deviation 1 on training answers; Ziegler et al. 2019).
 """
 
 import sys
 from dataclasses import dataclass
 
-import common
-import memory
-from common import check_common, launch, require
+from common.batches import Batches, collate_answers, load_rankings, split, split_by_tokens, to_table
+from common.checkpoints import load_checkpoint, load_policy, load_weights, log, prepare_out_dir, save_checkpoint
+from common.options import TrainOptions, launch, require
+from common.rollout import pair_agreement, score_packed
+from common.run import start, stop
+from common.tokens import load_tokenizer
+from common.training import Means, finish_step, make_optimizer, take_step, training_bar
 
 import torch
 import torch.nn.functional as F
 
-from model import load_policy
-from rollout import pair_agreement
-from tokens import Batches, collate_answers, encode_rankings, load_tokenizer, read_ranked, to_table
-
-
 @dataclass
-class Config:
+class Config(TrainOptions):
     out_dir: str = 'out/reward' # the checkpoint
     init_from: str = 'out/sft' # the SFT model: a folder, or a model on the hub
     dropout: float = 0.0
@@ -48,45 +46,35 @@ class Config:
     beta2: float = 0.99 # AdamW
     grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
     eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
-    save_every: int = 500 # steps between checkpoints; 0 = only at the end
-    log_every: int = 10
     lm_coef: float = 0.0 # above 0: weight of the cross-entropy on each prompt's best answers, see the docstring
     normalise_on: int = 500 # training prompts whose answers are to score mean 0, standard deviation 1 in the end
-    seed: int = 1
-    device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
-    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
-    compile: bool = False # torch.compile: pays off after minutes
-    checkpointing: bool = False # work activations out again in the backward pass: less memory, more time
-    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
-    resume: bool = False # go on from the checkpoint in out_dir
-    overwrite: bool = False # replace the checkpoint in out_dir
 
     def __post_init__(self):
-        check_common(self)
+        super().__post_init__()
         require(self, train_data=(self.train_data != '', 'a file of rankings or comparisons'),
                 lm_coef=(self.lm_coef >= 0, 'at least 0'), normalise_on=(self.normalise_on >= 1, 'at least 1'),
                 dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'))
 
-
 def bradley_terry_loss(chosen, rejected, margin=None):
-    """
-    Bradley and Terry 1952: P(chosen is preferred) = sigmoid(chosen - rejected). Returns -log of it, the mean ().
+    """Return the mean () of -log P(chosen is preferred), by Bradley and Terry 1952.
 
-    chosen, rejected: (B,) scores. margin: (B,) or None; how much better the chosen one was found, which then has to
-    be exceeded (Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288, equation 2).
+        P(chosen is preferred) = sigmoid(chosen - rejected)
+
+    chosen, rejected: (B,) scores. margin: (B,) or None, how much better chosen was found. The difference then has to
+    exceed it (Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288, equation 2).
     """
     difference = chosen - rejected # (B,)
     if margin is not None:
         difference = difference - margin
     return -F.logsigmoid(difference).mean()
 
-
 def ranking_loss(scores, ranks):
-    """
-    InstructGPT, equation 1: for each prompt the mean over its pairs of -log sigmoid(score_w - score_l), w ranked above
-    l; then the mean () over the prompts that have a pair.
+    """Return the loss () over all pairs of ranked answers (Ouyang et al. 2022, InstructGPT, equation 1).
 
-    scores: (B, K). ranks: (B, K) integers, 0 = best; ties make no pair; -1 marks an answer that is not there.
+        L = mean over prompts of  mean over its pairs, w ranked above l, of  -log sigmoid(score_w - score_l)
+
+    scores: (B, K). ranks: (B, K) integers, 0 = best; -1 marks an answer that is not there. Ties make no pair. A prompt
+    without a pair does not count.
     """
     there = ranks >= 0
     better = ((ranks[:, :, None] < ranks[:, None, :]) & there[:, :, None] & there[:, None, :]).float() # (B, K, K)
@@ -95,70 +83,99 @@ def ranking_loss(scores, ranks):
     per_prompt = (losses * better).sum((1, 2)) / n_pairs.clamp(min=1) # (B,)
     return per_prompt.sum() / (n_pairs > 0).sum().clamp(min=1)
 
-
 @torch.no_grad()
+def normalise_rewards(model, mean, std):
+    """Make model.rewards() return (score - mean) / std from now on.
+
+    The gain goes into the reward head. The shift goes into the final layer norm's bias along the head's direction w:
+    w·(shift w / w·w) = shift. So the checkpoint needs no extra numbers, and other tools compute the same scores.
+    """
+    w = model.reward_head.weight[0] # (C,)
+    w /= std
+    model.ln_f.bias -= (mean / std) * w / w.dot(w)
+
 def score_rows(model, rows, run):
-    """Scores of all answers of rows (prompt, [answers], ranks), a flat list in their order."""
+    """Score all answers of rows, a flat list in their order; each process scores its share of the rows."""
+    parts = split(rows, max(1, len(rows) // 32))
     model.eval()
-    parts, mine = common.split(rows, max(1, len(rows) // 32)), {}
-    for i in run.rows(range(len(parts))): # each process takes its share
-        with run.autocast():
-            mine[i] = model.answer_rewards(collate_answers(parts[i]).to(run.device)).tolist()
+    scores = run.merge({i: score_packed(model, parts[i], run).tolist() for i in run.rows(range(len(parts)))})
     model.train()
-    scores = run.merge(mine)
     return [score for i in range(len(parts)) for score in scores[i]]
 
+def evaluate(model, rows, run):
+    """Measure the share of held-out pairs that are ordered as preferred.
 
-def evaluate(model, rows, records, run):
+    val_accuracy: by the model. val_ceiling: by the annotator's own noise-free scores, where the records have them.
+    val_shorter_wins: by length, the shorter one first.
     """
-    Held-out agreement with the preferences, of the model and of two references: {name: share of pairs}.
-
-    ceiling: the annotator's own noise-free scores, where the records have them. shorter_wins: take the shorter answer.
-    """
-    flat = score_rows(run.whole(model), rows, run)
-    points, start = {}, 0
-    for (_, answers, ranks), record in zip(rows, records):
-        guesses = {'accuracy': flat[start:start + len(answers)], 'ceiling': record.get('scores'),
-                   'shorter_wins': [-len(text) for text in record['responses']]}
-        start += len(answers)
+    flat, points, start = score_rows(run.whole(model), rows, run), {}, 0
+    for row in rows:
+        guesses = dict(val_accuracy=flat[start:start + len(row.answers)], val_ceiling=row.record.get('scores'),
+                       val_shorter_wins=[-len(text) for text in row.record['responses']])
+        start += len(row.answers)
         for name, scores in guesses.items():
             if scores is not None:
-                right, n = pair_agreement(scores, ranks)
+                right, n = pair_agreement(scores, row.ranks)
                 total = points.setdefault(name, [0, 0])
                 total[0], total[1] = total[0] + right, total[1] + n
     return {name: right / max(1, n) for name, (right, n) in points.items()}
 
+def margin_of(row):
+    """Return how much better chosen was found than rejected, 0 for rankings."""
+    return float(row.record.get('margin', 0.0)) if 'chosen' in row.record else 0.0
 
-def load_data(path, tok, block_size, name):
-    """Encoded rows (prompt, [answers], ranks) and the records they come from, those left out by length excepted."""
-    records = read_ranked(path)
-    numbered = [r | {'ranks': i} for i, r in enumerate(records)] # the encoder passes them through
-    rows = encode_rankings(tok, numbered, block_size, name)
-    return [(p, answers, records[i]['ranks']) for p, answers, i in rows], [records[i] for _, _, i in rows]
+def update(model, optimizer, rows, cfg, run, step, margins=False):
+    """Take one optimizer step on rows of ranked answers; return its metrics.
 
+    Every prompt of the whole batch weighs the same, and with lm_coef every token of the best answers, n in all:
+
+        L = ranking_loss - lm_coef / n * sum of log pi of these tokens
+
+    margins: the training set has some, and the loss is bradley_terry_loss.
+    """
+    best = lambda row: [rank == min(row.ranks) for rank in row.ranks]
+    n_best = sum(len(answer) for row in rows for answer, is_best in zip(row.answers, best(row)) if is_best) # tokens
+    means, right, n_pairs = Means(), 0.0, 0
+    for part in split_by_tokens(rows, [row.length for row in rows], cfg.grad_accum, run.world_size):
+        part = run.rows(part)
+        learnt = torch.tensor([is_best and cfg.lm_coef > 0 for row in part for is_best in best(row)]) # (N,)
+        answers = collate_answers(part).learnt(learnt).to(run.device) # N answers to B prompts
+        with run.autocast():
+            logp, scores = model.answers(answers) # (N,) each, logp of the best answers alone
+        better, worse = scores[answers.pairs].unbind(1) # one entry per pair
+        if margins:
+            margin = torch.tensor([margin_of(row) for row in part], device=run.device) # (B,), one pair each
+            loss = bradley_terry_loss(better, worse, margin)
+        else:
+            ranks = torch.tensor([rank for row in part for rank in row.ranks], device=run.device) # (N,)
+            loss = ranking_loss(to_table(scores, part, 0.0), to_table(ranks, part, -1)) # (B, K) each
+        loss = loss * len(part) / len(rows)
+        if cfg.lm_coef:
+            loss = loss - cfg.lm_coef * logp.sum() / n_best
+        run.backward(loss)
+        means.add(dict(loss=loss), 1.0)
+        right, n_pairs = right + (better > worse).sum(), n_pairs + len(better)
+    measured = means.sum(run) | dict(accuracy=(run.sum(right) / run.sum(n_pairs)).item())
+    return take_step(run, cfg, step, model, optimizer, measured)
 
 def main(cfg):
-    run = common.start(cfg)
+    run = start(cfg)
     tok = load_tokenizer(cfg.init_from)
     model = load_policy(cfg.init_from, 'init_from', reward_head=True, dropout=cfg.dropout).to(run.device)
-    block_size = model.config.block_size
-
-    rows, records = load_data(cfg.train_data, tok, block_size, 'train')
-    val = load_data(cfg.val_data, tok, block_size, 'val') if cfg.val_data else None
-    margins = [float(r.get('margin', 0.0)) if 'chosen' in r else 0.0 for r in records] # comparisons alone have one
-    batches = Batches([len(p) + sum(map(len, answers)) for p, answers, _ in rows], cfg.batch_size, cfg.seed)
+    rows = load_rankings(cfg.train_data, tok, model.config.block_size, 'train')
+    val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val')
+    margins = any(map(margin_of, rows))
+    batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
-    K = max(len(answers) for _, answers, _ in rows)
-    words = max(sum(map(len, answers)) for _, answers, _ in rows) if cfg.lm_coef else 0 # learnt in one row, at most
-    memory.check(run, cfg, [model], int(batches.lengths.max()), K + words, words, sharing=True)
-    common.prepare_out_dir(run, cfg) # once all input is read: what is wrong with it costs no old checkpoint
+    prepare_out_dir(run, cfg)
 
-    net = run.parallel(model, cfg.compile, cfg.fsdp, cfg.checkpointing)
-    optimizer = common.make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
-    state = common.load_checkpoint(run, cfg, model, dict(policy=optimizer))
-    if state and state['before_normalising']: # the run had come to its end: go on from the scores it trained
-        common.load_weights(model, state['before_normalising'])
-    first = state['step'] if state else 0
+    run.prepare(model, cfg)
+    optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
+    state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
+    if state and state['before_normalising']: # the run had ended: resume from its scores before normalising
+        load_weights(model, state['before_normalising'])
+
+    measure = lambda: evaluate(model, val, run)
 
     def save(step):
         whole, before = run.whole(model), {}
@@ -166,64 +183,20 @@ def main(cfg):
             changed = ('reward_head.weight', 'ln_f.bias')
             before = {k: v.clone() for k, v in whole.state_dict().items() if k in changed}
             scores = torch.tensor(score_rows(whole, rows[:cfg.normalise_on], run))
-            if not scores.std() > 1e-6: # one text alone, or a model that has fallen silent
+            if not scores.std() > 1e-6: # only one text, or a model that scores all alike
                 print(f"error: the scores of the training answers do not differ, they cannot be normalised; nothing "
                       f"was saved since the last checkpoint in {cfg.out_dir}", file=sys.stderr)
                 raise SystemExit(1)
-            whole.normalise_rewards(scores.mean(), scores.std())
-        common.save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
+            normalise_rewards(whole, scores.mean(), scores.std())
+        save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
 
-    bar = common.training_bar(run, cfg, first)
+    bar = training_bar(run, cfg, state)
     for step in bar:
         if val and cfg.eval_every and step % cfg.eval_every == 0:
-            common.log(run, cfg, step, val_accuracy=evaluate(model, *val, run)['accuracy'])
-
-        batch = batches.at(step)
-        # tokens of every prompt's best answers, in the whole batch
-        n_best = sum(len(a) for i in batch for a, rank in zip(*rows[i][1:]) if rank == min(rows[i][2]))
-        loss = right = n_pairs = 0.0
-        for part in common.split_by_tokens(batch, batches.lengths[batch], cfg.grad_accum, run.world_size):
-            part = run.rows(part)
-            some = [rows[i] for i in part]
-            answers = collate_answers(some) # N answers to B prompts
-            best = torch.tensor([r == min(ranks) for _, _, ranks in some for r in ranks]) # (N,)
-            answers = answers.learnt(best).to(run.device)
-            with run.autocast():
-                if cfg.lm_coef:
-                    scores, logp = net('answer_rewards_and_logp', answers) # (N,) each, logp of the best answers alone
-                else:
-                    scores = net('answer_rewards', answers) # (N,)
-            better, worse = scores[answers.pairs].unbind(1) # one entry per pair
-            if any(margins):
-                margin = torch.tensor([margins[i] for i in part], device=run.device) # (B,), comparisons: one pair each
-                loss_part = bradley_terry_loss(better, worse, margin)
-            else:
-                ranks = torch.tensor([r for _, _, ranks in some for r in ranks], device=run.device) # (N,)
-                loss_part = ranking_loss(to_table(scores, some, 0.0), to_table(ranks, some, -1)) # (B, K) each
-            loss_part = loss_part * len(part) / len(batch) # every prompt of the batch weighs the same
-            if cfg.lm_coef: # and every token of the best answers
-                loss_part = loss_part - cfg.lm_coef * logp.sum() / n_best
-            run.backward(loss_part)
-            loss += loss_part.detach()
-            right, n_pairs = right + (better > worse).sum(), n_pairs + len(better)
-        loss, lr = run.sum(loss).item(), common.lr_at(step, cfg)
-        common.check_finite('the loss', loss, step + 1, cfg.out_dir)
-        grad_norm = common.optimizer_step(optimizer, model, lr, cfg.grad_clip, run.scaler)
-        common.check_finite('the gradient norm', grad_norm, step + 1, cfg.out_dir)
-
-        done = step + 1
-        if done % cfg.log_every == 0 or done == cfg.max_steps:
-            accuracy = (run.sum(right) / run.sum(n_pairs)).item()
-            common.log(run, cfg, done, loss=loss, accuracy=accuracy, lr=lr, grad_norm=grad_norm)
-            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.3f}")
-        if done == cfg.max_steps and val:
-            measured = evaluate(model, *val, run)
-            common.log(run, cfg, done, **{'val_' + k: v for k, v in measured.items()})
-            text = ", ".join(f"{k} {v:.3f}" for k, v in measured.items())
-            common.say(run, bar, "held-out pairs ordered as preferred: " + text)
-        common.save_if_due(run, cfg, done, save)
-    common.stop(run)
-
+            log(run, cfg, step, val_accuracy=measure()['val_accuracy'])
+        measured = update(model, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step, margins)
+        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure if val else None)
+    stop(run)
 
 if __name__ == '__main__':
     launch(main, Config)

@@ -1,79 +1,72 @@
-"""
-What the prepare.py of every data set shares: its files, found on disk or fetched from the hub; their rows; a count of
-what became of each; the split into train and val; and the records, written only once everything is known to be good.
+"""Prepare a data set: find files, read and count rows, split, write.
 
 A prepare.py turns a row into an Item (the records it gives) or raises ValueError with the reason why it gives none.
-Nothing is dropped in silence: what is left out and what is cut is counted and printed under its reason, and the first
-few are named by file and line. The same input and seed give the same files.
+`counts` says what happened to rows: {('read', file) or ('left out', reason) or ('cut', reason): places}, a place being
+FILE:LINE. Records are written as KIND_train.jsonl and KIND_val.jsonl, once everything is known to be good. The same
+input and seed give the same files.
 """
+
 import hashlib
-from collections import Counter
-from dataclasses import dataclass, field
+import http.client
+import urllib.request
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
-from common import fail, fetch_from_hub, require
-from tokens import check_record, check_row, parse_json, parse_line, read_lines, write_records
+from common.options import fail, require
+from common.records import check_record, check_row, parse_json, parse_line, read_lines, write_records
+from common.weights import fetch_from_hub
 
 KINDS = ('text', 'demonstrations', 'comparisons', 'rankings', 'unpaired', 'prompts')
 ENDINGS = ('.jsonl', '.jsonl.gz', '.json', '.json.gz')
 
-
 @dataclass
 class Item:
-    """What one row of a data set gives."""
-    group: object # items of equal group, mostly those with one prompt, never stand in different splits
+    """Hold the records that one row of a data set gives."""
+    group: object # items of equal group, mostly those with one prompt, are never in different splits
     records: dict # kind -> list of records
-    cut: list = field(default_factory=list) # why parts of the row were dropped, one reason a part
+    cut: tuple = () # why parts of the row were dropped, one reason a part
     place: str = '' # FILE:LINE, set by `read`
 
-
 @dataclass
-class Counts:
-    """How many rows were read, and under which reasons some were left out or cut: {reason: [FILE:LINE, …]}."""
-    read: int = 0
-    files: Counter = field(default_factory=Counter) # rows by file
-    left_out: dict = field(default_factory=dict)
-    cut: dict = field(default_factory=dict)
+class PrepareOptions:
+    """Say what is read and how it is split. A prepare.py adds `out_dir` and its own."""
+    source: str = '' # a file (.json, .jsonl, also .gz) or a folder that holds some; empty = from the hub
+    val_fraction: float = 0.05 # share of the different prompts that makes val, where there are no test files
+    seed: int = 1337 # which prompts these are
 
-    def leave_out(self, reason, place):
-        self.left_out.setdefault(str(reason), []).append(place)
+    def __post_init__(self):
+        require(self, val_fraction=(0 < self.val_fraction < 1, 'between 0 and 1'), seed=(self.seed >= 0, 'at least 0'),
+                out_dir=(not self.source or Path(self.out_dir).resolve() != Path(self.source).resolve(),
+                         'another folder than the source, or the next run would read its own output'))
 
-    def cut_off(self, reason, place):
-        self.cut.setdefault(reason, []).append(place)
+# ---- files and rows ---------------------------------------------------------------------------------------------
 
-
-def check_options(cfg):
-    """The range checks that all prepare.py share."""
-    require(cfg, val_fraction=(0 < cfg.val_fraction < 1, 'between 0 and 1'), seed=(cfg.seed >= 0, 'at least 0'),
-            out_dir=(not cfg.source or Path(cfg.out_dir).resolve() != Path(cfg.source).resolve(),
-                     'another folder than the source, or what is written would be read the next time'))
-
-# -----------------------------------------------------------------------------
-# files and rows
-
+def fetch(url):
+    """Fetch a text over https. A failure ends the program with one line."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.read().decode()
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        reason = ' '.join(str(getattr(e, 'reason', e)).split())[:200]
+        fail(f'{url}: cannot be fetched ({reason}); without a network, get a copy of it and name it by --source=FILE')
 
 def find_files(source, repo, names, folders=('',)):
+    """Return a data set's files and its held-out files.
+
+    source: a file, a folder (of which only `folders` are read, at any depth), or '' for the files `names` of `repo` on
+    the hub. Beside train*, test* and val* files are held out, and others, which may repeat them, are not read.
     """
-    -> (files, held out files). source: a file, a folder (of which only `folders` are read, at any depth), or '' to
-    fetch the files `names` of the data set `repo` from the hub. Where there are both train* and test* or val* files,
-    the latter are held out, and others, which may repeat them, are named and not read; else all are of the first kind.
-    """
-    if source == '':
-        files = [Path(fetch_from_hub(repo, name, repo_type='dataset')) for name in names]
-    elif Path(source).is_file():
-        files = [Path(source)]
-    else:
-        files = []
-        for folder in (Path(source) / name for name in folders):
-            if not folder.is_dir():
-                fail(f'--source={source}: wanted a file ({", ".join(ENDINGS)}) or a folder that holds some, '
-                     f'{folder} is neither')
-            here = sorted(f for f in folder.rglob('*') if f.name.endswith(ENDINGS))
-            if not here:
-                fail(f'--source={source}: wanted a folder with {", ".join(ENDINGS)} files, found none in {folder}')
-            files += here
+    files = [] if source else [Path(fetch_from_hub(repo, name, repo_type='dataset')) for name in names]
+    for path in [Path(source) / folder for folder in folders] if source else ():
+        here = [path] if path.is_file() else sorted(f for f in path.rglob('*') if f.name.endswith(ENDINGS))
+        if not here:
+            fail(f'--source={source}: wanted a file ({", ".join(ENDINGS)}) or a folder that holds some, '
+                 + (f'found none in {path}' if path.is_dir() else f'{path} is neither'))
+        files += here
     for file in files:
-        if not file.name.endswith(ENDINGS) and file.suffix in ('.parquet', '.arrow', '.csv', '.zip'):
+        if file.suffix in ('.parquet', '.arrow', '.csv', '.zip'):
             fail(f'{file}: wanted JSON or JSON lines ({", ".join(ENDINGS)}); the `datasets` package turns others into '
                  'it: Dataset.to_json')
     train = [f for f in files if f.name.startswith('train')]
@@ -85,14 +78,10 @@ def find_files(source, repo, names, folders=('',)):
         print(f"not read         {', '.join(others)} (neither train* nor test* or val*)")
     return train, held_out
 
-
 def read_rows(path):
-    """
-    Yield (place, row) of a file of JSON lines, or of one that is a JSON array. row is None where there is no JSON
-    object of whole characters; an array that is broken as a whole ends the program.
-    """
-    begin = next((line.strip() for _, line in read_lines(path) if line.strip(b'\xef\xbb\xbf \t\r\n')), b'')
-    if begin.removeprefix(b'\xef\xbb\xbf').startswith(b'['):
+    """Yield (place, row) of a file, JSON lines or an array. A malformed row is None."""
+    begin = next(filter(None, (line.strip(b'\xef\xbb\xbf \t\r\n') for _, line in read_lines(path))), b'') # no BOM
+    if begin.startswith(b'['):
         try:
             rows = parse_json(b''.join(line for _, line in read_lines(path)), 'a JSON array of objects')
         except ValueError as error:
@@ -107,61 +96,58 @@ def read_rows(path):
             row = None
         yield place, row
 
-
-def rows_of(files, counts):
-    """Yield the (place, row) of all files; a malformed row is counted as left out."""
-    for file in files:
-        for place, row in read_rows(file):
-            counts.files[str(file)] += 1
-            if row is None:
-                counts.read += 1
-                counts.leave_out('malformed row', place)
-            else:
+def read(files, parse, join, counts):
+    """Turn the rows of files into Items by join and parse. Those that give no valid record are left out."""
+    def rows():
+        for file in files:
+            for place, row in read_rows(file):
+                counts['read', str(file)].append(place)
                 yield place, row
 
-
-def read(rows, parse, counts):
-    """(place, row), … -> the Items that parse(row) makes of them; what is no valid record is counted as left out."""
     items = []
-    for place, row in rows:
-        counts.read += 1
+    for place, row in join(rows()):
         try:
+            if row is None:
+                raise ValueError('malformed row')
             item = parse(row)
             for kind, records in item.records.items():
                 for record in records:
                     check_record(record, kind)
         except ValueError as reason:
-            counts.leave_out(reason, place)
+            counts['left out', str(reason)].append(place)
             continue
         for reason in item.cut:
-            counts.cut_off(reason, place)
+            counts['cut', reason].append(place)
         item.place = place
         items.append(item)
     return items
 
-# -----------------------------------------------------------------------------
-# conversations
-
+# ---- prompts and answers ----------------------------------------------------------------------------------------
 
 def clean(text):
-    """Text without white space around it; only ASCII's, since scripts have their own, with a meaning of its own."""
+    """Strip ASCII's white space around a text. Other scripts have their own, with a meaning."""
     if not isinstance(text, str):
         raise ValueError('malformed row')
     return text.strip(' \t\r\n')
 
-
 def as_prompt(messages):
-    """Messages that end in a user's turn -> a record's `prompt`: a lone user turn is a plain string."""
+    """Turn messages into a record's `prompt`. A user turn alone becomes a string."""
     return messages[0]['content'] if [m['role'] for m in messages] == ['user'] else messages
 
+def preference(messages, chosen, rejected, **more):
+    """Turn messages and two answers into an Item: comparison, demonstration, prompt."""
+    prompt = as_prompt(messages)
+    return Item(prompt, {'comparisons': [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | more],
+                         'demonstrations': [{'prompt': prompt, 'response': chosen}], 'prompts': [{'prompt': prompt}]})
 
 def conversation(messages):
+    """Turn messages into an Item of one demonstration and one prompt.
+
+    Every answer is learnt. Answers before the first question and turns after the last answer are cut off. The rest has
+    to alternate.
     """
-    Messages -> an Item: a demonstration of every answer, and as prompt all that comes before the last one. Answers
-    before the first question and turns after the last answer are cut off; ValueError where the rest does not alternate.
-    """
-    n_system = next((i for i, m in enumerate(messages) if m['role'] != 'system'), len(messages))
-    system, turns, cut = messages[:n_system], messages[n_system:], []
+    system = list(takewhile(lambda m: m['role'] == 'system', messages))
+    turns, cut = messages[len(system):], []
     while turns and turns[0]['role'] == 'assistant':
         turns = turns[1:]
         cut.append('an answer before the first question')
@@ -173,92 +159,83 @@ def conversation(messages):
     if any(m['role'] != ('user', 'assistant')[i % 2] for i, m in enumerate(turns)) or not all(
             m['content'].strip() for m in messages):
         raise ValueError('turns do not alternate, or one is empty')
-    messages = system + turns
-    prompt = as_prompt(messages[:-1])
+    prompt = as_prompt(system + turns[:-1])
+    demonstration = {'messages': system + turns}
     if isinstance(prompt, str):
-        demonstration = {'prompt': prompt, 'response': messages[-1]['content']}
-    else:
-        demonstration = {'messages': messages}
+        demonstration = {'prompt': prompt, 'response': turns[-1]['content']}
     return Item(turns[0]['content'], {'demonstrations': [demonstration], 'prompts': [{'prompt': prompt}]}, cut)
 
-
 def n_user_turns(record):
-    turns = record.get('messages', record.get('prompt'))
+    turns = record.get('messages') or record['prompt']
     return 1 if isinstance(turns, str) else sum(m['role'] == 'user' for m in turns)
 
-# -----------------------------------------------------------------------------
-# splits and output
-
+# ---- splits and output ------------------------------------------------------------------------------------------
 
 def split(items, held_out, cfg, counts):
-    """
-    -> (train, val). Without held out items a share val_fraction of the different groups is val, chosen by a hash
-    of the seed and the group; a group that alone holds more than this share of the items stays in train. With held
-    out items, those of train that share a group with one of them are left out.
-    """
-    def key(item): # groups in a fixed random order; equal groups have equal keys
-        return hashlib.sha256(f'{cfg.seed} {item.group}'.encode()).digest()
+    """Split items into train and val.
 
-    if held_out:
-        val_keys = {key(item) for item in held_out}
-        for item in items:
-            if key(item) in val_keys:
-                counts.leave_out('prompt is in the test files too', item.place)
-        return [item for item in items if key(item) not in val_keys], held_out
+    Without held-out items a share val_fraction of the groups is val, chosen by a hash of the seed and the group. A
+    group that alone holds more than this share of the items stays in train. With held-out items, their groups do not.
+    """
+    key = lambda item: hashlib.sha256(f'{cfg.seed} {item.group}'.encode()).digest() # groups in a fixed random order
     sizes = Counter(map(key, items))
     largest = max(cfg.val_fraction * len(items), min(sizes.values(), default=0))
     val_keys = [k for k in sorted(sizes) if sizes[k] <= largest][:max(1, round(cfg.val_fraction * len(sizes)))]
-    val_keys = set(val_keys)
-    return [i for i in items if key(i) not in val_keys], [i for i in items if key(i) in val_keys]
-
+    val_keys = {*map(key, held_out)} or {*val_keys}
+    train, val = [i for i in items if key(i) not in val_keys], [i for i in items if key(i) in val_keys]
+    if held_out:
+        counts['left out', 'prompt is in the test files too'] += [i.place for i in val]
+    return {'train': train, 'val': held_out or val}
 
 def report(counts, n_kept, unit, known):
-    """Print what was read, left out, cut and kept. known: {end of a file's path: the rows that one should see}."""
-    for file, n in counts.files.items():
-        wanted = next((f'; one should see {n_known}' for name, n_known in known.items() if file.endswith(name)), '')
-        print(f'read     {n:6d}  rows of {file}{wanted}')
-    for word, reasons in (('left out', counts.left_out), ('cut     ', counts.cut)):
-        for reason, places in sorted(reasons.items(), key=lambda x: -len(x[1])):
+    """Print the counts."""
+    of = lambda what: {reason: places for (word, reason), places in counts.items() if word == what and places}
+    for file, places in of('read').items():
+        wanted = next((f'; expected: {n}' for name, n in known.items() if file.endswith(name)), '')
+        print(f'read     {len(places):6d}  rows of {file}{wanted}')
+    for what in ('left out', 'cut'):
+        for reason, places in sorted(of(what).items(), key=lambda x: -len(x[1])):
             more = ', …' if len(places) > 3 else ''
-            print(f"{word} {len(places):6d}  {reason}\n{'':17s}{', '.join(places[:3])}{more}")
-    print(f'kept     {n_kept:6d}  of {counts.read} {unit} in {len(counts.files)} file(s)')
+            print(f"{what:8s} {len(places):6d}  {reason}\n{'':17s}{', '.join(places[:3])}{more}")
+    n_read = n_kept + sum(map(len, of('left out').values()))
+    print(f"kept     {n_kept:6d}  of {n_read} {unit} in {len(of('read'))} file(s)")
 
+def write(files, out_dir):
+    """Write {split: {kind: records}} as KIND_SPLIT.jsonl. Name those that an earlier run left there."""
+    paths = {out_dir / f'{kind}_{name}.jsonl': records for name in files for kind, records in files[name].items()}
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for path, records in paths.items():
+            if records:
+                write_records(path, records)
+    except OSError as error:
+        fail(f'--out_dir={out_dir}: cannot be written: {error.strerror}')
+    old = sorted(path.name for path, records in paths.items() if not records and path.exists())
+    print(f'written to {out_dir}' + (f"; there from an earlier run: {', '.join(old)}" if old else ''))
 
-def write_splits(items, held_out, cfg, counts, unit='rows', known={}):
+def prepare(cfg, parse, repo, names, folders=('',), unit='rows', known={}, join=iter, finish=list):
+    """Find, read, split and write a data set. Return {split: {kind: records}}.
+
+    repo, names, folders: see find_files. known: {end of a file's path: its rows}. join: turns (place, row), … into
+    what is parsed, each a `unit`. finish: changes the Items of train or val. Each different prompt is written once.
     """
-    The last step of every prepare.py: split the items, print the counts, write KIND_SPLIT.jsonl for the kinds there
-    are. Each different prompt is written once. Returns {split: {kind: records}}.
-    """
-    splits = dict(zip(('train', 'val'), split(items, held_out, cfg, counts)))
+    counts = defaultdict(list)
+    items, held_out = (finish(read(files, parse, join, counts))
+                       for files in find_files(cfg.source, repo, names, folders))
+    splits = split(items, held_out, cfg, counts)
     report(counts, sum(map(len, splits.values())), unit, known)
     if not all(splits.values()):
         sizes = ' and '.join(f'{len(part)} for {name}' for name, part in splits.items())
         fail(f'--source={cfg.source}: wanted {unit} for both splits, got {sizes}')
-    files = {name: {kind: [] for kind in KINDS} for name in splits}
+    files = {}
     for name, part in splits.items():
-        for item in part:
-            for kind, records in item.records.items():
-                files[name][kind] += records
+        files[name] = {kind: [r for item in part for r in item.records.get(kind, [])] for kind in KINDS}
         files[name]['prompts'] = list({str(r['prompt']): r for r in files[name]['prompts']}.values())
-    kinds = [kind for kind in KINDS if any(files[name][kind] for name in files)]
-
-    out_dir, main_kind = Path(cfg.out_dir), kinds[0]
-    print('split   ' + '   '.join(kinds) + f'   user turns in {main_kind} (mean, max)' * (main_kind != 'text'))
+    kinds = [kind for kind in KINDS if any(records[kind] for records in files.values())]
+    print('split   ' + '   '.join(kinds) + f'   user turns in {kinds[0]} (mean, max)' * (kinds[0] != 'text'))
     for name, records in files.items():
-        line = f'{name:5s}   ' + '   '.join(f'{len(records[kind]):{len(kind)}d}' for kind in kinds)
-        turns = [n_user_turns(r) for r in records[main_kind]] if main_kind != 'text' else []
-        print(line + (f'   {sum(turns) / len(turns):.2f}, {max(turns)}' if turns else ''))
-    written = []
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            for kind in kinds:
-                if files[name][kind]:
-                    write_records(out_dir / f'{kind}_{name}.jsonl', files[name][kind])
-                    written.append(f'{kind}_{name}.jsonl')
-    except OSError as error:
-        fail(f'--out_dir={out_dir}: cannot be written: {error.strerror}')
-    old = sorted(f'{kind}_{name}.jsonl' for kind in KINDS for name in files
-                 if f'{kind}_{name}.jsonl' not in written and (out_dir / f'{kind}_{name}.jsonl').exists())
-    print(f'written to {out_dir}' + (f"; there from an earlier run: {', '.join(old)}" if old else ''))
+        turns = [n_user_turns(r) for r in records[kinds[0]]] if kinds[0] != 'text' else []
+        print(f'{name:5s}   ' + '   '.join(f'{len(records[kind]):{len(kind)}d}' for kind in kinds)
+              + (f'   {sum(turns) / len(turns):.2f}, {max(turns)}' if turns else ''))
+    write(files, Path(cfg.out_dir))
     return files

@@ -1,19 +1,25 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the modules lie flat in the root
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)] # the repository's root, and `tiny` for tests in folders below
 
 import pytest
 
 from tiny import RANKINGS, checkpoint, records
 
-
 @pytest.fixture
 def sft_model(tmp_path):
     return checkpoint(tmp_path / 'sft')
 
-
 @pytest.fixture
 def data(tmp_path):
-    """Rankings; a test module may have other data by the same name."""
+    """Write rankings; a test module may have other data by the same name."""
     return records(tmp_path / 'rankings.jsonl', RANKINGS)
+
+@pytest.fixture(scope='session')
+def hf():
+    """Give transformers, an independent GPT-2; stored numbers are compared where it is not installed."""
+    transformers = pytest.importorskip('transformers', reason="the independent GPT-2; stored numbers stand in for it")
+    transformers.logging.set_verbosity_error()
+    return transformers

@@ -12,8 +12,9 @@ import sys
 if __name__ == '__main__':
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import common
-import rollout
+import ppo
+import reinforce
+from common import rollout, training
 from tiny import DEMONSTRATIONS, PROMPTS, RANKINGS, checkpoint, records, run
 
 import torch
@@ -21,9 +22,8 @@ import torch.distributed as dist
 
 SAMPLING = ('ppo', 'ppo_shared', 'rloo', 'reinforce')
 
-
 def stages(folder):
-    """{name: (script, options)}: every stage, on data that two processes cannot share evenly."""
+    """Return {name: (script, options)}: every stage, on data that two processes cannot share evenly."""
     at = lambda name: os.path.join(folder, name)
     demonstrations = records(at('demonstrations.jsonl'), DEMONSTRATIONS)
     rankings = records(at('rankings.jsonl'), RANKINGS[:7]) # of two batches of 4 the second begins again
@@ -44,9 +44,8 @@ def stages(folder):
         rloo=('reinforce', sampled | dict(n_answers=2)),
         reinforce=('reinforce', sampled | dict(kind='reinforce', n_answers=1)))
 
-
-def sample_by_row(model, prompts, tok, max_new_tokens, temperature=1.0, rows=256, progress=None):
-    """As rollout.sample_answers, but an answer depends on its own prompt alone, whichever process gives it."""
+def sample_by_row(model, prompts, tok, max_new_tokens, temperature=1.0, rows=256, desc=None):
+    """Sample as rollout.sample_answers, but an answer hangs on its prompt alone, whichever process gives it."""
     answers, logps, seen = [], [], {}
     for prompt in prompts:
         nth = seen[tuple(prompt)] = seen.get(tuple(prompt), 0) + 1
@@ -55,33 +54,33 @@ def sample_by_row(model, prompts, tok, max_new_tokens, temperature=1.0, rows=256
         answers, logps = answers + answer, logps + logp
     return answers, logps
 
+def sample_with(function):
+    """Let the sampling stages sample with a function, sample_by_row or rollout.sample_answers."""
+    ppo.sample_answers = reinforce.sample_answers = function
 
 def die_after(step):
-    """SIGKILL at the end of the step of that number, what was due then being saved."""
-    save_if_due = common.save_if_due
+    """SIGKILL this process at the end of the step of that number, what was due then being saved."""
+    save_if_due = training.save_if_due
 
     def then_die(run, cfg, done, save):
         save_if_due(run, cfg, done, save)
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    common.save_if_due = then_die
-
+    training.save_if_due = then_die
 
 def main(path):
     dist.init_process_group('gloo') # one group for all jobs
     dist.init_process_group = dist.destroy_process_group = lambda *args: None
     with open(f"{path}.{os.environ['RANK']}.pid", 'w') as f:
         f.write(str(os.getpid()))
-    sample_answers = rollout.sample_answers
     with open(path) as f:
         jobs = json.load(f)
     for script, options, more in jobs:
-        rollout.sample_answers = sample_by_row if 'by row' in more else sample_answers
+        sample_with(sample_by_row if 'by row' in more else rollout.sample_answers)
         if 'die' in more and os.environ['RANK'] == '1':
             die_after(3)
         run(importlib.import_module(script), **options)
-
 
 if __name__ == '__main__':
     main(sys.argv[1])

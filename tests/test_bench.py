@@ -1,27 +1,30 @@
-"""bench.py: every workload prints its line, counts the right tokens, and bad options end with one line."""
+"""bench.py: every workload times the scripts' own functions, prints its line and counts the right tokens."""
 import json
+import re
 
 import pytest
 
 import bench
-import common
+import dpo
+import ppo
+import reward
+import sft
+from common.options import parse_config
+from model import GPT
 from tiny import COMPARISONS, TOK, checkpoint, records, stops
 
 KEYS = {'workload', 'preset', 'tokens', 'seconds', 'tokens_per_s', 'peak_rss_mb'}
 PAIR = dict(prompt='How many? ' * 3, chosen='Seven of them, I should say.', rejected='Hm.')
 TEXT = '### Human: How many? How many? How many? \n### Assistant:' # each answer: a space before, EOS behind
 
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setitem(bench.PRESETS, 'tiny', (1, 2, 16, 512))
 
-
 def lines(capsys, **options):
     options = dict(device='cpu', threads=1, repeats=1, steps=1, batch_size=2) | options
-    bench.main(common.parse_config(bench.Config, [f"--{k}={v}" for k, v in options.items()]))
+    bench.main(parse_config(bench.Config, [f"--{k}={v}" for k, v in options.items()]))
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('workload', ['generate', 'lm', 'sft', 'rm', 'dpo', 'ppo'])
@@ -36,29 +39,59 @@ def test_one_line_on_random_rows(capsys, workload, dtype):
     if workload in ('generate', 'ppo'):
         assert line['tokens'] == 2 * dict(generate=128, ppo=32)[workload] # no row ends early
 
+@pytest.mark.parametrize('workload, function, calls', [
+    ('lm', (sft, 'update'), 3), ('sft', (sft, 'update'), 3), ('rm', (reward, 'update'), 3), ('dpo', (dpo, 'update'), 3),
+    ('dpo', (dpo, 'reference_logp'), 1), ('ppo', (ppo, 'roll_out'), 1), ('ppo', (ppo, 'update'), 1),
+    ('generate', (GPT, 'generate'), 1)])
+def test_a_lap_calls_the_scripts_own_functions(capsys, monkeypatch, workload, function, calls):
+    """Three optimizer steps a lap, of PPO one iteration; the warm-up lap and two that count."""
+    where, name = function
+    called, times_it = [], getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *a, **k: (called.append(a), times_it(*a, **k))[1])
+    lines(capsys, workload=workload, steps=3, repeats=2)
+    assert len(called) == 3 * calls
 
-def test_memory_has_a_line_for_each_stage_and_size(capsys):
-    found = lines(capsys, workload='memory', batch_size=0)
-    assert [line['model'] for line in found] == [name for name in ('124M', '355M', '774M', '1.5B') for _ in range(5)]
-    assert [line['stage'] for line in found[:5]] == ['sft', 'reward', 'dpo', 'ppo', 'reinforce']
-    # 1557611200 parameters in float32: 5.80 GiB; keys and values of 64 rows: 2 * 48 * 1600 * 4 * 65536 bytes
-    assert (found[15]['weights'], found[15]['optimizer'], found[15]['gradients']) == (5.8, 11.61, 5.8)
-    assert found[18]['kv_cache'] == 37.5
-    assert all(line['activations_checkpointing'] < line['activations'] for line in found)
-    assert all(line['total_checkpointing'] <= line['total'] for line in found)
+def test_a_lap_trains(capsys, monkeypatch):
+    """Each call is an optimizer step on the weights that the one before left; every lap has the same batches."""
+    seen, update = [], sft.update
 
+    def noting(model, teacher, optimizer, rows, *a):
+        before = model.wte.weight.sum().item()
+        out = update(model, teacher, optimizer, rows, *a)
+        seen.append(([ids for ids, _ in rows], before, model.wte.weight.sum().item()))
+        return out
+
+    monkeypatch.setattr(sft, 'update', noting)
+    lines(capsys, workload='sft', steps=2)
+    rows, before, after = zip(*seen)
+    assert len(rows) == 4 and rows[:2] == rows[2:] and rows[0] != rows[1]
+    assert before[1:] == after[:-1] and len(set(after)) == 4
+
+def test_memory_is_a_table_for_a_person(capsys):
+    """A line for each stage and size; without --batch_size the rows are those of the timed steps."""
+    bench.main(parse_config(bench.Config, ['--workload=memory', '--dtype=float32']))
+    said = capsys.readouterr().out.splitlines()
+    assert 'micro-batches of 8 rows of 1024 tokens' in said[0] and 'fits' in said[1] and max(map(len, said)) <= 120
+    found = [line for line in said if line.startswith(('124M', '355M', '774M', '1.5B'))]
+    assert [line.split()[0] for line in found] == [name for name in ('124M', '355M', '774M', '1.5B') for _ in range(6)]
+    assert [line[7:].split('  ')[0] for line in found] == 4 * [
+        'sft', 'reward', 'dpo, rrhf', 'kto', 'ppo', 'reinforce']
+    # 1557611200 parameters in float32: 5.80 GiB, twice for the policy and its reference; AdamW's averages as much; keys
+    # and values of 64 rows: 2 * 48 * 1600 * 4 * 65536 bytes
+    assert 'weights 11.6, optimizer 11.6' in found[21] and 'kv_cache 37.5' in found[22]
+    pairs = [re.findall(r'  ([0-9.]+) ', line)[:2] for line in found]
+    assert all(float(less) <= float(total) for total, less in pairs) and len(pairs) == 24
+    assert float(pairs[18][1]) < 0.5 * float(pairs[18][0]) # SFT with checkpointing
 
 @pytest.mark.parametrize('options', [dict(checkpointing=True), dict(dtype='float16')])
 def test_a_step_with_less_memory(capsys, options):
     line, = lines(capsys, workload='sft', **options)
     assert line['tokens'] > 0
 
-
 def test_generate_has_two_shapes(capsys, monkeypatch):
     monkeypatch.setitem(bench.DEFAULT_BATCHES, 'generate', (1, 2))
     shapes = [(line['batch_size'], line['tokens']) for line in lines(capsys, workload='generate', batch_size=0)]
     assert shapes == [(1, 128), (2, 256)]
-
 
 @pytest.mark.parametrize('workload, tokens', [
     ('sft', 2 * (56 + 30)), # the chosen answer: 28 bytes, the space and EOS
@@ -71,7 +104,6 @@ def test_tokens_of_given_rows(capsys, tmp_path, workload, tokens):
     line, = lines(capsys, workload=workload, init_from=folder, data=data)
     assert line['tokens'] == tokens and line['preset'] == 'other' and line['model']['n_embd'] == 16
 
-
 def test_a_tokenizer_of_the_models_size(capsys, tmp_path):
     """Without one beside the weights: an encoding of the model's size is trained on the data."""
     folder = checkpoint(tmp_path / 'model', vocab_size=262)
@@ -79,7 +111,6 @@ def test_a_tokenizer_of_the_models_size(capsys, tmp_path):
     data = records(tmp_path / 'pairs.jsonl', [PAIR] * 4)
     line, = lines(capsys, workload='sft', init_from=folder, data=data)
     assert line['tokens'] < 2 * (56 + 30)
-
 
 def test_bad_options(capsys, tmp_path):
     assert 'workload must be one of generate, lm, sft, rm, dpo, ppo, memory' in stops(capsys, bench, workload='train')

@@ -1,4 +1,4 @@
-"""collect.py: ranks by hand, the simulated person's choices, resuming from OUT.partial, and what is refused."""
+"""collect.py: the records, resuming from OUT.partial, and what is refused."""
 import json
 import os
 import random
@@ -10,75 +10,16 @@ import torch
 
 import collect
 import sft
-from annotators import RewardModel, SimulatedPerson, to_ranks
-from common import Run
+from common.records import read_records
 from data.toy import world
-from model import load_reward_model
-from tiny import TOK, checkpoint, launch, records, run, stops
-from tokens import prompt_ids, read_records, response_ids
-
-
-@pytest.mark.parametrize('values, tie, ranks', [
-    ([1., 3., 2.], 0.0, [2, 0, 1]),
-    ([.1, .9, .5, .9], 0.0, [2, 0, 1, 0]), # equal ones share a rank, the next rank follows
-    ([5., 5., 5.], 0.0, [0, 0, 0]),
-    ([1., .75, .5, 0.], 0.25, [0, 0, 0, 1]), # a chain of neighbours 0.25 apart
-    ([0., 1.], 0.5, [1, 0]),
-    ([-1., -2.], 0.0, [0, 1]),
-])
-def test_to_ranks(values, tie, ranks):
-    assert to_ranks(values, tie) == ranks
-
-
-def person(noise, tie=0.0, seed=1):
-    """Somebody for whom an answer is as good as the number it says."""
-    someone = SimulatedPerson(SimpleNamespace(noise=noise, tie=tie, seed=seed))
-    someone.gold = lambda prompt, response: float(response)
-    return someone
-
-
-def test_without_noise_the_order_is_exact():
-    assert person(0.0).rank('?', ['1', '3', '2', '3.0']) == ([2, 0, 1, 0], [1.0, 3.0, 2.0, 3.0])
-    assert person(0.0, tie=1.5).rank('?', ['1', '5', '2']) == ([1, 0, 1], [1.0, 5.0, 2.0])
-
-
-def test_the_same_text_ties_whatever_the_noise():
-    someone = person(5.0)
-    for _ in range(100):
-        ranks, _ = someone.rank('?', ['1', '3', '1', '2'])
-        assert ranks[0] == ranks[2] and sorted(set(ranks)) == [0, 1, 2]
-
-
-@pytest.mark.parametrize('others', [[], ['0.25'], ['7', '-3']])
-def test_noisy_choices_follow_bradley_terry(others):
-    """
-    Gold 0.5 apart, noise 0.5: sigmoid(1) = 0.731059. In 4000 draws the standard deviation of the share is
-    sqrt(0.731 * 0.269 / 4000) = 0.0070, four of them 0.028. Other answers change nothing (Luce's axiom).
-    """
-    someone, first = person(0.5), 0
-    for _ in range(4000):
-        ranks, scores = someone.rank('?', ['0.5', '0'] + others)
-        assert scores[:2] == [0.5, 0.0] # what is stored is free of noise
-        first += ranks[0] < ranks[1]
-    assert 0.703 < first / 4000 < 0.759
-
-
-def test_a_person_is_the_same_for_the_same_seed():
-    asked = [['1', '2', '1.5']] * 20
-    again = [[person(1.0, seed=s).rank('?', a)[0] for a in asked] for s in (1, 1, 2)]
-    one = person(1.0)
-    assert again[0] == again[1] != again[2] and len({tuple(one.rank('?', a)[0]) for a in asked}) > 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# runs
+from feedback.annotators import RewardModel
+from tiny import RUN, checkpoint, launch, records, run, stops
 
 @pytest.fixture
 def given(tmp_path):
     prompts = [dict(prompt=p['prompt'], number=i) for i, p in enumerate(world.prompts('train', 10, 1))]
-    return dict(policy=checkpoint(tmp_path / 'sft'), prompts=records(tmp_path / 'prompts.jsonl', prompts), n_answers=3,
-                max_new_tokens=5, rows=3)
-
+    return dict(gold='data.toy.world:gold', policy=checkpoint(tmp_path / 'sft'),
+                prompts=records(tmp_path / 'prompts.jsonl', prompts), n_answers=3, max_new_tokens=5, rows=3)
 
 def test_the_records(tmp_path, given, capsys):
     out = str(tmp_path / 'new' / 'rankings.jsonl')
@@ -95,44 +36,22 @@ def test_the_records(tmp_path, given, capsys):
     pairs = sum(a < b for row in rows for a in row['ranks'] for b in row['ranks'])
     assert f"{len(rows)} prompts, {sum(len(row['ranks']) for row in rows)} answers, {pairs} pairs" in said
 
-
-def judge(prompt, responses, tie=0.0, folder=None):
-    on = Run('cpu', 'float32')
-    return RewardModel(SimpleNamespace(reward_model=folder, tie=tie, seed=1), on).rank(prompt, responses)
-
-
-def test_a_reward_model_ranks_by_its_scores(tmp_path):
-    """Each answer's score is what the reward model gives to prompt, answer and end of text alone."""
-    folder = checkpoint(tmp_path / 'reward', reward_head=True)
-    texts, model = ['Yo', 'Hello there', 'Yo', '?'], load_reward_model(folder)
-    rows = [prompt_ids(TOK, 'Hi') + response_ids(TOK, t) for t in texts]
-    alone = [model.rewards(torch.tensor([row]), torch.tensor([len(row)])).item() for row in rows]
-    ranks, scores = judge('Hi', texts, folder=folder)
-    assert scores == pytest.approx(alone, abs=1e-5) and len(set(ranks)) == 3 and ranks[0] == ranks[2]
-    for i in range(4):
-        for j in range(4):
-            assert (ranks[i] < ranks[j]) == (scores[i] > scores[j])
-    assert judge('Hi', texts, tie=1e6, folder=folder)[0] == [0, 0, 0, 0]
-    long = 'x' * 100 # the prompt is cut, the answers are not
-    assert len(judge(long, texts, folder=folder)[1]) == 4
-    assert judge('Hi', ['Yo', long], folder=folder) == (None, None) # nor is there room for this one
-
-
 def test_the_reward_model_as_annotator(tmp_path, given):
     folder = checkpoint(tmp_path / 'reward', reward_head=True)
     run(collect, out=str(tmp_path / 'r.jsonl'), annotator='reward_model', reward_model=folder, **given)
     rows = read_records(tmp_path / 'r.jsonl', 'rankings')
     assert len(rows) >= 4 and all(row['annotator'] == 'reward_model' for row in rows)
+    someone = RewardModel(SimpleNamespace(reward_model=folder, tie=0.0, seed=1), RUN)
     for row in rows:
-        ranks, scores = judge(row['prompt'], row['responses'], folder=folder)
+        someone.look_ahead([row]) # alone
+        ranks, scores = someone.rank(row['prompt'], row['responses'])
         assert row['ranks'] == ranks and row['scores'] == pytest.approx(scores, abs=1e-6)
-
 
 def test_keep_best_writes_demonstrations(tmp_path, given, monkeypatch, capsys):
     """The later in the alphabet the better: of "a c b" the second, of "b a b" the first; the third prompt has one."""
     letters = [[32, 97], [32, 99], [32, 98], [32, 98], [32, 97], [32, 98], [32, 97], [32], [32]]
     monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([x + [256] for x in letters], None))
-    monkeypatch.setattr(world, 'gold', lambda prompt, response: float(ord(response)))
+    monkeypatch.setattr(world, 'gold', lambda prompt, response: float(ord(response or ' ')))
     out = str(tmp_path / 'best.jsonl')
     run(collect, out=out, keep='best', noise=0.0, max_prompts=3, **given)
     asked = [row['prompt'] for row in read_records(given['prompts'], 'prompts')]
@@ -140,7 +59,6 @@ def test_keep_best_writes_demonstrations(tmp_path, given, monkeypatch, capsys):
                                                    dict(prompt=asked[1], response='b')]
     assert 'the best answers kept, 1 prompts left out' in capsys.readouterr().out
     run(sft, out_dir=str(tmp_path / 'out'), init_from=given['policy'], train_data=out, max_steps=1, batch_size=2)
-
 
 def test_empty_answers_are_left_out(tmp_path, given, monkeypatch, capsys):
     """" a" and " b" remain of the first prompt; the second has one answer left, which cannot be ranked."""
@@ -150,7 +68,6 @@ def test_empty_answers_are_left_out(tmp_path, given, monkeypatch, capsys):
     row, = read_records(tmp_path / 'r.jsonl', 'rankings')
     assert row['responses'] == ['a', 'b'] and '1 prompts left out' in capsys.readouterr().out
 
-
 def test_every_prompt_is_answered_k_times_at_the_temperature(tmp_path, given, monkeypatch):
     asked, sample = [], collect.sample_answers
     monkeypatch.setattr(collect, 'sample_answers', lambda *a: (asked.append(a), sample(*a))[1])
@@ -158,7 +75,6 @@ def test_every_prompt_is_answered_k_times_at_the_temperature(tmp_path, given, mo
     assert [len(a[1]) for a in asked] == [9, 9, 9, 3] and all(a[3:] == (5, 0.7) for a in asked)
     for _, prompts, *_ in asked:
         assert all(prompts[i] == prompts[i + 1] == prompts[i + 2] for i in range(0, len(prompts), 3))
-
 
 def test_several_policies_answer_in_turn(tmp_path, given, monkeypatch, capsys):
     """Of three answers the first policy gives two, the second one; the record says whose each is, empty ones apart."""
@@ -177,9 +93,8 @@ def test_several_policies_answer_in_turn(tmp_path, given, monkeypatch, capsys):
     assert [row['responses'] for row in rows] == [['one', 'uno', 'two'], ['eins', 'due']]
     assert [row['policies'] for row in rows] == [[given['policy'], given['policy'], other], [given['policy'], other]]
 
-
 def interrupted(monkeypatch, stretch):
-    """Ctrl-C while the stretch of that number is sampled."""
+    """Send Ctrl-C while the stretch of that number is sampled."""
     sample, calls = collect.sample_answers, []
 
     def sampling(*args):
@@ -189,7 +104,6 @@ def interrupted(monkeypatch, stretch):
         return sample(*args)
 
     monkeypatch.setattr(collect, 'sample_answers', sampling)
-
 
 @pytest.mark.parametrize('cut', ['between stretches', 'within a stretch', 'within a line'])
 def test_a_stopped_run_goes_on_exactly(tmp_path, given, monkeypatch, cut):
@@ -213,7 +127,6 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, given, monkeypatch, cut):
         assert a.read() == b.read()
     assert not os.path.exists(out + '.partial')
 
-
 def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, capsys):
     out = str(tmp_path / 'r.jsonl')
     with open(out + '.partial', 'w') as f:
@@ -224,7 +137,6 @@ def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, cap
         assert f.read() == '{"prompt": "Hi"}\n'
     run(collect, out=out, overwrite=True, **given)
     assert read_records(out, 'rankings')[0]['number'] == 0
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is refused
@@ -240,10 +152,11 @@ def test_what_comes_with_prompts_is_not_what_is_ranked(tmp_path, given, monkeypa
     assert len(rows) > 0 and all(row.keys() == {'prompt', 'number', 'responses', 'ranks', 'scores', 'annotator'}
                                  and 'a' not in row['responses'] and row['annotator'] == 'simulated' for row in rows)
 
-
 @pytest.mark.parametrize('options, expected', [
     (dict(n_answer=3), '--n_answer=3: unknown option n_answer, did you mean n_answers?'),
     (dict(n_answers=1), '--n_answers=1: n_answers must be at least 2, got 1'),
+    (dict(gold=''), 'gold must be MODULE:FUNCTION with annotator=simulated, as in data.toy.world:gold'),
+    (dict(gold='data.toy.world:silver'), '--gold=data.toy.world:silver: cannot be imported'),
     (dict(noise=-1), '--noise=-1: noise must be at least 0, got -1.0'),
     (dict(noise='much'), "--noise=much: noise must be float, got 'much'"),
     (dict(temperature=0), '--temperature=0: temperature must be above 0, got 0.0'),
@@ -261,7 +174,6 @@ def test_what_comes_with_prompts_is_not_what_is_ranked(tmp_path, given, monkeypa
 def test_bad_options(tmp_path, given, capsys, options, expected):
     assert expected in stops(capsys, collect, out=str(tmp_path / 'r.jsonl'), **given | options)
     assert sorted(os.listdir(tmp_path)) == ['prompts.jsonl', 'sft'] # nothing half-written
-
 
 def test_other_bad_input(tmp_path, given, capsys):
     out = str(tmp_path / 'r.jsonl')

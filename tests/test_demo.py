@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import common
 import demo
+from common.options import parse_config
 
 STAGES = ['data', 'pretrain', 'sft', 'collect train', 'collect test', 'reward', 'ppo', 'dpo', 'evaluate']
-
 
 class Fake:
     """Stands in for demo.start: notes the commands, leaves each stage's product, and fails where it is told to."""
@@ -34,7 +33,6 @@ class Fake:
     def is_stage(stage, command):
         return (command[1] == stage[1] and stage[2] in ('', *command)
                 and all(f'--{k}={v}' in command for k, v in stage[3].items()))
-
 
 class FakeProcess:
     """Ends when it is asked for the second time."""
@@ -60,7 +58,6 @@ class FakeProcess:
     def send_signal(self, number):
         self.fake.signals.append((self.name, number))
 
-
 @pytest.fixture
 def cfg(tmp_path, monkeypatch):
     root = Path(demo.__file__).parent
@@ -68,7 +65,6 @@ def cfg(tmp_path, monkeypatch):
     (tmp_path / 'data/toy').mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return demo.Config(out_dir='out/two', seed=7)
-
 
 def test_all_stages_then_none(cfg, monkeypatch, capsys):
     fake = Fake(monkeypatch, cfg)
@@ -85,7 +81,6 @@ def test_all_stages_then_none(cfg, monkeypatch, capsys):
     demo.main(cfg)
     assert len(fake.commands) == 9 # a second run reuses everything
     assert capsys.readouterr().out.count('done before') == 9
-
 
 def test_all_methods(cfg, monkeypatch):
     cfg = demo.Config(out_dir='out/two', seed=7)
@@ -109,7 +104,6 @@ def test_all_methods(cfg, monkeypatch):
     assert {'--train_data=out/two/best_of_n.jsonl', '--init_from=out/two/sft'} <= set(fake.commands[-3])
     assert {'--train_data=out/two/best_of_n.jsonl', '--teacher=out/two/rejection'} <= set(fake.commands[-2])
 
-
 def test_what_is_not_asked_for_now_stays_known(cfg, monkeypatch):
     everything = demo.Config(out_dir='out/two', seed=7, methods='all')
     fake = Fake(monkeypatch, everything)
@@ -127,14 +121,12 @@ def test_what_is_not_asked_for_now_stays_known(cfg, monkeypatch):
     demo.main(everything)
     assert len(fake.commands) == n + 13
 
-
 def test_an_older_record_counts_as_none(cfg, monkeypatch):
     fake = Fake(monkeypatch, cfg)
     os.makedirs('out/two')
     Path('out/two/demo.json').write_text(json.dumps(dict(data=[['python', 'data/toy/prepare.py'], 3.2])))
     demo.main(cfg)
     assert len(fake.commands) == 9
-
 
 def test_results_that_are_not_its_own(cfg, monkeypatch):
     """evaluate.py was run by hand into the same folder: it is run again."""
@@ -143,7 +135,6 @@ def test_results_that_are_not_its_own(cfg, monkeypatch):
     Path('out/two/evaluate/results.json').write_text(json.dumps(dict(models=dict(sft={}, rlaif={}))))
     demo.main(cfg)
     assert [c[1] for c in fake.commands[9:]] == ['evaluate.py']
-
 
 def test_fresh_removes_its_own_folders_alone(cfg, monkeypatch, capsys):
     fresh = demo.Config(out_dir='out/two', seed=7, fresh=True)
@@ -157,7 +148,6 @@ def test_fresh_removes_its_own_folders_alone(cfg, monkeypatch, capsys):
     assert stopped.value.code == 2 and Path('out/two/ppo').exists()
     assert '--fresh=True: . would be removed, and has no demo.json' in capsys.readouterr().err
 
-
 def test_a_list_of_methods(cfg, monkeypatch, capsys):
     chosen = demo.Config(out_dir='out/two', seed=7, methods='rrhf,ppo')
     fake = Fake(monkeypatch, chosen)
@@ -165,7 +155,6 @@ def test_a_list_of_methods(cfg, monkeypatch, capsys):
     assert [c[1] for c in fake.commands[5:]] == ['reward.py', 'rrhf.py', 'ppo.py', 'evaluate.py']
     assert '--models=base=out/two/base,sft=out/two/sft,rrhf=out/two/rrhf,ppo=out/two/ppo' in fake.commands[-1]
     assert '--policy=out/two/rrhf' in capsys.readouterr().out
-
 
 def test_online_rounds(cfg, monkeypatch, capsys):
     """Each round asks the policy of the one before, trains on all rankings so far, and goes on from that policy."""
@@ -198,29 +187,25 @@ def test_online_rounds(cfg, monkeypatch, capsys):
     assert [c[1] for c in fake.commands[16:]] == ['reward.py', 'ppo.py', 'collect.py', 'reward.py', 'ppo.py',
                                                   'evaluate.py'] # all that came after it
 
-
 @pytest.mark.parametrize('options', [['--rounds=0'], ['--rounds=2', '--methods=dpo']])
 def test_rounds_that_cannot_be(options, capsys):
     with pytest.raises(SystemExit) as stopped:
-        common.parse_config(demo.Config, options)
+        parse_config(demo.Config, options)
     assert stopped.value.code == 2 and capsys.readouterr().err == (
         f"error: {options[0]}: rounds must be 1, or more with ppo among the methods, got {options[0][-1]}\n")
-
 
 @pytest.mark.parametrize('methods', ['', 'ppo,a2c', 'ppo, dpo', 'ppo,ppo', 'all,ppo'])
 def test_methods_that_are_not_there(methods, capsys):
     with pytest.raises(SystemExit) as stopped:
-        common.parse_config(demo.Config, [f'--methods={methods}'])
+        parse_config(demo.Config, [f'--methods={methods}'])
     assert stopped.value.code == 2 and capsys.readouterr().err == (
         f"error: --methods={methods}: methods must be all, or names among ppo,dpo,reinforce,rloo,grpo,rrhf,ipo,"
         f"hinge,simpo,orpo,kto,rejection,distill, each once, got {methods!r}\n")
 
-
 def test_no_student_without_its_teacher(capsys):
     with pytest.raises(SystemExit):
-        common.parse_config(demo.Config, ['--methods=ppo,distill'])
+        parse_config(demo.Config, ['--methods=ppo,distill'])
     assert 'methods must be with rejection, who teaches distill' in capsys.readouterr().err
-
 
 def test_goes_on_after_a_stop(cfg, monkeypatch):
     fake = Fake(monkeypatch, cfg)
@@ -233,7 +218,6 @@ def test_goes_on_after_a_stop(cfg, monkeypatch):
     assert fake.commands[8][1] == 'ppo.py' and '--resume=True' in fake.commands[8]
     assert fake.commands[9][1] == 'evaluate.py' and len(fake.commands) == 10
 
-
 def test_a_stage_that_fails_stops_the_one_beside_it(cfg, monkeypatch, capsys):
     fake = Fake(monkeypatch, cfg)
     fake.fail_at, fake.code = 'reward', 1
@@ -244,7 +228,6 @@ def test_a_stage_that_fails_stops_the_one_beside_it(cfg, monkeypatch, capsys):
     record = json.loads(Path('out/two/demo.json').read_text())
     assert record['reward'][2] is None and record['dpo'][2] is not None # it had come to its end all the same
     assert 'ppo' not in record
-
 
 def test_what_stands_on_a_changed_stage_is_made_anew(cfg, monkeypatch):
     fake = Fake(monkeypatch, cfg)

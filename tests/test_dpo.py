@@ -1,18 +1,17 @@
-"""dpo.py: the losses and the logged pair metrics by hand, the reference, resuming, micro-batches, what is refused."""
+"""dpo.py: the losses and the logged pair metrics by hand, pairs, the reference. test_stages.py has the rest."""
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dpo
-from dpo import dpo_loss, hinge_loss, ipo_loss, orpo_loss, pair_loss, reference_logp, simpo_loss, sum_or_mean
-from tiny import (COMPARISONS, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
-                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops)
-
+from common.batches import Row
+from dpo import dpo_loss, hinge_loss, ipo_loss, orpo_loss, pair_loss, reference_logp, simpo_loss
+from model import GPT
+from tiny import COMPARISONS, by_hand, records, run
 
 def T(values):
     return torch.tensor(values, requires_grad=True)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the losses; -log sigmoid(x) = log(1 + e^-x): 1 -> 0.313262, -1 -> 1.313262, 0.5 -> 0.474077, -0.5 -> 0.974077
@@ -29,12 +28,10 @@ def test_dpo_loss_by_hand():
     assert chosen.grad.tolist() == by_hand([-0.067235, -0.182765])
     assert rejected.grad.tolist() == by_hand([0.067235, 0.182765])
 
-
 def test_dpo_with_each_reference():
     # chosen -1 - -3 = 2, rejected -2 - -1 = -1: h = 0.1 * 3 = 0.3, log(1 + e^-0.3) = 0.554355
     loss, chosen, rejected = dpo_loss(T([-1.]), T([-2.]), torch.tensor([-3.]), torch.tensor([-1.]), beta=0.1)
     assert loss.item() == by_hand(0.554355) and (chosen.item(), rejected.item()) == by_hand((0.2, -0.1))
-
 
 def test_label_smoothing_by_hand():
     ref = torch.tensor([-2.])
@@ -50,7 +47,6 @@ def test_label_smoothing_by_hand():
     # 0.5 * (-0.9 * 0.017986 + 0.1 * 0.982014)
     assert (chosen.grad.item(), rejected.grad.item()) == by_hand((0.041007, -0.041007))
 
-
 def test_ipo_loss_by_hand():
     # the log-ratios of above: h = 2 and -2, target 1 / (2 * 0.5) = 1: (1 + 9) / 2
     chosen, rejected, ref = T([-1., -4.]), T([-3., -2.]), torch.tensor([-2., -2.])
@@ -61,7 +57,6 @@ def test_ipo_loss_by_hand():
     assert not (chosen_rewards.requires_grad or rejected_rewards.requires_grad)
     assert chosen.grad.tolist() == by_hand([1.0, -3.0]) # 2 (h - 1) / 2: beyond the target it is pulled back
     assert rejected.grad.tolist() == by_hand([-1.0, 3.0])
-
 
 def test_hinge_loss_by_hand():
     # log-ratios: chosen 1, -2 and 6, rejected -1, 0 and -1; h = 0.25 * (2, -2, 7): (0.5 + 1.5 + 0) / 3
@@ -76,7 +71,6 @@ def test_hinge_loss_by_hand():
     # chosen -1 - -3 = 2, rejected -2 - -1 = -1: h = 0.1 * 3
     assert hinge_loss(T([-1.]), T([-2.]), torch.tensor([-3.]), torch.tensor([-1.]), 0.1)[0].item() == by_hand(0.7)
 
-
 def test_simpo_loss_by_hand():
     # h = 2 * 0.5 - 0.5 = 0.5 and 2 * -1 - 0.5 = -2.5: log(1 + e^-0.5) = 0.474077, log(1 + e^2.5) = 2.578890
     chosen, rejected = T([-1., -2.]), T([-1.5, -1.])
@@ -87,7 +81,6 @@ def test_simpo_loss_by_hand():
     assert not (chosen_rewards.requires_grad or rejected_rewards.requires_grad)
     assert chosen.grad.tolist() == by_hand([-0.377541, -0.924142]) # beta sigmoid(-h) / 2
     assert rejected.grad.tolist() == by_hand([0.377541, 0.924142])
-
 
 def test_orpo_loss_by_hand():
     # chosen P = 1/2: odds 1; rejected P = 1/5: odds 1/4; log 2 + 0.1 * log(1 + 1/4) = 0.693147 + 0.1 * 0.223144
@@ -100,7 +93,6 @@ def test_orpo_loss_by_hand():
     # d log odds / d pi = 1 / (1 - P); sigmoid(-log 4) = 1/5: -1 - 0.1 * 1/5 * 2 and 0.1 * 1/5 * 5/4
     assert (chosen.grad.item(), rejected.grad.item()) == by_hand((-1.04, 0.025))
 
-
 @pytest.mark.parametrize('pi', [([0.], [-1.]), ([-1.], [0.]), ([0.], [0.]), ([-1.], [-200.])])
 def test_orpo_of_certain_and_of_impossible_answers_is_a_number(pi):
     chosen, rejected = map(T, pi)
@@ -108,14 +100,14 @@ def test_orpo_of_certain_and_of_impossible_answers_is_a_number(pi):
     loss.backward()
     assert all(torch.isfinite(x).all() for x in (loss, chosen.grad, rejected.grad))
 
-
-def test_which_losses_take_means_and_which_sums():
-    logp, sizes = torch.tensor([-2., -6.]), torch.tensor([2, 3])
-    for loss in ('ipo', 'simpo', 'orpo'):
-        assert sum_or_mean(logp, sizes, loss).tolist() == [-1.0, -2.0]
-    for loss in ('dpo', 'hinge'):
-        assert sum_or_mean(logp, sizes, loss).tolist() == [-2.0, -6.0]
-
+@pytest.mark.parametrize('loss, expected', [('ipo', [-1.0, -2.0]), ('simpo', [-1.0, -2.0]), ('orpo', [-1.0, -2.0]),
+                                            ('dpo', [-2.0, -6.0]), ('hinge', [-2.0, -6.0])])
+def test_which_losses_take_means_and_which_sums(monkeypatch, loss, expected):
+    taken, function = [], getattr(dpo, f"{loss}_loss")
+    monkeypatch.setattr(dpo, f"{loss}_loss", lambda *a: (taken.append([x.item() for x in a[:2]]), function(*a))[1])
+    answers = SimpleNamespace(sizes=torch.tensor([2, 3]), pairs=torch.tensor([[0, 1]]))
+    pair_loss(torch.tensor([-2., -6.]), torch.zeros(2), answers, dpo.Config(train_data='-', loss=loss))
+    assert taken == [expected]
 
 def test_pair_metrics_by_hand():
     # three answers; 0 is better than 1, which is better than 2
@@ -150,7 +142,6 @@ def test_pair_metrics_by_hand():
     loss, metrics = pair_loss(logp, nothing, answers, SimpleNamespace(loss='orpo', beta=0.5))
     assert loss.item() == by_hand(3.195641) and metrics['margin'].item() == by_hand(-0.656631)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
@@ -166,24 +157,21 @@ def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data, los
     assert log[1]['margin'] == pytest.approx(0.0, abs=1e-5)
     assert log[-1]['val_loss'] < first - 0.1 and log[-1]['val_accuracy'] > 0.9
 
-
 @pytest.mark.parametrize('loss, options', [('simpo', dict(beta=2.0, simpo_margin=0.5)), ('orpo', dict(beta=1.0))])
 def test_losses_without_a_reference_learn(tmp_path, sft_model, data, monkeypatch, loss, options):
     """One pass over each batch and two over the held-out rows: none for a reference."""
-    passes, answer_logp = [], dpo.load_policy(sft_model).__class__.answer_logp
-    monkeypatch.setattr('model.GPT.answer_logp', lambda *a: (passes.append(1), answer_logp(*a))[1])
+    passes, answers = [], GPT.answers
+    monkeypatch.setattr(GPT, 'answers', lambda *a: (passes.append(1), answers(*a))[1])
     log = run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, loss=loss,
               batch_size=8, max_steps=40, lr=0.01, **options)
     assert len(passes) == 42
     assert log[-1]['val_loss'] < log[0]['val_loss'] - 0.1 and log[-1]['val_accuracy'] > 0.9
 
-
 def test_zeros_stand_in_for_no_reference():
-    rows = [([1], [[2], [3]], [0, 1]), ([1], [[2], [3], [4]], [0, 1, 1])]
+    rows = [Row([1], [[2], [3]], {}), Row([1], [[2], [3], [4]], {})]
     for loss in ('simpo', 'orpo'): # no model, no device: nothing is computed
         ref = reference_logp(None, rows, SimpleNamespace(loss=loss), None, 'train')
         assert [r.tolist() for r in ref] == [[0.0, 0.0], [0.0, 0.0, 0.0]]
-
 
 def test_the_reference_does_not_move(tmp_path, sft_model, data):
     """The margins of an epoch later are against the model that training started from, also after going on."""
@@ -194,24 +182,6 @@ def test_the_reference_does_not_move(tmp_path, sft_model, data):
     again = [line for line in log if 'val_margin' in line and line['step'] == 5]
     assert len(again) == 2 and again[0]['val_margin'] == again[1]['val_margin'] == last['val_margin'] > 0.01
 
-
-def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
-    assert_resumes_exactly(tmp_path, dpo, init_from=sft_model, train_data=data, batch_size=4)
-
-
-def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
-    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, dpo, init_from=sft_model, train_data=data,
-                                  batch_size=4)
-
-
-@pytest.mark.parametrize('loss', ['dpo', 'ipo', 'hinge', 'simpo', 'orpo'])
-def test_micro_batches_of_different_token_counts(tmp_path, sft_model, data, monkeypatch, loss):
-    # beta 0.5: a loss of about 1, so that 1e-6 is within the precision of its float32 sums
-    keys = ('loss', 'accuracy', 'margin', 'chosen_reward', 'rejected_reward')
-    assert_same_for_micro_batches(monkeypatch, tmp_path, dpo, keys, init_from=sft_model, train_data=data, batch_size=8,
-                                  max_steps=2, loss=loss, beta=0.5)
-
-
 def test_comparisons_are_rankings_of_two(tmp_path, sft_model):
     rows = [dict(prompt=r['prompt'], responses=[r['rejected'], r['chosen']], ranks=[1, 0]) for r in COMPARISONS]
     logs = [run(dpo, out_dir=str(tmp_path / name), init_from=sft_model, batch_size=4, max_steps=2,
@@ -219,7 +189,6 @@ def test_comparisons_are_rankings_of_two(tmp_path, sft_model):
             for name, data in (('a', COMPARISONS), ('b', rows))]
     for a, b in zip(*logs, strict=True):
         assert a['loss'] == by_hand(b['loss']) and a['chosen_logp'] == pytest.approx(b['chosen_logp'], abs=1e-4)
-
 
 def test_all_pairs_of_a_prompt_weigh_the_same(tmp_path, sft_model, data, monkeypatch):
     """17 pairs in all, whichever prompt they are of: each pulls its better answer by beta sigmoid(0) / 17."""
@@ -236,59 +205,3 @@ def test_all_pairs_of_a_prompt_weigh_the_same(tmp_path, sft_model, data, monkeyp
     assert len(pairs) == 17
     wins = [(pairs[:, 0] == n).sum().item() - (pairs[:, 1] == n).sum().item() for n in range(len(logp))]
     assert logp.grad.tolist() == by_hand([-0.05 * n for n in wins]) # 1.7 * 0.5 / 17
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused
-
-def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
-    assert_nan_stops(tmp_path, capsys, dpo, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
-                     grad_clip=0.0)
-
-
-@pytest.mark.parametrize('options, expected', [
-    (dict(label_smooth=0.1), '--label_smooth=0.1: unknown option label_smooth, did you mean label_smoothing?'),
-    (dict(beta='high'), "--beta=high: beta must be float, got 'high'"),
-    (dict(beta=0), '--beta=0: beta must be above 0, got 0.0'),
-    (dict(label_smoothing=0.5), '--label_smoothing=0.5: label_smoothing must be at least 0 and below 0.5, got 0.5'),
-    (dict(loss='sympo'), "--loss=sympo: loss must be one of dpo, ipo, hinge, simpo, orpo, got 'sympo'"),
-    (dict(simpo_margin=-1), '--simpo_margin=-1: simpo_margin must be at least 0, got -1.0'),
-    (dict(train_data=''), "train_data must be a file of comparisons or rankings, got ''"),
-    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(init_from='nowhere'), 'nowhere'),
-])
-def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
-    out = str(tmp_path / 'out')
-    assert expected in stops(capsys, dpo, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
-    assert not has_checkpoint(out)
-
-
-@pytest.mark.parametrize('line, expected', [
-    ('{"prompt": "Hi", "chosen": "a"}', 'to have `rejected`'),
-    ('{"prompt": "Hi", "chosen": "a", "rejected": ""}', '`rejected` to be text that is not empty'),
-    ('{"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": "big"}', '`margin` to be a number'),
-    ('{"prompt": "Hi", "chosen": "a" "rejected": "b"}', 'wanted one JSON object a line'),
-])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
-    path = tmp_path / 'd.jsonl'
-    path.write_text('{"prompt": "Hi", "chosen": "a", "rejected": "b"}\n\n' + line + '\n')
-    out = str(tmp_path / 'out')
-    said = stops(capsys, dpo, out_dir=out, init_from=sft_model, train_data=str(path))
-    assert said.startswith(f"{path}:3: ") and expected in said and not has_checkpoint(out)
-
-
-def test_nothing_to_go_on_from(tmp_path, sft_model, data, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, resume=True)
-    line = capsys.readouterr().err.strip().split('\n')[-1] # the bar of the reference's pass comes before
-    assert stopped.value.code == 2 and line.startswith('error: --resume=True') and 'state.pt is missing' in line
-    assert not has_checkpoint(tmp_path / 'out')
-
-
-def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
-    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
-    said = stops(capsys, dpo, out_dir=out, init_from=head, train_data=data)
-    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
-    said = stops(capsys, dpo, out_dir=sft_model, init_from=sft_model, train_data=data)
-    assert 'is --init_from too; wanted another folder' in said

@@ -4,21 +4,20 @@ import math
 
 import pytest
 
-import common # before torch: it sets how torch's threads wait
-
-import torch
-
 import evaluate as ev
+from common.options import parse_config
+from common.records import write_records
+from common.rollout import pack
+from common.tokens import load_tokenizer, response_ids, save_bpe, train_bpe
 from data.toy import world
 from model import GPT, GPTConfig
-from rollout import pack
-from tokens import load_tokenizer, response_ids, save_bpe, train_bpe, write_records
+
+import torch
 
 T = torch.tensor
 
 # ----------------------------------------------------------------------------------------------------------------
 # texts
-
 
 def test_distinct_by_hand():
     # 1-grams: a b a b | a c = 6, of which a b c are distinct; 2-grams: ab ba ab | ac = 4, of which ab ba ac
@@ -26,19 +25,16 @@ def test_distinct_by_hand():
     assert ev.distinct(["a b a b", "a c"], 2) == pytest.approx(0.75)
     assert ev.distinct(["a", ""], 2) == 0.0 # no pair of words at all
 
-
 def test_self_bleu_by_hand():
     # "a b c d e" against the others: p = 4/5, 3/4, 2/3, 1/2, product 1/5, fourth root 0.668740, closest reference as
     # long; "a b c d f" the same; "a b": p = 1, 1 and no longer n-grams, closest reference 5: e^(1 - 5/2) = 0.223130
     assert ev.self_bleu(["a b c d e", "a b c d f", "a b"]) == pytest.approx((2 * 0.668740 + 0.223130) / 3, abs=1e-6)
-
 
 def test_self_bleu_counts_at_most_as_often_as_one_reference():
     # "x x x" has two references with one x each: p_1 = 1/3, not 2/3 or 1; xx is found nowhere, 0.1 of 2; xxx 0.1 of 1
     # (1/3 * 0.05 * 0.1)^(1/3) = 0.118563, and both references are 2 long, so no brevity penalty
     # "x y" against "x x x" (3) and "x z" (2): p = 1/2 and 0.1 of 1: sqrt(0.05) = 0.223607; "x z" the same
     assert ev.self_bleu(["x x x", "x y", "x z"]) == pytest.approx((0.118563 + 2 * 0.223607) / 3, abs=1e-6)
-
 
 def test_self_bleu_leaves_each_text_out_of_its_own_references():
     assert ev.self_bleu(["a b c d", "a b c d"]) == pytest.approx(1.0)
@@ -50,17 +46,14 @@ def test_self_bleu_leaves_each_text_out_of_its_own_references():
 # ----------------------------------------------------------------------------------------------------------------
 # comparisons
 
-
 def test_win_rate_counts_a_tie_as_half():
     assert ev.win_rate([1.0, 0.2, 0.5, 0.9], [0.8, 0.8, 0.5, 0.1]) == 0.625 # win, loss, tie, win
-
 
 def test_wilson_interval_by_hand():
     # p = .8, n = 10, z^2 = 3.841459: centre (.8 + .192073) / 1.384146 = .716740,
     # half 1.959964 * sqrt(.016 + .009604) / 1.384146 = .226577
     assert ev.wilson(0.8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-5)
     assert ev.wilson(1.0, 10) == pytest.approx([0.722467, 1.0], abs=1e-5) # 1 / 1.384146: not a point
-
 
 def test_calibration_by_hand():
     # sigmoid(ln 3) = .75, three times, a preferred twice (the third pair is told the other way round: b has the higher
@@ -74,21 +67,19 @@ def test_calibration_by_hand():
 # ----------------------------------------------------------------------------------------------------------------
 # models
 
-
 class Fixed:
-    """A fake model: the same distribution p over three words everywhere, and absurd ones where mask is 0."""
+    """A fake model: the same distribution p over three tokens everywhere, and absurd ones where mask is 0."""
 
     def __init__(self, p):
         self.p = T(p)
 
-    def masked_logits(self, idx, mask):
+    def logits_at(self, idx, mask):
         assert mask.shape == (idx.size(0), idx.size(1) - 1)
         return (self.p.log() + 5.0).expand(int(mask.sum()), 3) # logits may be shifted by any constant
 
     def logp(self, idx, mask):
         logp = self.p.log()[idx[:, 1:].clamp(max=2)]
         return torch.where(mask > 0, logp, T(-1e9))
-
 
 def test_kl_is_exact_and_sums_over_the_answer():
     # .7 ln(.7/.4) + .2 ln(.2/.4) + .1 ln(.1/.2) = .391731 - .138629 - .069315 = .183787 a token; pads hold word 99999
@@ -100,7 +91,6 @@ def test_kl_is_exact_and_sums_over_the_answer():
     assert ev.answer_kl(p, p, r, rows=64).tolist() == [0.0, 0.0]
     # the other direction is another number: .4 ln(.4/.7) + .4 ln(.4/.2) + .2 ln(.2/.1) = .192042
     assert ev.answer_kl(q, p, r, rows=64).tolist() == pytest.approx([3 * 0.192042, 0.192042], abs=1e-5)
-
 
 def test_kl_of_a_model_reads_the_right_positions():
     torch.manual_seed(0)
@@ -114,7 +104,6 @@ def test_kl_of_a_model_reads_the_right_positions():
         expected += sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist()))
     assert ev.answer_kl(model, reference, r, rows=4).item() == pytest.approx(expected, abs=1e-5)
 
-
 def test_perplexity_by_hand():
     # counted tokens: word 0 (.5) twice and word 1 (.125): 2 ln 2 + ln 8 = 5 ln 2 over 3 tokens: 2^(5/3) = 3.174802
     batches = [[([2, 0, 0], [0, 1, 1])], [([2, 2, 1], [0, 0, 1]), ([2, 0], [0, 0])]]
@@ -122,7 +111,6 @@ def test_perplexity_by_hand():
 
 # ----------------------------------------------------------------------------------------------------------------
 # end to end
-
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
@@ -147,13 +135,12 @@ def toy(tmp_path_factory):
          'ranks': [0, 1, 1], 'scores': [0.9, 0.0, 0.1]}] * 3)
     return folder
 
-
 def options(toy, out_dir, **more):
     return ev.Config(**dict(
         models=','.join(f"{n}={toy}/{n}" for n in ('base', 'sft', 'ppo')), reward_model=f"{toy}/reward", best_of=2,
         prompts=f"{toy}/prompts.jsonl", text=f"{toy}/demonstrations.jsonl", rankings=f"{toy}/rankings.jsonl",
-        comparisons=f"{toy}/pairs.jsonl", gold='toy', max_new_tokens=6, device='cpu', out_dir=str(out_dir)) | more)
-
+        comparisons=f"{toy}/pairs.jsonl", gold='data.toy.world:gold', max_new_tokens=6, device='cpu',
+        out_dir=str(out_dir)) | more)
 
 @pytest.fixture(scope='module')
 def evaluated(toy, tmp_path_factory):
@@ -161,10 +148,8 @@ def evaluated(toy, tmp_path_factory):
     ev.main(options(toy, out_dir, figure_runs=f"beta=0.1={toy}/ppo,again={toy}/sft"))
     return out_dir
 
-
 def read(out_dir):
     return json.loads((out_dir / 'results.json').read_text())
-
 
 def test_results_hold_what_was_asked_for(evaluated):
     results = read(evaluated)
@@ -180,12 +165,12 @@ def test_results_hold_what_was_asked_for(evaluated):
     assert best['kl'] == pytest.approx(0.193147, abs=1e-6) and best['perplexity'] is None # ln 2 - 1/2
     assert best['reward'] > results['models']['sft']['reward']
     assert results['greedy']['best_of_n'] == results['greedy']['sft']
-    judge = results['reward_model']
-    assert set(judge['by_category']) == set(world.PAIR_CATEGORIES) and 0 <= judge['accuracy'] <= 1
-    assert judge['ceiling'] == 1.0 and judge['shorter_wins'] == 0.5 # 0.9 beats both; of the two worse, one is shorter
-    assert sum(n for _, _, n in judge['calibration']) == 6 # three records, two pairs each
+    quality = results['reward_model']
+    assert set(quality['by_category']) == set(world.PAIR_CATEGORIES) and 0 <= quality['accuracy'] <= 1
+    assert quality['ceiling'] == 1.0 # 0.9 beats both
+    assert quality['shorter_wins'] == 0.5 # of the two worse, one is shorter
+    assert sum(n for _, _, n in quality['calibration']) == 6 # three records, two pairs each
     assert results['seed'] == 1 and results['seconds']['evaluate'] > 0
-
 
 def test_samples_and_figures_are_written(evaluated):
     rows = [json.loads(line) for line in (evaluated / 'samples.jsonl').read_text().splitlines()]
@@ -195,7 +180,6 @@ def test_samples_and_figures_are_written(evaluated):
     for name in ('learning_curves', 'calibration', 'reward_kl', 'overoptimisation'):
         assert (evaluated / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
     assert not list(evaluated.glob('*.tmp'))
-
 
 def test_scripted_answers_are_scored_as_text(toy, tmp_path, monkeypatch):
     # whatever is asked, the fake says that it does not know, and forgets to end: right for the honest kind alone
@@ -211,14 +195,12 @@ def test_scripted_answers_are_scored_as_text(toy, tmp_path, monkeypatch):
     sample = json.loads((tmp_path / 'samples.jsonl').read_text().splitlines()[0])
     assert sample['sampled'] == sample['greedy'] == "I don't know." # without the space that comes before it
 
-
 def test_same_seed_same_numbers_whatever_else_is_in_the_list(toy, evaluated, tmp_path):
     ev.main(options(toy, tmp_path, models=f"sft={toy}/sft,ppo={toy}/ppo", best_of=0, figures=False))
     few, all_ = read(tmp_path), read(evaluated)
     for decoding in ('models', 'greedy'):
         assert few[decoding] == {name: all_[decoding][name] for name in ('sft', 'ppo')}
     assert few['reward_model'] == all_['reward_model'] and not list(tmp_path.glob('*.png'))
-
 
 def test_wins_go_by_reward_without_gold_and_are_left_out_without_either(toy, tmp_path):
     ev.main(options(toy, tmp_path, gold='', max_prompts=5, comparisons='', rankings='', text=f"{toy}/text.jsonl",
@@ -231,11 +213,23 @@ def test_wins_go_by_reward_without_gold_and_are_left_out_without_either(toy, tmp
     assert set(results['models']['ppo']) == {'kl', 'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended'}
     assert results['models']['sft']['kl'] == 0 < results['models']['base']['kl']
 
+def longer(prompt, answer):
+    """A gold score whose module has no `explain`."""
+    return len(answer) / 10
+
+def test_a_gold_score_without_parts(toy, tmp_path):
+    ev.main(options(toy, tmp_path, gold=f'{__name__}:longer', max_prompts=3, best_of=0, figures=False))
+    rows = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+    assert all(row['greedy_gold'] == len(row['greedy']) / 10 for row in rows) and len(rows) == 9
+    results = read(tmp_path)['models']
+    assert 'by_category' not in results['ppo'] and 'honest' not in results['ppo']
+    for name in ('sft', 'ppo'):
+        gold = [row['sampled_gold'] for row in rows if row['model'] == name]
+        assert results[name]['gold'] == pytest.approx(sum(gold) / 3, abs=1e-6)
 
 def test_over_optimisation_alone(toy, tmp_path):
     ev.main(ev.Config(figure_runs=f"beta 0={toy}/ppo", out_dir=str(tmp_path)))
     assert [p.name for p in tmp_path.iterdir()] == ['overoptimisation.png']
-
 
 @pytest.mark.parametrize('more, words', [
     (dict(baseline='nobody'), '--baseline=nobody: wanted one of the names in --models: base, sft, ppo'),
@@ -248,9 +242,12 @@ def test_over_optimisation_alone(toy, tmp_path):
     (dict(models='sft=TOY/sft,best_of_n=TOY/ppo'), 'another name'),
     (dict(max_new_tokens=96), 'room'),
     (dict(figure_runs='a=TOY/nowhere', models=''), 'wanted lines with `kl`'),
+    (dict(gold='data.toy.world:silver'), '--gold=data.toy.world:silver: cannot be imported'),
+    (dict(prompts='TOY/others.jsonl'), "others.jsonl: prompt 1: not a prompt of the toy world: 'Hi'"),
 ])
 def test_bad_input_is_one_line(toy, tmp_path, capsys, more, words):
     other = toy / 'other'
+    write_records(toy / 'others.jsonl', [{'prompt': 'Hi'}])
     if not other.exists():
         GPT(GPTConfig(96, 257, 1, 2, 16)).save_pretrained(other)
         load_tokenizer('bytes').save(other)
@@ -260,10 +257,9 @@ def test_bad_input_is_one_line(toy, tmp_path, capsys, more, words):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and words in lines[-1] and len(lines) == 1
 
-
 @pytest.mark.parametrize('flags', [['--best_of=2', '--models=a=b', '--prompts=p'], ['--best_of=1'], ['--models=a=b'],
                                    ['--gold=real', '--models=a=b', '--prompts=p'], []])
 def test_impossible_options(flags):
     with pytest.raises(SystemExit) as stopped:
-        common.parse_config(ev.Config, flags)
+        parse_config(ev.Config, flags)
     assert stopped.value.code == 2

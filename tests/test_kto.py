@@ -1,4 +1,4 @@
-"""kto.py: the loss and its z0 by hand, which answers are good and bad, resuming, micro-batches, what is refused."""
+"""kto.py: the loss and its z0 by hand, which answers are good and bad, the reference. test_stages.py has the rest."""
 import os
 import shutil
 import subprocess
@@ -8,20 +8,18 @@ import pytest
 import torch
 
 import kto
-from common import Run, read_log
-from kto import describe, kl_estimate, kto_loss, log_probs, mismatched, tensors
-from model import load_policy
-from tiny import (COMPARISONS, FAST, ROOT, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops,
-                  assert_resumes_exactly, assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, losses,
-                  records, run, stops)
-from tokens import Batches, prompt_ids, read_unpaired, response_ids
+from common.batches import Batches, Row
+from common.checkpoints import load_policy, read_log
+from common.records import read_unpaired
+from common.run import Run
+from common.tokens import prompt_ids, response_ids
+from kto import describe, kl_estimate, kto_loss, labels_of, log_probs, mismatched, tensors
+from tiny import COMPARISONS, FAST, ROOT, TOK, by_hand, losses, records, run
 
 CPU = Run('cpu', 'float32')
 
-
 def T(values):
     return torch.tensor(values, requires_grad=True)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss; s(x) = sigmoid(x): s(0.5) = 0.622459, s(1) = 0.731059, s(-x) = 1 - s(x), s' = s (1 - s)
@@ -44,46 +42,42 @@ def test_kto_loss_by_hand():
     assert loss.item() == by_hand(0.584275) # (2 * 0.891400 + 0.5 * 1.108600) / 4
     assert pi.grad.tolist() == by_hand([-0.049153, -0.058751, 0.012288, 0.014688])
 
-
 def test_z0_by_hand():
     pi = T([-1., -2., -6.])
     z0 = kl_estimate(pi, torch.tensor([-4., -2., -6.])) # (3 + 0 + 0) / 3
     assert z0.shape == () and z0.item() == by_hand(1.0) and not z0.requires_grad
     assert kl_estimate(pi, torch.tensor([-4., -2., 0.])).item() == 0.0 # (3 + 0 - 6) / 3 is below 0
 
-
 def test_mismatched_rows():
-    rows = [([1], [10], 1.0), ([2], [20, 21], 0.0), ([3], [30], 1.0)]
-    assert mismatched(rows) == [([1], [20, 21]), ([2], [30]), ([3], [10])]
-
+    rows = [Row([1], [[10]], dict(label=True)), Row([2], [[20, 21]], dict(label=False)),
+            Row([3], [[30]], dict(label=True))]
+    assert [(row.prompt, row.answers) for row in mismatched(rows)] == [
+        ([1], [[20, 21]]), ([2], [[30]]), ([3], [[10]])]
+    assert labels_of(rows).tolist() == [1.0, 0.0, 1.0]
 
 def test_only_the_answer_is_counted_and_a_prompt_that_does_not_fit_is_cut():
-    idx, mask, lengths = tensors([([1, 2], [3]), ([4, 5, 6, 7], [8, 9])], block_size=5)
+    idx, mask, lengths = tensors([Row([1, 2], [[3]], {}), Row([4, 5, 6, 7], [[8, 9]], {})], block_size=5)
     assert idx.tolist() == [[1, 2, 3, 0, 0], [5, 6, 7, 8, 9]] and lengths.tolist() == [3, 5]
-    assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]] # position t speaks of token t+1
-
+    assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]] # position t describes token t+1
 
 def alone(model, prompt, answer):
     """log pi(y|x) of one row by itself, token by token."""
     logp = model(torch.tensor([prompt + answer]))[0][0].log_softmax(-1) # (T, V)
     return sum(logp[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
 
-
 def test_log_probs_are_those_of_each_row_alone(sft_model):
     model = load_policy(sft_model)
     texts = [('Hi', 'Yo'), ('A', 'longer than that'), ('x', 'y')]
     rows = [(prompt_ids(TOK, p), response_ids(TOK, r)) for p, r in texts]
     for at_once in (64, 1):
-        got = log_probs(model, rows, CPU, at_once).tolist()
+        got = log_probs(model, [Row(p, [r], {}) for p, r in rows], CPU, at_once).tolist()
         assert got == pytest.approx([alone(model, *row) for row in rows], abs=1e-4)
     assert log_probs(model, [], CPU, 1).tolist() == [] # a process without a share
-
 
 def test_what_is_logged():
     assert describe([1.0, 0.5, -2.0], [1.0, 0.0, 1.0], CPU) == by_hand(dict(
         desirable_reward=-0.5, undesirable_reward=0.5, margin=-1.0))
     assert describe([1.0], [1.0], CPU) == dict(desirable_reward=1.0, undesirable_reward=0.0, margin=1.0)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # records
@@ -99,7 +93,6 @@ def test_rankings_taken_apart(tmp_path):
         ('a', 'y', True), ('a', 'z', False), ('b', 'p', True), ('b', 'q', True), ('b', 'r', False), ('b', 's', False),
         ('c', 't', True), ('c', 'u', True), ('c', 'v', False)]
 
-
 def test_a_file_of_labels_equals_the_comparisons_it_says(tmp_path, sft_model):
     labels = [dict(prompt=r['prompt'], response=r[key], label=key == 'chosen')
               for r in COMPARISONS for key in ('chosen', 'rejected')]
@@ -107,7 +100,6 @@ def test_a_file_of_labels_equals_the_comparisons_it_says(tmp_path, sft_model):
                 train_data=records(tmp_path / f"{name}.jsonl", rows))
             for name, rows in (('a', COMPARISONS), ('b', labels))]
     assert losses(logs[0]) == losses(logs[1])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
@@ -124,7 +116,6 @@ def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data):
     assert log[-1]['val_loss'] < 0.4
     assert log[-1]['val_desirable_reward'] > 0.1 and log[-1]['val_undesirable_reward'] < -0.1
 
-
 def test_the_reference_does_not_move(tmp_path, sft_model, data):
     out = str(tmp_path / 'out')
     options = dict(init_from=sft_model, train_data=data, val_data=data, batch_size=8, lr=0.01)
@@ -132,7 +123,6 @@ def test_the_reference_does_not_move(tmp_path, sft_model, data):
     log = run(kto, out_dir=out, max_steps=6, resume=True, eval_every=5, **options)
     again = [line for line in log if 'val_margin' in line and line['step'] == 5]
     assert len(again) == 2 and again[0]['val_margin'] == again[1]['val_margin'] == last['val_margin'] > 0.01
-
 
 def test_z0_is_of_answers_to_other_prompts(tmp_path, sft_model, data, monkeypatch):
     """The sixth step's z0, and the held-out one of the model before it, worked out row by row; both reach the loss."""
@@ -144,8 +134,8 @@ def test_z0_is_of_answers_to_other_prompts(tmp_path, sft_model, data, monkeypatc
     log = run(kto, out_dir=out, max_steps=6, resume=True, eval_every=5, **options)
 
     rows = kto.load_data(data, TOK, 64, 'train')
-    batch = [rows[i] for i in Batches([len(p) + len(a) for p, a, _ in rows], 17, 1).at(5)]
-    mixed_up = [[(part[i][0], part[(i + 1) % 17][1]) for i in range(17)] for part in (rows, batch)]
+    batch = [rows[i] for i in Batches([len(p) + len(a) for p, (a,), _ in rows], 17, 1).at(5)]
+    mixed_up = [[(part[i].prompt, part[(i + 1) % 17].answers[0]) for i in range(17)] for part in (rows, batch)]
     expected = [sum(alone(model, *row) - alone(reference, *row) for row in part) / 17 for part in mixed_up]
     assert min(expected) > 0.01 # not at the clamp
     assert used[:2] == pytest.approx(expected, abs=1e-4)
@@ -153,28 +143,11 @@ def test_z0_is_of_answers_to_other_prompts(tmp_path, sft_model, data, monkeypatc
     val_kl = [line['val_kl'] for line in log if line['step'] == 5 and 'val_kl' in line][-1]
     assert [val_kl, kl] == pytest.approx(expected, abs=1e-4)
 
-
 def test_the_weights_reach_the_loss(tmp_path, sft_model, data):
     """At the start each value is half its weight. RANKINGS are 9 good answers, 8 bad ones and 3 in the middle."""
     log = run(kto, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, batch_size=2,
               max_steps=1, eval_every=1, desirable_weight=3.0, undesirable_weight=0.0)
     assert log[0]['val_loss'] == by_hand(0.794118) # 3 * 9 / 17 / 2
-
-
-def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
-    assert_resumes_exactly(tmp_path, kto, init_from=sft_model, train_data=data, batch_size=4)
-
-
-def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
-    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, kto, init_from=sft_model, train_data=data,
-                                  batch_size=4)
-
-
-def test_micro_batches_of_different_token_counts(tmp_path, sft_model, data, monkeypatch):
-    keys = ('loss', 'kl', 'desirable_reward', 'undesirable_reward', 'margin')
-    assert_same_for_micro_batches(monkeypatch, tmp_path, kto, keys, init_from=sft_model, train_data=data, batch_size=8,
-                                  max_steps=2, lr=0.01, beta=0.5)
-
 
 def test_micro_batches_and_processes_share_one_z0(tmp_path, sft_model, data):
     """One more step from the same checkpoint, where z0 is above 0: whole, in four parts, by two processes."""
@@ -195,56 +168,3 @@ def test_micro_batches_and_processes_share_one_z0(tmp_path, sft_model, data):
     whole, parts, processes = losses(lines)
     assert whole['step'] == 4 and whole['kl'] > 0.1
     assert whole == pytest.approx(parts, abs=1e-4) and whole == pytest.approx(processes, abs=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused
-
-def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
-    assert_nan_stops(tmp_path, capsys, kto, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
-                     grad_clip=0.0)
-
-
-@pytest.mark.parametrize('options, expected', [
-    (dict(undesirable=2), '--undesirable=2: unknown option undesirable, did you mean undesirable_weight?'),
-    (dict(beta=0), '--beta=0: beta must be above 0, got 0.0'),
-    (dict(batch_size=1), '--batch_size=1: batch_size must be at least 2, got 1'),
-    (dict(desirable_weight=-1), '--desirable_weight=-1: desirable_weight must be at least 0, got -1.0'),
-    (dict(undesirable_weight=-1), '--undesirable_weight=-1: undesirable_weight must be at least 0, got -1.0'),
-    (dict(train_data=''), "train_data must be a file of answers with labels, comparisons or rankings, got ''"),
-    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(init_from='nowhere'), 'nowhere'),
-])
-def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
-    out = str(tmp_path / 'out')
-    assert expected in stops(capsys, kto, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
-    assert not has_checkpoint(out)
-
-
-@pytest.mark.parametrize('line, expected', [
-    ('{"prompt": "Hi", "response": "a"}', 'a row of kind unpaired to have `label`'),
-    ('{"prompt": "Hi", "response": "a", "label": 1}', '`label` to be true (a good answer) or false'),
-    ('{"prompt": "Hi", "response": "a", "label": "good"}', '`label` to be true (a good answer) or false'),
-    ('{"prompt": "Hi", "response": "", "label": true}', '`response` to be text that is not empty'),
-])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
-    path = tmp_path / 'd.jsonl'
-    path.write_text('{"prompt": "Hi", "response": "a", "label": true}\n\n' + line + '\n')
-    out = str(tmp_path / 'out')
-    said = stops(capsys, kto, out_dir=out, init_from=sft_model, train_data=str(path))
-    assert said.startswith(f"{path}:3: ") and expected in said and not has_checkpoint(out)
-
-
-def test_only_ties(tmp_path, sft_model, capsys):
-    path = records(tmp_path / 'ties.jsonl', [dict(prompt='Hi', responses=['a', 'b'], ranks=[0, 0])])
-    said = stops(capsys, kto, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path)
-    assert said == f"{path}: all answers of every prompt tie; wanted some that are ranked above others"
-
-
-def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
-    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
-    said = stops(capsys, kto, out_dir=out, init_from=head, train_data=data)
-    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
-    said = stops(capsys, kto, out_dir=sft_model, init_from=sft_model, train_data=data)
-    assert 'is --init_from too; wanted another folder' in said

@@ -1,4 +1,5 @@
-"""Every stage in two processes, with DistributedDataParallel and with FSDP, and what is left when a process dies."""
+"""Every stage in two processes, whole models or FSDP's parts in each, and what is left when a process dies."""
+import contextlib
 import importlib
 import json
 import os
@@ -8,16 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import tensor as T
 
 import collect
-import common
-import rollout
+from common.batches import encode_prompts
+from common.checkpoints import read_log
+from common.records import read_records
+from common.rollout import masked_mean, sample_answers, whiten
+from common.run import start, stop
+from common.tokens import load_tokenizer
 from model import GPT
-from rollout import masked_mean, whiten
-from stages import SAMPLING, die_after, sample_by_row, stages
+from stages import SAMPLING, die_after, sample_by_row, sample_with, stages
 from tiny import PROMPTS, ROOT, checkpoint, in_processes, losses, records, run, stops, weights
-from tokens import encode_prompts, load_tokenizer, read_records
 
 STAGES = ('sft', 'reward', 'dpo', 'ipo', 'rrhf', 'kto', *SAMPLING)
 KINDS = ('sft', 'reward', 'dpo', 'rrhf', 'kto', 'ppo', 'rloo') # one of each script
@@ -25,20 +29,24 @@ WITH_FSDP = (*KINDS, 'ppo_shared')
 
 slow = pytest.mark.slow # all that waits for the torchrun of the fixture `folder`
 
-
 def one(script, **options):
     return losses(run(importlib.import_module(script), **options))
 
-
 def log_of(folder):
-    return losses(common.read_log(os.path.join(folder, 'log.jsonl')))
+    return losses(read_log(os.path.join(folder, 'log.jsonl')))
 
+@contextlib.contextmanager
+def sampling_by_row():
+    sample_with(sample_by_row)
+    try:
+        yield
+    finally:
+        sample_with(sample_answers)
 
 def assert_close(got, expected):
     assert len(got) == len(expected) > 0
     for a, b in zip(got, expected):
         assert a == pytest.approx(b, abs=1e-5)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # two processes equal one: one torchrun runs everything
@@ -53,8 +61,7 @@ def folder(tmp_path_factory):
     """
     folder = str(tmp_path_factory.mktemp('processes'))
     at, jobs = lambda *names: os.path.join(folder, *names), []
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(rollout, 'sample_answers', sample_by_row)
+    with sampling_by_row():
         for name, (script, options) in stages(folder).items():
             four, two = (options | dict(max_steps=n) for n in (4, 2))
             one(script, out_dir=at('ONE', name), **four)
@@ -84,7 +91,6 @@ def folder(tmp_path_factory):
     assert done.returncode == 1 and 'Signal 9 (SIGKILL) received' in done.stderr
     return folder
 
-
 @slow
 @pytest.mark.parametrize('how, name', [('TWO', name) for name in STAGES] + [('FSDP', name) for name in WITH_FSDP])
 def test_two_processes_equal_one(folder, how, name):
@@ -97,7 +103,6 @@ def test_two_processes_equal_one(folder, how, name):
         # Adam's first steps are of size lr whatever the gradient: where it is 0 but for rounding, so are they
         assert (got[key] - expected[key]).abs().median() < 1e-5, key
 
-
 @slow
 @pytest.mark.parametrize('name', KINDS)
 def test_two_processes_resume_exactly(folder, name):
@@ -107,18 +112,16 @@ def test_two_processes_resume_exactly(folder, name):
     assert halves == log_of(whole)
     assert weights(os.path.join(folder, 'HALVES', name)) == weights(whole)
 
-
 @slow
 @pytest.mark.parametrize('name', KINDS)
-def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(folder, name, monkeypatch):
+def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(folder, name):
     expected = [line for line in log_of(os.path.join(folder, 'ONE', name)) if line['step'] > 2]
     got = [line for line in log_of(os.path.join(folder, 'ONE-FSDP', name)) if line['step'] > 2]
     assert_close(got, expected)
-    monkeypatch.setattr(rollout, 'sample_answers', sample_by_row)
     script, options = stages(folder)[name]
-    got = one(script, out_dir=os.path.join(folder, 'FSDP-ONE', name), **options, max_steps=4, resume=True)
+    with sampling_by_row():
+        got = one(script, out_dir=os.path.join(folder, 'FSDP-ONE', name), **options, max_steps=4, resume=True)
     assert_close([line for line in got if line['step'] > 2], expected)
-
 
 @slow
 def test_one_process_speaks_for_both(folder):
@@ -127,7 +130,6 @@ def test_one_process_speaks_for_both(folder):
     assert said.count('resumed from') == 2 * len(KINDS)
     with open(os.path.join(folder, 'FREE', 'ppo', 'log.jsonl')) as f:
         assert [json.loads(line)['step'] for line in f] == [1, 2, 3, 4]
-
 
 @slow
 def test_when_one_of_two_is_killed_torchrun_ends_and_the_last_checkpoint_is_whole(folder):
@@ -139,7 +141,6 @@ def test_when_one_of_two_is_killed_torchrun_ends_and_the_last_checkpoint_is_whol
     script, options = stages(folder)['sft']
     assert one(script, out_dir=died, **options, max_steps=5, resume=True)[-1]['step'] == 5
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # processes that die, in forks: nothing to import, nobody who would end the others
 
@@ -147,7 +148,6 @@ def killed(script, options, rank):
     if os.environ.get('RANK', '0') == rank:
         die_after(3)
     run(importlib.import_module(script), **options)
-
 
 @pytest.mark.parametrize('name', STAGES)
 def test_a_kill_loses_what_came_after_the_last_checkpoint(tmp_path, name):
@@ -159,7 +159,6 @@ def test_a_kill_loses_what_came_after_the_last_checkpoint(tmp_path, name):
     assert one(script, out_dir=out, resume=True, **options) == expected
     assert weights(out) == weights(tmp_path / 'whole')
 
-
 @pytest.mark.parametrize('name', KINDS)
 def test_the_other_process_ends_by_itself(tmp_path, name):
     script, options = stages(str(tmp_path))[name]
@@ -168,35 +167,57 @@ def test_the_other_process_ends_by_itself(tmp_path, name):
     assert torch.load(os.path.join(out, 'state.pt'), weights_only=True)['step'] == 2
     assert one(script, out_dir=out, resume=True, **options)[-1]['step'] == 5
 
+# ---------------------------------------------------------------------------------------------------------------------
+# gradients
+
+def counting(script, options, folder):
+    """Run a stage, and write down how often each of the model's matrices was summed over the processes."""
+    shapes, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda x, *a, **k: (shapes.append(tuple(x.shape)), all_reduce(x, *a, **k))[1]
+    run(importlib.import_module(script), **options)
+    found = {str(shape): shapes.count(shape) for shape in set(shapes) if len(shape) == 2}
+    with open(os.path.join(folder, f"{os.environ['RANK']}.json"), 'w') as f:
+        json.dump(found, f)
+
+# two steps, or iterations of two epochs; PPO-ptx has a backward pass more, and a critic of its own as many steps
+@pytest.mark.parametrize('name, steps', [('sft', 2), ('dpo', 2), ('rloo', 4), ('ppo', 8), ('ppo_shared', 4)])
+@pytest.mark.parametrize('grad_accum', [1, 2])
+def test_gradients_are_summed_once_per_optimizer_step(tmp_path, name, steps, grad_accum):
+    script, options = stages(str(tmp_path))[name]
+    options |= dict(out_dir=str(tmp_path / 'out'), max_steps=2, grad_accum=grad_accum)
+    assert in_processes(2, counting, script, options, str(tmp_path)) == [0, 0]
+    for rank in (0, 1):
+        with open(tmp_path / f"{rank}.json") as f:
+            found = json.load(f)
+        found.pop('(1, 16)', None) # a value head
+        # two layers of four matrices each; the positions' embedding has the shape of their c_fc
+        assert found == {shape: n * steps for shape, n in {
+            '(257, 16)': 1, '(64, 16)': 3, '(48, 16)': 2, '(16, 16)': 2, '(16, 64)': 2}.items()}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # statistics, collect.py
 
 def whitened():
-    run = common.start(SimpleNamespace(device='cpu', dtype='float32', seed=1))
+    run = start(SimpleNamespace(device='cpu', dtype='float32', seed=1))
     x, mask = (T([[1., 2.]]), T([[1., 1.]])) if run.is_master else (T([[3., 1e6, 6.]]), T([[1., 0., 1.]]))
     # mean (1 + 2 + 3 + 6) / 4 = 3, variance (4 + 1 + 0 + 9) / 4 = 3.5, its root 1.8708287
     expected = [[-1.069045, -0.534522]] if run.is_master else [[0.0, 0.0, 1.603567]]
     assert masked_mean(x, mask, run).item() == 3.0
     torch.testing.assert_close(whiten(x, mask, run), T(expected), rtol=0, atol=1e-6)
     assert run.merge({run.rank: 'ab'[run.rank]}) == {0: 'a', 1: 'b'}
-    common.stop(run)
-
+    stop(run)
 
 def test_whitening_is_over_both_processes():
     assert in_processes(2, whitened) == [0, 0]
-
 
 @pytest.fixture
 def prompts(tmp_path):
     rows = [row | dict(number=i) for i, row in enumerate(PROMPTS[:7])] # stretches of 3, 3 and 1
     return dict(policy=checkpoint(tmp_path / 'sft', n_layer=2), prompts=records(tmp_path / 'prompts.jsonl', rows),
-                n_answers=2, max_new_tokens=5, rows=3)
-
+                n_answers=2, max_new_tokens=5, rows=3, gold='data.toy.world:gold')
 
 def test_two_processes_share_the_prompts(tmp_path, prompts, monkeypatch):
     monkeypatch.setattr('data.toy.world.gold', lambda prompt, response: len(response) / 10)
-    monkeypatch.setattr('data.toy.world.read', lambda prompt: None)
     out, again = str(tmp_path / 'r.jsonl'), str(tmp_path / 'again.jsonl')
     assert in_processes(2, lambda: run(collect, out=out, **prompts)) == [0, 0]
     assert not os.path.exists(out + '.partial')
@@ -207,7 +228,7 @@ def test_two_processes_share_the_prompts(tmp_path, prompts, monkeypatch):
     for share, seed in (((3, 5), 1_000_003 + 3), ((4,), 1_000_003 + 4)):
         torch.manual_seed(seed)
         ids = encode_prompts(tok, [PROMPTS[i] for i in share for _ in (0, 1)], 59)
-        answers, _ = rollout.sample_answers(model, ids, tok, 5)
+        answers, _ = sample_answers(model, ids, tok, 5)
         for n, i in enumerate(share):
             expected[i] = [tok.decode(a).removeprefix(' ') for a in answers[2 * n:2 * n + 2]]
     assert [row['number'] for row in rows] == [0, 1, 2, 3, 4, 5, 6] # in their order, none left out
@@ -220,7 +241,6 @@ def test_two_processes_share_the_prompts(tmp_path, prompts, monkeypatch):
     assert in_processes(2, lambda: run(collect, out=again, resume=True, **prompts)) == [0, 0]
     with open(again, 'rb') as f:
         assert f.read() == b''.join(lines)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is refused

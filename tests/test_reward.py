@@ -1,4 +1,4 @@
-"""reward.py: the losses by hand, what normalising leaves behind, resuming, micro-batches, and what is refused."""
+"""reward.py: the losses by hand, what a run scores and logs, what normalising leaves. test_stages.py has the rest."""
 import math
 import os
 
@@ -6,15 +6,16 @@ import pytest
 import torch
 
 import reward
-from common import Run
-from model import GPT, load_policy
-from reward import bradley_terry_loss, evaluate, ranking_loss, score_rows, to_table
-from tiny import (COMPARISONS, RANKINGS, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
-                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops)
-from tokens import prompt_ids, response_ids
+from common.batches import Row, encode_rankings, to_table
+from common.checkpoints import load_policy, load_reward_model
+from common.run import Run
+from common.tokens import prompt_ids, response_ids
+from model import GPT
+from models import signs
+from reward import bradley_terry_loss, evaluate, margin_of, normalise_rewards, ranking_loss, score_rows
+from tiny import COMPARISONS, RANKINGS, TOK, by_hand, records, run, stops
 
 T = torch.tensor
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the losses; -log sigmoid(x) = log(1 + e^-x): 1 -> 0.313262, 0 -> 0.693147, 2 -> 0.126928, -0.5 -> 0.974077
@@ -28,14 +29,12 @@ def test_bradley_terry_by_hand():
     assert chosen.grad.tolist() == by_hand([-0.134471, -0.25])
     assert rejected.grad.tolist() == by_hand([0.134471, 0.25])
 
-
 def test_a_margin_has_to_be_exceeded():
     chosen = T([2., 0.], requires_grad=True)
     loss = bradley_terry_loss(chosen, T([1., 0.]), margin=T([1., 0.5])) # differences 0, -0.5
     loss.backward()
     assert loss.item() == by_hand(0.833612) # (0.693147 + 0.974077) / 2
     assert chosen.grad.tolist() == by_hand([-0.25, -0.311230]) # -sigmoid(0) / 2, -sigmoid(0.5) / 2
-
 
 def test_ranking_loss_by_hand():
     # C > A > B with scores C 1, A 0, B -1 makes three pairs: CA 1, CB 2, AB 1: (0.313262 + 0.126928 + 0.313262) / 3
@@ -45,7 +44,6 @@ def test_ranking_loss_by_hand():
     assert loss.shape == () and loss.item() == by_hand(0.251150)
     # A loses to C and beats B, by as much: 0. C: -(sigmoid(-1) + sigmoid(-2)) / 3 = -(0.268941 + 0.119203) / 3
     assert scores.grad.tolist() == [by_hand([0.0, 0.129381, -0.129381])]
-
 
 def test_every_prompt_weighs_the_same_and_absent_answers_nothing():
     scores = T([[0., -1., 1.], [0., 0., 1e6], [5., 5., 5.], [1., 0., 5.]], requires_grad=True)
@@ -62,15 +60,34 @@ def test_every_prompt_weighs_the_same_and_absent_answers_nothing():
     assert scores.grad[3].tolist() == by_hand([-0.208493, 0.044824, 0.163669])
     assert ranking_loss(scores[2:3], ranks[2:3]).item() == 0.0
 
-
-def test_to_table():
-    rows = [([1], [[2], [3]], None), ([1], [[2], [3], [4]], None), ([1], [[2], [3]], None)]
+def test_scores_in_a_table_keep_their_gradients():
+    rows = [Row([1], [[2]] * n, {}) for n in (2, 3, 2)]
     assert to_table(T([1, 2, 3, 4, 5, 6, 7]), rows, -1).tolist() == [[1, 2, -1], [3, 4, 5], [6, 7, -1]]
     values = torch.arange(1., 8.).requires_grad_()
     table = to_table(values, rows, 0.0)
     (table * T([[1., 2., 99.], [3., 4., 5.], [6., 7., 99.]])).sum().backward()
     assert table.tolist() == [[1, 2, 0], [3, 4, 5], [6, 7, 0]] and values.grad.tolist() == [1, 2, 3, 4, 5, 6, 7]
 
+def test_margins_are_of_comparisons():
+    """In rankings `margin` is a key that nothing reads."""
+    rows = [dict(chosen='a', rejected='b', margin=0.5), dict(chosen='a', rejected='b'), dict(responses=[], margin='x')]
+    assert [margin_of(Row([1], [[2], [3]], record)) for record in rows] == [0.5, 0.0, 0.0]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# normalising
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_normalised_rewards_survive_the_checkpoint(tmp_path, bias):
+    model = signs(reward_head=True, bias=bias)
+    with torch.no_grad():
+        model.reward_head.weight.copy_(T([[1., 2., 4., 8.]]))
+    idx, lengths = T([[0, 2], [1, 0], [2, 1]]), T([1, 1, 1])
+    normalise_rewards(model, mean=-3.0, std=4.0) # scores -9, -5, 3 before: (s + 3) / 4 = -1.5, -0.5, 1.5
+    assert model.rewards(idx, lengths).tolist() == pytest.approx([-1.5, -0.5, 1.5], abs=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = load_reward_model(tmp_path)
+    assert torch.equal(loaded.rewards(idx, lengths), model.rewards(idx, lengths))
+    assert loaded.config == model.config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
@@ -84,7 +101,6 @@ def scores_alone(model, rows):
             out.append(model.rewards(T([ids]), T([len(ids)])).item())
     return T(out)
 
-
 def test_the_first_loss_is_that_of_the_scores(tmp_path, sft_model, data, monkeypatch):
     """With a head of zeros every pair costs log 2."""
     with monkeypatch.context() as m:
@@ -97,7 +113,6 @@ def test_the_first_loss_is_that_of_the_scores(tmp_path, sft_model, data, monkeyp
                   max_steps=2)
     assert log[0]['loss'] == by_hand(0.693147) and log[0]['accuracy'] == 0.0
     assert log[1]['loss'] < log[0]['loss'] and set(log[0]) == {'step', 'loss', 'accuracy', 'lr', 'grad_norm', 'time'}
-
 
 def test_it_learns_and_is_normalised(tmp_path, sft_model, data):
     out = str(tmp_path / 'out')
@@ -113,27 +128,24 @@ def test_it_learns_and_is_normalised(tmp_path, sft_model, data):
     assert log[-1]['val_shorter_wins'] == by_hand(0.323529)
     assert 'val_ceiling' not in log[-1]
 
-
 def test_the_ceiling_is_the_annotators_own_score():
     class Fixed(torch.nn.Module):
-        def answer_rewards(self, answers):
-            return T([3., 1., 2., 0., 0.])
-    rows = [([1], [[2], [3], [4]], [0, 1, 2]), ([1], [[2], [3]], [1, 0])]
-    texts = [dict(responses=['a', 'bb', 'c'], scores=[5., 4., 6.]), dict(responses=['a', 'b'])]
+        def answers(self, batch):
+            return None, T([3., 1., 2., 0., 0.])
+
+    rows = [Row([1], [[2], [3], [4]], dict(responses=['a', 'bb', 'c'], ranks=[0, 1, 2], scores=[5., 4., 6.])),
+            Row([1], [[2], [3]], dict(responses=['a', 'b'], ranks=[1, 0]))]
     # model: 3 > 1 and 3 > 2 right, 1 > 2 wrong, 0 = 0 half: 2.5 of 4. The person's scores, for the first prompt alone:
     # 5 > 4 right, 5 > 6 and 4 > 6 wrong. Shorter: a, bb right; a, c half; bb, c wrong; b, a half
-    assert evaluate(Fixed(), rows, texts, Run('cpu', 'float32')) == {
-        'accuracy': by_hand(0.625), 'ceiling': by_hand(1 / 3), 'shorter_wins': by_hand(0.5)}
-
+    assert evaluate(Fixed(), rows, Run('cpu', 'float32')) == {
+        'val_accuracy': by_hand(0.625), 'val_ceiling': by_hand(1 / 3), 'val_shorter_wins': by_hand(0.5)}
 
 def test_score_rows_keeps_the_order(sft_model):
     torch.manual_seed(0)
     model = load_policy(sft_model, reward_head=True)
-    rows = [(prompt_ids(TOK, r['prompt']), [response_ids(TOK, x) for x in r['responses']], r['ranks'])
-            for r in RANKINGS]
-    got = score_rows(model, rows * 9, Run('cpu', 'float32')) # more than fit one batch
+    rows = encode_rankings(TOK, RANKINGS * 9, 64) # more than fit one batch
+    got = score_rows(model, rows, Run('cpu', 'float32'))
     torch.testing.assert_close(T(got), scores_alone(model.eval(), RANKINGS * 9), rtol=0, atol=1e-5)
-
 
 @pytest.mark.parametrize('kind', ['rankings', 'comparisons'])
 def test_the_logged_loss_is_that_of_each_answer_alone(tmp_path, sft_model, data, monkeypatch, kind):
@@ -160,7 +172,6 @@ def test_the_logged_loss_is_that_of_each_answer_alone(tmp_path, sft_model, data,
         expected.append(sum(pairs) / len(pairs))
     assert log[0]['loss'] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
 
-
 def test_lm_coef_adds_the_cross_entropy_of_the_best_answers(tmp_path, sft_model):
     """The mean over the tokens of all best answers of the batch; the best rank need not be 0, and may be shared."""
     rows = [dict(prompt='Hi', responses=['Yo', 'hm', 'Hello'], ranks=[1, 2, 1]), dict(prompt='A', responses=['b', 'c'],
@@ -179,96 +190,14 @@ def test_lm_coef_adds_the_cross_entropy_of_the_best_answers(tmp_path, sft_model)
         n += len(ids) - start
     assert n == 14 and losses[1] - losses[0] == pytest.approx(-0.5 * total / 14, abs=1e-5)
 
-
 def test_a_margin_in_rankings_is_an_extra_key(tmp_path, sft_model, data):
     other = records(tmp_path / 'more.jsonl', [r | dict(margin='large') for r in RANKINGS])
     logs = [run(reward, out_dir=str(tmp_path / name), init_from=sft_model, train_data=path, max_steps=1)
             for name, path in (('a', data), ('b', other))]
     assert logs[0][0]['loss'] == logs[1][0]['loss']
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# resuming and micro-batches
-
-def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
-    """The shorter run ends with normalised scores; going on takes the ones it trained."""
-    assert_resumes_exactly(tmp_path, reward, init_from=sft_model, train_data=data, batch_size=4, dropout=0.1)
-
-
-def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
-    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, reward, init_from=sft_model, train_data=data,
-                                  batch_size=4)
-
-
-@pytest.mark.parametrize('lm_coef', [0.0, 0.3])
-@pytest.mark.parametrize('rows', [RANKINGS, COMPARISONS])
-def test_micro_batches_of_different_token_counts(tmp_path, sft_model, monkeypatch, rows, lm_coef):
-    path = records(tmp_path / 'rows.jsonl', rows)
-    assert_same_for_micro_batches(monkeypatch, tmp_path, reward, ('loss', 'accuracy', 'grad_norm'), init_from=sft_model,
-                                  train_data=path, batch_size=len(rows), max_steps=2, lm_coef=lm_coef)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused
-
-def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
-    assert_nan_stops(tmp_path, capsys, reward, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
-                     grad_clip=0.0)
-
-
-@pytest.mark.parametrize('options, expected', [
-    (dict(init_form='x'), '--init_form=x: unknown option init_form, did you mean init_from?'),
-    (dict(epochs=1.5), '--epochs=1.5: epochs must be int, got 1.5'),
-    (dict(train_data=''), "train_data must be a file of rankings or comparisons, got ''"),
-    (dict(normalise_on=0), '--normalise_on=0: normalise_on must be at least 1, got 0'),
-    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(init_from='nowhere'), 'nowhere'),
-    (dict(resume=True), 'state.pt is missing'),
-])
-def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
-    out = str(tmp_path / 'out')
-    assert expected in stops(capsys, reward, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
-    assert not has_checkpoint(out)
-
-
-@pytest.mark.parametrize('line, expected', [
-    ('{"prompt": "Hi", "responses": ["a"], "ranks": [0]}', '`responses` to be a list of two texts or more'),
-    ('{"prompt": "Hi", "responses": ["a", ""], "ranks": [0, 1]}', '`responses` to be a list of two texts or more'),
-    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1, 2]}', '`ranks` to be 2 integers'),
-    ('{"prompt": "Hi", "responses": ["a", "b"]}', 'to have `ranks`'),
-    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]', 'wanted one JSON object a line'),
-])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
-    path = tmp_path / 'd.jsonl'
-    path.write_text('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]}\n' + line + '\n')
-    out = str(tmp_path / 'out')
-    said = stops(capsys, reward, out_dir=out, init_from=sft_model, train_data=str(path))
-    assert said.startswith(f"{path}:2: ") and expected in said and not has_checkpoint(out)
-
-
-def test_nothing_but_ties_is_refused(tmp_path, sft_model, capsys):
-    path = records(tmp_path / 'ties.jsonl', [dict(prompt='Hi', responses=['a', 'b'], ranks=[0, 0])])
-    said = stops(capsys, reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path)
-    assert said == f"{path}: all answers of every prompt tie; wanted some that are ranked above others"
-
-
 def test_scores_that_do_not_differ_cannot_be_normalised(tmp_path, sft_model, capsys):
     rows = [dict(prompt='Hi', responses=['Yo', 'Yo'], ranks=[0, 1])] * 4
     said = stops(capsys, reward, code=1, out_dir=str(tmp_path / 'out'), init_from=sft_model, batch_size=4, max_steps=1,
                  train_data=records(tmp_path / 'same.jsonl', rows))
     assert 'the scores of the training answers do not differ' in said and os.listdir(tmp_path / 'out') == ['log.jsonl']
-
-
-def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
-    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
-    said = stops(capsys, reward, out_dir=out, init_from=head, train_data=data)
-    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
-    said = stops(capsys, reward, out_dir=sft_model, init_from=sft_model, train_data=data)
-    assert 'is --init_from too; wanted another folder' in said
-    said = stops(capsys, reward, out_dir=head, init_from=sft_model, train_data=data, resume=True)
-    assert 'state.pt is missing' in said
-    run(reward, out_dir=out, init_from=sft_model, train_data=data, max_steps=1)
-    wide = checkpoint(tmp_path / 'wide', n_embd=32)
-    said = stops(capsys, reward, out_dir=out, init_from=wide, train_data=data, max_steps=2, resume=True)
-    assert said == f"--resume=True: n_embd is 16 in {out} and 32 in this run; wanted the same model"

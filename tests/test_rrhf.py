@@ -1,4 +1,4 @@
-"""rrhf.py: the loss and the logged metrics by hand, scores or ranks, resuming, micro-batches, what is refused."""
+"""rrhf.py: the loss and the logged metrics by hand, a run's gradient, scores or ranks. test_stages.py has the rest."""
 import math
 from types import SimpleNamespace
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 
 import rrhf
+from common.batches import Row
+from common.tokens import prompt_ids, response_ids
 from model import GPT
 from rrhf import batch_loss, rrhf_loss
-from tiny import (COMPARISONS, RANKINGS, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
-                  assert_same_for_micro_batches, by_hand, checkpoint, gradients, has_checkpoint, records, run, stops,
-                  weights)
-from tokens import prompt_ids, response_ids
+from tiny import COMPARISONS, RANKINGS, TOK, by_hand, gradients, records, run
 
 NAN = float('nan')
 
+def CFG(**more):
+    return rrhf.Config(train_data='-', **more)
 
 def T(values, requires_grad=False):
     return torch.tensor(values, requires_grad=requires_grad)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
@@ -37,7 +37,6 @@ def test_rrhf_loss_by_hand(p, scores, loss, grad):
     out.backward()
     assert out.shape == () and out.item() == by_hand(loss) and p.grad.tolist() == [by_hand(grad)]
 
-
 @pytest.mark.parametrize('absurd', [1e6, -7e8, math.inf, NAN])
 def test_rrhf_loss_is_a_mean_over_prompts_and_blind_to_answers_that_are_not_there(absurd):
     p = T([[-1., -2., -3.], [-2., -2.5, absurd]], True)
@@ -46,31 +45,28 @@ def test_rrhf_loss_is_a_mean_over_prompts_and_blind_to_answers_that_are_not_ther
     assert out.item() == by_hand(2.25) # (4 + 0.5) / 2
     assert p.grad.tolist() == [by_hand([1.0, 0.0, -1.0]), by_hand([0.5, -0.5, 0.0])]
 
-
 def test_batch_loss_by_hand():
     # answers of 2, 4, 1 tokens and of 1, 2; their mean log-probabilities -1 -0.5 -3 and -2 -1
-    rows = [([7], [[1, 1], [1, 1, 1, 1], [1]], [0, 1, 1]), ([7], [[1], [1, 1]], [0.75, 1.5])] # the second: -scores
+    rows = [Row([7], [[1, 1], [1, 1, 1, 1], [1]], dict(ranks=[0, 1, 1])),
+            Row([7], [[1], [1, 1]], dict(ranks=[0, 0], scores=[-0.75, -1.5]))] # scores come before ranks
     answers = SimpleNamespace(sizes=T([2, 4, 1, 1, 2]))
     logp = T([-2., -2., -3., -2., -2.], True)
-    loss, metrics = batch_loss(logp, rows, answers, SimpleNamespace(rank_coef=4.0))
+    loss, metrics = batch_loss(logp, rows, answers, CFG(rank_coef=4.0))
     loss.backward()
     # prompt 1: its best, answer 1, is below answer 2 by 0.5; prompt 2: its best is below the other one by 1
     assert metrics['rank_loss'].item() == by_hand(0.75)
     assert metrics['sft_loss'].item() == by_hand(1.5) # (1 + 2) / 2
     assert loss.item() == by_hand(4.5) # 4 * 0.75 + 1.5
     assert metrics['accuracy'].item() == by_hand(0.25) # half of prompt 1's pairs, none of prompt 2's
-    assert not any(v.requires_grad for v in metrics.values())
     # d/dp: answer 1 is best, -1/2, and too unlikely, -4/2: -2.5 for 2 tokens; answer 2 +4/2 for 4 tokens; …
     assert logp.grad.tolist() == by_hand([-1.25, 0.5, 0.0, -2.5, 1.0])
 
-
 def test_the_first_of_equally_good_answers_is_learnt():
-    rows = [([7], [[1], [1], [1]], [1, 0, 0])]
+    rows = [Row([7], [[1], [1], [1]], dict(ranks=[1, 0, 0]))]
     logp = T([-3., -1., -2.], True)
-    loss, _ = batch_loss(logp, rows, SimpleNamespace(sizes=T([1, 1, 1])), SimpleNamespace(rank_coef=1.0))
+    loss, _ = batch_loss(logp, rows, SimpleNamespace(sizes=T([1, 1, 1])), CFG(rank_coef=1.0))
     loss.backward()
     assert loss.item() == by_hand(1.0) and logp.grad.tolist() == by_hand([0.0, -1.0, 0.0])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
@@ -95,7 +91,6 @@ def test_the_gradient_of_a_run_by_one_answer_at_a_time(tmp_path, sft_model, data
     for g, e in zip(grads, torch.autograd.grad(total, list(model.parameters())), strict=True):
         torch.testing.assert_close(g, e, rtol=0, atol=1e-5)
 
-
 def test_a_run_learns_the_order(tmp_path, sft_model, data):
     log = run(rrhf, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, batch_size=8,
               max_steps=40, lr=0.01, eval_every=20)
@@ -106,7 +101,6 @@ def test_a_run_learns_the_order(tmp_path, sft_model, data):
     for name in names: # before the first update the training batch is the held-out set
         assert log[0]['val_' + name] == pytest.approx(log[1][name], abs=1e-5)
     assert log[-1]['val_accuracy'] > 0.9 and log[-1]['val_loss'] < log[0]['val_loss'] - 0.5
-
 
 def test_scores_come_before_ranks(tmp_path, sft_model):
     """Scores that contradict the ranks win; use_scores=False, and records without scores, go by the ranks."""
@@ -119,21 +113,6 @@ def test_scores_come_before_ranks(tmp_path, sft_model):
     assert first('b', turned) == by_hand(first('c', reverse)) != by_ranks
     assert first('d', turned, use_scores=False) == by_hand(by_ranks)
 
-
-def test_four_steps_equal_two_and_two_more(tmp_path, sft_model, data):
-    assert_resumes_exactly(tmp_path, rrhf, init_from=sft_model, train_data=data, batch_size=4)
-
-
-def test_ctrl_c(tmp_path, sft_model, data, monkeypatch, capsys):
-    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, rrhf, init_from=sft_model, train_data=data,
-                                  batch_size=4)
-
-
-def test_micro_batches_of_different_token_counts(tmp_path, sft_model, data, monkeypatch):
-    assert_same_for_micro_batches(monkeypatch, tmp_path, rrhf, ('loss', 'rank_loss', 'sft_loss', 'accuracy'),
-                                  init_from=sft_model, train_data=data, batch_size=8, max_steps=2)
-
-
 def test_comparisons_are_rankings_of_two(tmp_path, sft_model):
     rows = [dict(prompt=r['prompt'], responses=[r['rejected'], r['chosen']], ranks=[1, 0]) for r in COMPARISONS]
     logs = [run(rrhf, out_dir=str(tmp_path / name), init_from=sft_model, batch_size=4, max_steps=2,
@@ -141,57 +120,3 @@ def test_comparisons_are_rankings_of_two(tmp_path, sft_model):
             for name, data in (('a', COMPARISONS), ('b', rows))]
     for a, b in zip(*logs, strict=True):
         assert a['loss'] == by_hand(b['loss']) and a['accuracy'] == by_hand(b['accuracy'])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused
-
-def test_a_loss_that_is_no_number_stops(tmp_path, sft_model, data, capsys):
-    assert_nan_stops(tmp_path, capsys, rrhf, 'init_from', init_from=sft_model, train_data=data, batch_size=4,
-                     grad_clip=0.0)
-
-
-@pytest.mark.parametrize('options, expected', [
-    (dict(rank_coeff=2), '--rank_coeff=2: unknown option rank_coeff, did you mean rank_coef?'),
-    (dict(rank_coef=-1), '--rank_coef=-1: rank_coef must be at least 0, got -1.0'),
-    (dict(use_scores=1), '--use_scores=1: use_scores must be bool, got 1'),
-    (dict(train_data=''), "train_data must be a file of rankings or comparisons, got ''"),
-    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(init_from='nowhere'), 'nowhere'),
-    (dict(resume=True), 'state.pt is missing'),
-])
-def test_bad_options(tmp_path, sft_model, data, capsys, options, expected):
-    out = str(tmp_path / 'out')
-    assert expected in stops(capsys, rrhf, out_dir=out, **dict(init_from=sft_model, train_data=data) | options)
-    assert not has_checkpoint(out)
-
-
-@pytest.mark.parametrize('line, expected', [
-    ('{"prompt": "Hi", "responses": ["a", "b"]}', 'to have `ranks`'),
-    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0]}', '`ranks` to be 2 integers'),
-    ('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1], "scores": [1]}', '`scores` to be 2 numbers'),
-])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, sft_model, capsys, line, expected):
-    path, out = tmp_path / 'd.jsonl', str(tmp_path / 'out')
-    path.write_text('{"prompt": "Hi", "responses": ["a", "b"], "ranks": [0, 1]}\n' + line + '\n')
-    said = stops(capsys, rrhf, out_dir=out, init_from=sft_model, train_data=str(path))
-    assert said.startswith(f"{path}:2: ") and expected in said and not has_checkpoint(out)
-
-
-def test_answers_that_all_tie(tmp_path, sft_model, capsys):
-    rows, out = [dict(prompt='Hi', responses=['a', 'b'], ranks=[0, 1], scores=[0.5, 0.5])], str(tmp_path / 'out')
-    path = records(tmp_path / 'ties.jsonl', rows)
-    said = stops(capsys, rrhf, out_dir=out, init_from=sft_model, train_data=path)
-    assert said == f"{path}: all answers of every prompt tie; wanted some that are ranked above others"
-    assert not has_checkpoint(out)
-
-
-def test_checkpoints_that_do_not_fit(tmp_path, sft_model, data, capsys):
-    head, out = checkpoint(tmp_path / 'head', reward_head=True), str(tmp_path / 'out')
-    said = stops(capsys, rrhf, out_dir=out, init_from=head, train_data=data)
-    assert said == f"--init_from={head}: is a reward model, wanted a language model" and not has_checkpoint(out)
-    before = weights(sft_model)
-    said = stops(capsys, rrhf, out_dir=sft_model, init_from=sft_model, train_data=data)
-    assert 'is --init_from too; wanted another folder' in said
-    assert weights(sft_model) == before

@@ -5,18 +5,15 @@ import os
 import sys
 
 import pytest
-
-import common # before torch: it sets how torch's threads wait
-
 import torch
 
 import sample
+from common.options import launch, parse_config
+from common.tokens import load_tokenizer, prompt_ids
 from model import GPT, GPTConfig
 from tiny import ROOT
-from tokens import load_tokenizer, prompt_ids
 
 tok = load_tokenizer('bytes') # every byte is a token, so every character that is not ASCII is spread over several
-
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -32,7 +29,6 @@ def folder(tmp_path_factory):
         tok.save(folder / name)
     return str(folder)
 
-
 @pytest.fixture(params=['bytes', 'gpt2'])
 def some_tok(request, monkeypatch):
     cache = os.environ.get('TIKTOKEN_CACHE_DIR', os.path.join(ROOT, '../shared/tiktoken_cache'))
@@ -41,10 +37,8 @@ def some_tok(request, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', cache)
     return load_tokenizer(request.param)
 
-
 # letters of two to four bytes, right to left, joined by zero-width joiners, with marks above and below
 SCRIPTS = ['你好，世界。龘', '表情 🙂👩‍👩‍👧‍👦🇨🇳!', 'مرحبا بالعالم', 'שלום', 'Привет', 'नमस्ते', 'สวัสดี', '한국어', 'n\u0303é ñ']
-
 
 @pytest.mark.parametrize('text', SCRIPTS)
 def test_every_script_streams_unharmed(some_tok, text):
@@ -54,7 +48,6 @@ def test_every_script_streams_unharmed(some_tok, text):
     for character in text: # each came whole, in one piece
         assert any(character in piece for piece in pieces)
     assert sum(bool(piece) for piece in pieces) > 1 # and it did stream
-
 
 @pytest.mark.parametrize('text', SCRIPTS)
 def test_every_script_reaches_the_model_and_the_terminal(folder, some_tok, capsys, monkeypatch, text):
@@ -68,15 +61,13 @@ def test_every_script_reaches_the_model_and_the_terminal(folder, some_tok, capsy
     sample.main(sample.Config(policy=folder, prompt=text, max_new_tokens=1, device='cpu'))
     assert capsys.readouterr().out == text + '\n'
 
-
 def scripted(tok, *texts):
-    """What GPT.stream yields when the model says these texts; an exception is raised in its place."""
+    """Yield what GPT.stream does when the model says these texts; an exception is raised in its place."""
     for text in texts:
         if isinstance(text, type):
             raise text
         for token in tok.encode(text):
             yield torch.tensor([0]), torch.tensor([token]), torch.tensor([-1.0])
-
 
 @pytest.mark.parametrize('text, said', [
     ('Yes.\n### Human: And you?\n', 'Yes.'),
@@ -95,22 +86,18 @@ def test_an_answer_stops_at_the_next_turn(text, said):
         pieces = [text[i:i + size] for i in range(0, len(text), size)]
         assert ''.join(sample.until_next_turn(iter(pieces))) == said
 
-
 def test_nothing_is_held_back_without_need():
     pieces = sample.until_next_turn(iter(['Hel', 'lo.', '\n', 'Bye', ' #', '1', '\n###', ' Hi']))
     assert [p for p in pieces if p] == ['Hel', 'lo.', '\nBye', ' ', '#1', '\n### Hi']
-
 
 def test_streamed_characters_are_whole():
     pieces = list(sample.stream_text(tok, tok.encode(' naïve €\n 🙂') + [tok.eos]))
     assert ''.join(pieces) == 'naïve €\n 🙂' # the answer's first space alone is left out
     assert '\ufffd' not in ''.join(pieces) and 'ï' in pieces and '€' in pieces and '🙂' in pieces
 
-
 def test_broken_characters_do_not_stop_the_stream():
     euro = tok.encode('€')
     assert ''.join(sample.stream_text(tok, euro[:2] + tok.encode('a') + euro[:1])) == '\ufffda\ufffd'
-
 
 def test_conversation_forgets_whole_turns_first():
     user, assistant = ({'role': role, 'content': 'x' * 10} for role in ('user', 'assistant'))
@@ -122,7 +109,6 @@ def test_conversation_forgets_whole_turns_first():
     ids, notice = sample.fit(tok, messages, one - 1)
     assert ids == prompt_ids(tok, [user])[1:] and notice == f"read only the last {one - 1} of {one} tokens"
 
-
 def test_one_prompt_prints_what_generate_gives(folder, capsys):
     sample.main(sample.Config(policy=folder, prompt='Hi', temperature=0.0, max_new_tokens=9, device='cpu'))
     out = capsys.readouterr().out
@@ -130,14 +116,12 @@ def test_one_prompt_prints_what_generate_gives(folder, capsys):
     (answer,) = model.generate([prompt_ids(tok, 'Hi')], 9, temperature=0.0, eos=tok.eos)
     assert out == tok.decode(answer).removeprefix(' ') + '\n'
 
-
 def test_same_seed_same_answer_and_score(folder, capsys):
     outs = []
     for seed in (1, 1, 2):
         sample.main(sample.Config(policy=folder, prompt='Hi', seed=seed, device='cpu', reward_model=folder + '/reward'))
         outs.append(capsys.readouterr().out)
     assert outs[0] == outs[1] != outs[2] and '[score ' in outs[0]
-
 
 def test_conversation(folder, capsys, monkeypatch):
     seen, lines = [], iter(['Hello there', 'and again, with rather more words', '/reset', 'Hello', ''])
@@ -149,9 +133,8 @@ def test_conversation(folder, capsys, monkeypatch):
     assert seen == [1, 3, 1] # the second line came with its history, /reset took it away
     assert out.count('model: ') == 3 and '(forgot the oldest 2 messages: the context holds 120 tokens' in out
 
-
 def type_in(monkeypatch, *lines):
-    """These lines come from the keyboard, then the end of input; an exception comes as itself."""
+    """Let these lines come from the keyboard, then the end of input; an exception comes as itself."""
     lines = iter([*lines, EOFError])
     def read(_):
         line = next(lines)
@@ -160,16 +143,14 @@ def type_in(monkeypatch, *lines):
         return line
     monkeypatch.setattr(builtins, 'input', read)
 
-
 def replies(monkeypatch, *answers):
-    """The model says these answers, one a turn; returns the texts that it read."""
+    """Let the model say these answers, one a turn; return the texts that it reads."""
     heard, answers = [], iter(answers)
     def stream(model, prompts, *options):
         heard.append(tok.decode(prompts[0]))
         yield from scripted(tok, *next(answers))
     monkeypatch.setattr(GPT, 'stream', stream)
     return heard
-
 
 def test_a_model_that_never_learnt_to_end(folder, capsys, monkeypatch):
     """The next turn that it makes up is neither printed nor remembered."""
@@ -180,15 +161,13 @@ def test_a_model_that_never_learnt_to_end(folder, capsys, monkeypatch):
                      '### Human: Hi\n### Assistant: Yo.\n### Human: Why?\n### Assistant:']
     assert capsys.readouterr().out.split('\n')[1:] == ['model: Yo.', 'model: So.', '', '']
 
-
 def test_the_score_is_that_of_what_was_printed(folder, capsys, monkeypatch):
     scored = []
-    monkeypatch.setattr(sample, 'score_answers', lambda judge, prompts, answers, device: (
+    monkeypatch.setattr(sample, 'score_answers', lambda reward_model, prompts, answers, device: (
         scored.append(answers[0]), torch.tensor([0.5]))[1])
     replies(monkeypatch, [' Yo.\n### Human: Go'])
     sample.main(sample.Config(policy=folder, reward_model=folder + '/reward', prompt='Hi', device='cpu'))
     assert scored == [list(b' Yo.') + [tok.eos]] and capsys.readouterr().out == 'Yo.   [score 0.50]\n'
-
 
 def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(folder, capsys, monkeypatch):
     type_in(monkeypatch, 'Hi', 'Why?', KeyboardInterrupt)
@@ -198,17 +177,15 @@ def test_ctrl_c_ends_the_answer_and_the_conversation_goes_on(folder, capsys, mon
     assert heard[1] == '### Human: Hi\n### Assistant: So\n### Human: Why?\n### Assistant:'
     assert capsys.readouterr().out.split('\n')[1:] == ['model: So', 'model: Ah.', '']
 
-
 def test_ctrl_c_ends_a_single_prompt(folder, capsys, monkeypatch):
     replies(monkeypatch, [' So', KeyboardInterrupt])
     monkeypatch.setattr(sys, 'argv', ['sample.py', f"--policy={folder}", '--prompt=Hi', '--device=cpu'])
     with pytest.raises(SystemExit) as stopped:
-        common.launch(sample.main, sample.Config)
+        launch(sample.main, sample.Config)
     assert stopped.value.code == 130 and capsys.readouterr().out == 'So'
 
-
-def test_words_that_the_tokenizer_does_not_know_say_nothing(folder, tmp_path, capsys):
-    """300 words over the 257 of the tokenizer; the last layer norm's bias makes the last ones all but certain."""
+def test_tokens_that_the_tokenizer_does_not_know_say_nothing(folder, tmp_path, capsys):
+    """300 tokens over the 257 of the tokenizer; the last layer norm's bias makes the last ones all but certain."""
     model = GPT(GPTConfig(block_size=120, vocab_size=300, n_layer=1, n_head=1, n_embd=16))
     with torch.no_grad():
         model.ln_f.bias.fill_(1)
@@ -218,7 +195,6 @@ def test_words_that_the_tokenizer_does_not_know_say_nothing(folder, tmp_path, ca
     sample.main(sample.Config(policy=str(tmp_path), prompt='Hi', max_new_tokens=5, device='cpu'))
     assert capsys.readouterr().out == '\n'
 
-
 def test_a_terminal_of_few_characters_shows_question_marks(folder, monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding='ascii', write_through=True)
     monkeypatch.setattr(sys, 'stdout', out)
@@ -226,11 +202,9 @@ def test_a_terminal_of_few_characters_shows_question_marks(folder, monkeypatch):
     sample.main(sample.Config(policy=folder, prompt='Hi', device='cpu'))
     assert out.buffer.getvalue() == b'??!\n'
 
-
 def test_end_of_input_ends(folder, capsys, monkeypatch):
     type_in(monkeypatch)
     sample.main(sample.Config(policy=folder, device='cpu'))
-
 
 @pytest.mark.parametrize('more, words', [
     (dict(prompt='x' * 50), 'wanted at most 60, the context of 120 less an answer of 60'),
@@ -246,9 +220,8 @@ def test_bad_input_is_one_line(folder, capsys, more, words):
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and words in err and err.count('\n') == 1
 
-
 @pytest.mark.parametrize('flag', ['--temperature=-1', '--top_p=0', '--top_k=-1', '--max_new_tokens=0'])
 def test_impossible_options(flag):
     with pytest.raises(SystemExit) as stopped:
-        common.parse_config(sample.Config, [flag])
+        parse_config(sample.Config, [flag])
     assert stopped.value.code == 2

@@ -1,24 +1,20 @@
-"""sft.py: the loss by hand, resuming bit for bit, micro-batches, and what is refused."""
+"""sft.py: the losses by hand, which tokens count, text and demonstrations, teachers. test_stages.py has the rest."""
 import math
 
 import pytest
 import torch
 
 import sft
+from common.tokens import Tokenizer, prompt_ids
 from model import GPT
 from sft import distillation_loss, sft_loss
-from tiny import (DEMONSTRATIONS, TOK, assert_ctrl_c_resumes_exactly, assert_nan_stops, assert_resumes_exactly,
-                  assert_same_for_micro_batches, by_hand, checkpoint, has_checkpoint, records, run, stops,
-                  weights)
-from tokens import Tokenizer, prompt_ids
+from tiny import DEMONSTRATIONS, TOK, by_hand, checkpoint, has_checkpoint, records, run, stops, weights
 
 SCRATCH = dict(init_from='scratch', tokenizer='bytes', n_layer=1, n_head=2, n_embd=16, block_size=64, batch_size=4)
-
 
 @pytest.fixture
 def data(tmp_path):
     return records(tmp_path / 'demonstrations.jsonl', DEMONSTRATIONS)
-
 
 def test_sft_loss_by_hand():
     # (1 + 2 + 3 + 6) / 4, the other two numbers are padding
@@ -28,7 +24,6 @@ def test_sft_loss_by_hand():
     loss.backward()
     assert loss.shape == () and loss.item() == by_hand(3.0)
     assert logp.grad.tolist() == [[-0.25, -0.25, 0.0], [-0.25, 0.0, -0.25]]
-
 
 def test_distillation_loss_by_hand():
     # teacher (1/2, 1/4, 1/4), student uniform: KL = 1/2 log(3/2) + 2 * 1/4 log(3/4) = 0.202733 - 0.143841 = 0.058892;
@@ -43,7 +38,6 @@ def test_distillation_loss_by_hand():
     assert student.grad.tolist()[0] == by_hand([-0.083333, 0.041667, 0.041667])
     assert student.grad.tolist()[1] == by_hand([0.0, 0.0, 0.0]) and teacher.grad is None
 
-
 def test_distillation_at_a_temperature_by_hand():
     # T = 2 halves the logits: the teacher's log 4, 0, 0 becomes the (1/2, 1/4, 1/4) of above; 4 * 0.058892
     student = torch.tensor([[7., 7., 7.]], requires_grad=True)
@@ -52,10 +46,8 @@ def test_distillation_at_a_temperature_by_hand():
     assert loss.item() == by_hand(0.235566)
     assert student.grad.tolist()[0] == by_hand([-0.333333, 0.166667, 0.166667]) # T^2 * 1/T * (q - p)
 
-
 def test_distillation_of_no_token_is_zero():
     assert distillation_loss(torch.zeros(0, 3), torch.zeros(0, 3), 1.0).item() == 0.0
-
 
 def test_a_uniform_models_first_loss_is_log_vocabulary(tmp_path, data):
     # every logit 0: ln 257 = 5.549076 nats, whichever tokens are counted
@@ -71,7 +63,6 @@ def test_a_uniform_models_first_loss_is_log_vocabulary(tmp_path, data):
         assert log[1]['loss'] == by_hand(5.549076) and log[1]['step'] == 1
         assert log[2]['val_loss'] < 5.549 and len(log) == 3
 
-
 def test_the_loss_counts_the_tokens_asked_for(tmp_path, data, monkeypatch):
     """28 bytes stand around every prompt's 2; the answers have 3 + 1 and more."""
     counted = []
@@ -84,7 +75,6 @@ def test_the_loss_counts_the_tokens_asked_for(tmp_path, data, monkeypatch):
     # the first token of a row is predicted by nothing: 64 + 224 - 8
     assert counted == [64.0, 280.0]
 
-
 def test_after_training_on_one_demonstration_the_greedy_answer_ends(tmp_path):
     data = records(tmp_path / 'one.jsonl', [dict(prompt='Hi', response='Yo')] * 4)
     log = run(sft, out_dir=str(tmp_path / 'out'), train_data=data, max_steps=60,
@@ -93,11 +83,9 @@ def test_after_training_on_one_demonstration_the_greedy_answer_ends(tmp_path):
     assert model.generate([prompt_ids(TOK, 'Hi')], 10, temperature=0, eos=TOK.eos) == [[32, 89, 111, 256]] # " Yo", end
     assert log[-1]['loss'] < 0.1
 
-
 def test_epochs(tmp_path, data):
     log = run(sft, out_dir=str(tmp_path / 'a'), train_data=data, epochs=2, **SCRATCH | dict(batch_size=3))
     assert log[-1]['step'] == 6 # 8 rows make 3 batches
-
 
 @pytest.mark.parametrize('packed', [True, False])
 def test_text(tmp_path, packed):
@@ -108,11 +96,9 @@ def test_text(tmp_path, packed):
         (0, True), (5, True), (10, False), (10, True)]
     assert log[-1]['val_loss'] < 5.0 < log[0]['val_loss']
 
-
 @pytest.fixture
 def teacher(tmp_path):
     return checkpoint(tmp_path / 'teacher')
-
 
 def test_a_student_takes_over_the_teachers_distributions(tmp_path, data, teacher):
     """A smaller student from scratch: the KL falls, at the answers' tokens alone, and the teacher stays as it is."""
@@ -121,13 +107,11 @@ def test_a_student_takes_over_the_teachers_distributions(tmp_path, data, teacher
               **SCRATCH | dict(n_embd=8, lr=0.01, batch_size=8, log_every=1))
     assert log[0]['loss'] > 0.5 and log[-1]['loss'] < 0.3 * log[0]['loss'] and weights(teacher) == before
 
-
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, data, teacher):
     for temperature in (1.0, 3.0):
         log = run(sft, out_dir=str(tmp_path / str(temperature)), init_from=teacher, train_data=data, teacher=teacher,
                   max_steps=1, batch_size=8, temperature=temperature)
         assert log[0]['loss'] == by_hand(0.0) and log[0]['grad_norm'] == pytest.approx(0.0, abs=1e-5)
-
 
 def test_the_teacher_is_asked_at_the_counted_tokens(tmp_path, data, teacher, monkeypatch):
     """64 answer tokens in all (see above), whatever the prompts hold."""
@@ -137,14 +121,6 @@ def test_the_teacher_is_asked_at_the_counted_tokens(tmp_path, data, teacher, mon
     run(sft, out_dir=str(tmp_path / 'out'), train_data=data, teacher=teacher, max_steps=1, temperature=2.5,
         **SCRATCH | dict(batch_size=8))
     assert asked == [[(64, 257), (64, 257), 2.5]]
-
-
-def test_a_students_micro_batches_and_resuming(tmp_path, data, teacher, monkeypatch):
-    options = dict(train_data=data, teacher=teacher, temperature=2.0) | SCRATCH
-    assert_same_for_micro_batches(monkeypatch, tmp_path, sft, ('loss', 'grad_norm'), max_steps=2,
-                                  **options | dict(batch_size=8))
-    assert_resumes_exactly(tmp_path, sft, **options)
-
 
 def test_teachers_that_do_not_fit(tmp_path, data, capsys, teacher):
     out, options = str(tmp_path / 'out'), SCRATCH | dict(train_data=data, max_steps=1)
@@ -162,122 +138,11 @@ def test_teachers_that_do_not_fit(tmp_path, data, capsys, teacher):
     assert 'nowhere' in stops(capsys, sft, out_dir=out, teacher='nowhere', **options)
     assert not has_checkpoint(out)
 
-
 def test_dropout_is_off_while_measuring(tmp_path, data):
     logs = [run(sft, out_dir=str(tmp_path / str(dropout)), train_data=data, val_data=data, max_steps=1, dropout=dropout,
                 **SCRATCH) for dropout in (0.0, 0.5)]
     assert logs[0][0]['val_loss'] == logs[1][0]['val_loss'] # the same weights
     assert logs[0][1]['loss'] != logs[1][1]['loss']
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# resuming, micro-batches; test_processes.py has the rest
-
-def test_four_steps_equal_two_and_two_more(tmp_path, data):
-    assert_resumes_exactly(tmp_path, sft, train_data=data, dropout=0.1, **SCRATCH) # dropout: the generator counts
-
-
-def test_four_steps_equal_two_and_two_more_in_float16(tmp_path, data):
-    assert_resumes_exactly(tmp_path, sft, train_data=data, **SCRATCH | dict(dtype='float16', checkpointing=True))
-
-
-def test_a_padded_vocabulary_resumes_and_leaves_no_trace(tmp_path, data, capsys):
-    """257 tokens in 320 rows: from the same weights the run is the same, and 257 rows are saved."""
-    assert_resumes_exactly(tmp_path, sft, train_data=data, pad_vocab=True, **SCRATCH)
-    options = dict(init_from=checkpoint(tmp_path / 'base'), train_data=data, batch_size=4, max_steps=2)
-    plain = run(sft, out_dir=str(tmp_path / 'a'), **options)
-    padded = run(sft, out_dir=str(tmp_path / 'b'), pad_vocab=True, **options)
-    for a, b in zip(plain, padded, strict=True):
-        assert a['loss'] == by_hand(b['loss']) and a['grad_norm'] == pytest.approx(b['grad_norm'], abs=1e-4)
-    assert GPT.from_pretrained(tmp_path / 'b').wte.weight.shape == (257, 16)
-    line = stops(capsys, sft, out_dir=str(tmp_path / 'b'), resume=True, **options)
-    assert 'pad_vocab is True in' in line and 'False in this run' in line # the optimizer's rows would not fit
-
-
-def test_ctrl_c(tmp_path, data, monkeypatch, capsys):
-    assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, sft, train_data=data, **SCRATCH)
-
-
-def test_micro_batches_of_different_token_counts(tmp_path, data, monkeypatch):
-    assert_same_for_micro_batches(monkeypatch, tmp_path, sft, ('loss', 'grad_norm'), train_data=data, max_steps=2,
-                                  **SCRATCH | dict(batch_size=8))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused
-
-def test_a_loss_that_is_no_number_stops(tmp_path, data, capsys):
-    assert_nan_stops(tmp_path, capsys, sft, 'init_from', init_from=checkpoint(tmp_path / 'fine'), train_data=data,
-                     batch_size=4, grad_clip=0.0)
-
-
-@pytest.mark.parametrize('options, expected', [
-    (dict(train_date='x'), '--train_date=x: unknown option train_date, did you mean train_data?'),
-    (dict(lr='fast'), "--lr=fast: lr must be float, got 'fast'"),
-    (dict(train_data=''), "train_data must be a file of demonstrations or text, got ''"),
-    (dict(loss_on='answer'), "--loss_on=answer: loss_on must be response or all, got 'answer'"),
-    (dict(val_fraction=1.0), '--val_fraction=1.0: val_fraction must be at least 0 and below 1, got 1.0'),
-    (dict(train_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(val_data='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
-    (dict(init_from='nowhere'), 'nowhere'),
-    (dict(epochs=0), '--epochs=0: epochs must be at least 1, got 0'),
-    (dict(eval_batches=-1), 'eval_batches must be at least 0, got -1'),
-    (dict(val_data='', val_fraction=0.01), 'rows or tokens are too few with val_fraction=0.01'),
-    (dict(temperature=0), '--temperature=0: temperature must be above 0, got 0.0'),
-    (dict(tokenizer='klingon'), "wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got 'klingon'"),
-    (dict(n_head=3), 'n_embd must be a multiple of n_head, got n_embd=16, n_head=3'),
-    (dict(batch_size=4, grad_accum=3), '--batch_size=4: must be a multiple of 3, processes x grad_accum'),
-    (dict(resume=True), 'state.pt is missing, there is no checkpoint to go on from'),
-])
-def test_bad_options(tmp_path, data, capsys, options, expected):
-    out = str(tmp_path / 'out')
-    options = SCRATCH | dict(train_data=data, max_steps=1) | options
-    assert expected in stops(capsys, sft, out_dir=out, **options)
-    assert not has_checkpoint(out)
-
-
-@pytest.mark.parametrize('line, expected', [
-    ('{"prompt": "Hi", "response": "Yo"', 'wanted one JSON object a line'),
-    ('{"prompt": "Hi"}', 'to have `response`'),
-    ('{"prompt": "Hi", "response": " "}', '`response` to be text that is not empty'),
-    ('[1, 2]', 'wanted a JSON object, got list'),
-    ('{"messages": [{"role": "user", "content": "Hi"}]}', '`messages` to end in the turn of the assistant'),
-])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, capsys, line, expected):
-    (tmp_path / 'd.jsonl').write_text('{"prompt": "Hi", "response": "Yo"}\n' + line + '\n')
-    out = str(tmp_path / 'out')
-    said = stops(capsys, sft, out_dir=out, train_data=str(tmp_path / 'd.jsonl'), max_steps=1, **SCRATCH)
-    assert said.startswith(f"{tmp_path / 'd.jsonl'}:2: ") and expected in said
-    assert not has_checkpoint(out)
-
-
-def test_checkpoints_that_do_not_fit(tmp_path, data, capsys):
-    fine, reward = checkpoint(tmp_path / 'fine'), checkpoint(tmp_path / 'reward', reward_head=True)
-    out = str(tmp_path / 'out')
-    (tmp_path / 'empty').mkdir()
-    options = dict(train_data=data, batch_size=4, max_steps=1)
-    assert str(tmp_path / 'empty') in stops(capsys, sft, out_dir=out, init_from=str(tmp_path / 'empty'), **options)
-    said = stops(capsys, sft, out_dir=out, init_from=reward, **options)
-    assert said == f"--init_from={reward}: is a reward model, wanted a language model"
-    assert not has_checkpoint(out)
-
-    before = weights(fine)
-    assert f"--out_dir={fine}: is --init_from too" in stops(capsys, sft, out_dir=fine, init_from=fine, **options)
-    run(sft, out_dir=out, **options | SCRATCH)
-    said = stops(capsys, sft, out_dir=out, resume=True, **options | SCRATCH | dict(n_embd=32))
-    assert said == f"--resume=True: n_embd is 16 in {out} and 32 in this run; wanted the same model"
-    assert weights(fine) == before
-
-
-def test_overwrite_with_bad_input_leaves_the_old_checkpoint(tmp_path, data, capsys):
-    out = checkpoint(tmp_path / 'old')
-    before = weights(out)
-    for wrong in (dict(train_data='nowhere.jsonl'), dict(init_from='nowhere'), dict(n_head=3)):
-        stops(capsys, sft, out_dir=out, overwrite=True, **SCRATCH | dict(train_data=data, max_steps=1) | wrong)
-        assert weights(out) == before
-    run(sft, out_dir=out, overwrite=True, **SCRATCH | dict(train_data=data, max_steps=1))
-    assert weights(out) != before
-
 
 def test_a_response_longer_than_the_context_is_left_out(tmp_path, capsys):
     data = records(tmp_path / 'd.jsonl', [dict(prompt='Hi', response='x' * 64)] * 2)

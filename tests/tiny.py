@@ -5,30 +5,77 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import common
+from common import options as command_line, training
+from common.checkpoints import read_log
+from common.options import TrainOptions, parse_config, require
+from common.records import write_records
+from common.rollout import pack
+from common.run import Run
+from common.tokens import load_tokenizer
 from model import GPT, GPTConfig
-from rollout import pack
-from tokens import load_tokenizer, write_records
 
 torch.set_num_threads(1)
 TOK = load_tokenizer('bytes')
+# "### Human: Hi\n### Assistant:" and " Yo" with its end of text, byte by byte
+PROMPT_HI = [35, 35, 35, 32, 72, 117, 109, 97, 110, 58, 32, 72, 105, 10,
+             35, 35, 35, 32, 65, 115, 115, 105, 115, 116, 97, 110, 116, 58]
+RESPONSE_YO = [32, 89, 111, 256]
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # constant: a run of two steps has the learning rates of the first half of a run of four
 FAST = dict(device='cpu', dtype='float32', lr_schedule='constant', lr=1e-3, warmup_steps=0, log_every=1)
 
-
 def by_hand(values):
     return pytest.approx(values, abs=1e-6)
 
+def one_line(capsys, call, code=2):
+    """Return the one line on stderr with which `call` ends the program, less "error: "."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    err = capsys.readouterr().err
+    assert stopped.value.code == code and err.startswith('error: ') and err.endswith('\n') and err.count('\n') == 1, err
+    return err[len('error: '):-1]
+
+def exits(capsys, message, function, *args):
+    """Check that function(*args) ends the program with one line that contains `message`."""
+    line = one_line(capsys, lambda: function(*args))
+    assert message in line, line
+
+def user(text):
+    return {'role': 'user', 'content': text}
+
+def assistant(text):
+    return {'role': 'assistant', 'content': text}
+
+@dataclass
+class Config(TrainOptions):
+    """The options of a script that trains nothing, for tests of the plumbing."""
+    out_dir: str = 'out/test'
+    init_from: str = ''
+    lr: float = 8.0
+    lr_schedule: str = 'constant'
+    max_steps: int = 12
+    warmup_steps: int = 4
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    batch_size: int = 4
+    grad_accum: int = 1
+    save_every: int = 2
+    device: str = 'cpu'
+    dtype: str = 'float32'
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, lr=(self.lr < 100, 'below 100'))
 
 def checkpoint(folder, seed=0, **more):
-    """A model of bytes, one layer, 16 wide, that gives the end of text a good chance everywhere."""
+    """Save a model of bytes, one layer, 16 wide, that gives the end of text a good chance everywhere."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**dict(dict(block_size=64, vocab_size=TOK.n_vocab, n_layer=1, n_head=2, n_embd=16), **more)))
     with torch.no_grad():
@@ -40,11 +87,9 @@ def checkpoint(folder, seed=0, **more):
     TOK.save(folder)
     return str(folder)
 
-
 def records(path, rows):
     write_records(path, rows)
     return str(path)
-
 
 # answers of different lengths, so that micro-batches hold different numbers of tokens
 DEMONSTRATIONS = [dict(prompt=p, response=r) for p, r in (
@@ -60,17 +105,15 @@ COMPARISONS = [dict(prompt=p, chosen=c, rejected=r, margin=m) for p, c, r, m in 
     ('Why', 'so', 'hm', 0.25))]
 PROMPTS = [dict(prompt=p) for p in ('Hi', 'Who?', 'A', 'Why', 'No', 'Up', '1', 'x')]
 
-
 def run(script, **options):
-    """script.main with its options as a user types them; returns the lines of its log."""
+    """Run script.main with its options as a user types them; return the lines of its log."""
     known = {f.name for f in fields(script.Config)}
     options = {k: v for k, v in FAST.items() if k in known} | options
-    script.main(common.parse_config(script.Config, [f"--{k}={v}" for k, v in options.items()]))
-    return common.read_log(os.path.join(options.get('out_dir', ''), 'log.jsonl'))
-
+    script.main(parse_config(script.Config, [f"--{k}={v}" for k, v in options.items()]))
+    return read_log(os.path.join(options.get('out_dir', ''), 'log.jsonl'))
 
 def stops(capsys, script, code=2, **options):
-    """The line with which a run stops: for bad input the only one on stderr."""
+    """Return the line with which a run stops: for bad input the only one on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         run(script, **options)
@@ -81,24 +124,20 @@ def stops(capsys, script, code=2, **options):
         assert err.startswith('error: ') and err.endswith('\n') and err.count('\n') == 1, err
     return next(line for line in err.split('\n') if 'error: ' in line).split('error: ')[1]
 
-
 def has_checkpoint(folder):
     names = os.listdir(folder) if os.path.exists(folder) else []
     return any(name != 'log.jsonl' or os.path.getsize(os.path.join(folder, name)) > 0 for name in names)
-
 
 def weights(folder):
     with open(os.path.join(folder, 'model.safetensors'), 'rb') as f:
         return f.read()
 
-
 def losses(lines):
-    """What a run logged, less the times."""
+    """Return what a run logged, less the times."""
     return [{k: v for k, v in line.items() if k != 'time'} for line in lines]
 
-
 def assert_resumes_exactly(tmp_path, script, **options):
-    """Four steps equal two steps, a new start and two more: the log and the weights, bit for bit."""
+    """Check that four steps equal two, a new start and two more: log and weights, bit for bit."""
     whole, halves = str(tmp_path / 'whole'), str(tmp_path / 'halves')
     expected = run(script, out_dir=whole, max_steps=4, save_every=2, **options)
     run(script, out_dir=halves, max_steps=2, **options)
@@ -109,11 +148,12 @@ def assert_resumes_exactly(tmp_path, script, **options):
     assert losses(got) == losses(expected)
     assert weights(halves) == weights(whole)
 
-
 def in_processes(n, work, *args, within=120):
     """
-    work(*args) in n forked processes that find each other as torchrun's do. Returns their exit codes, by rank, negative
-    where a signal ended one; a process that is still there after so many seconds fails the test.
+    Call work(*args) in n forked processes that find each other as torchrun's do.
+
+    Returns their exit codes, by rank, negative where a signal ended one. A process that is still there after `within`
+    seconds fails the test.
     """
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -151,23 +191,22 @@ def in_processes(n, work, *args, within=120):
     assert not hanging, f"still there after {within} s: {hanging}"
     return [codes[rank] for rank in range(n)]
 
-
 def gradients(monkeypatch, script, **options):
-    """The gradients (lists of tensors) that each optimizer step of a run was given, and the run's log."""
-    seen, step = [], common.optimizer_step
+    """Return the gradients (lists of tensors) that each optimizer step of a run was given, and the run's log."""
+    seen, step_with = [], training.optimizer_step
 
-    def noting(optimizer, model, *args):
+    def noting(run, cfg, step, model, *args, **more):
         seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        return step(optimizer, model, *args)
+        return step_with(run, cfg, step, model, *args, **more)
 
     with monkeypatch.context() as m:
-        m.setattr(common, 'optimizer_step', noting)
+        for module in (training, script) if hasattr(script, 'optimizer_step') else (training,):
+            m.setattr(module, 'optimizer_step', noting) # ppo.py and reinforce.py call it themselves
         lines = run(script, **options)
     return seen, lines
 
-
 def assert_same_for_micro_batches(monkeypatch, tmp_path, script, keys, **options):
-    """Gradients, losses and the named metrics with grad_accum 1 and 4."""
+    """Compare gradients, losses and the named metrics of grad_accum 1 and 4."""
     whole, lines = gradients(monkeypatch, script, out_dir=str(tmp_path / '1'), grad_accum=1, **options)
     parts, others = gradients(monkeypatch, script, out_dir=str(tmp_path / '4'), grad_accum=4, **options)
     assert len(whole) == len(parts) > 0
@@ -177,34 +216,31 @@ def assert_same_for_micro_batches(monkeypatch, tmp_path, script, keys, **options
     for key in keys:
         assert lines[0][key] == pytest.approx(others[0][key], abs=1e-6), key
 
-
 def interrupt_after(monkeypatch, step):
-    """Ctrl-C while the step of that number is logged."""
-    log = common.log
+    """Send Ctrl-C while the step of that number is logged."""
+    log = training.log
 
     def logging(run, cfg, done, **metrics):
         log(run, cfg, done, **metrics)
         if done == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(common, 'log', logging)
-
+    monkeypatch.setattr(training, 'log', logging)
 
 def launch(monkeypatch, script, **options):
-    """As from the shell; returns the exit code."""
+    """Run a script as the shell does; return the exit code."""
     options = {k: v for k, v in FAST.items() if k in {f.name for f in fields(script.Config)}} | options
     monkeypatch.setattr('sys.argv', ['script'] + [f"--{k}={v}" for k, v in options.items()])
     try:
-        common.launch(script.main, script.Config)
+        command_line.launch(script.main, script.Config)
     except SystemExit as stopped:
         return stopped.code
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
-
 def assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, script, **options):
-    """Ctrl-C during the second of three steps: 130, a checkpoint of that step, and the same end."""
+    """Interrupt the second of three steps: 130, a checkpoint of that step, and the same end."""
     whole, halves = str(tmp_path / 'whole'), str(tmp_path / 'halves')
     expected = run(script, out_dir=whole, max_steps=3, save_every=0, **options)
     with monkeypatch.context() as m:
@@ -217,9 +253,8 @@ def assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, script, **optio
     assert losses(got) == losses(expected)
     assert weights(halves) == weights(whole)
 
-
 def assert_nan_stops(tmp_path, capsys, script, option, **options):
-    """A loss that is no number: exit 1, the step's name, no checkpoint or the last one."""
+    """Check that a loss of NaN ends with 1, the step's name, and no checkpoint or the last one."""
     poisoned = str(tmp_path / 'poisoned')
     model = GPT.from_pretrained(options[option])
     with torch.no_grad():
@@ -237,16 +272,14 @@ def assert_nan_stops(tmp_path, capsys, script, option, **options):
     assert torch.load(os.path.join(out, 'state.pt'), weights_only=True)['step'] == 1
     GPT.from_pretrained(out)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# a test bed that can be enumerated: words 0 1 2 and the end of text 3, the prompt [0], answers of at most 2 tokens
+# a test bed that can be enumerated: tokens 0 1 2 and the end of text 3, the prompt [0], answers of at most 2 tokens
 
-RUN = common.Run('cpu', 'float32')
+RUN = Run('cpu', 'float32')
 EOS, PROMPT = 3, [0]
 BED_TOK = SimpleNamespace(eos=EOS)
 ANSWERS = [[EOS]] + [[a, b] for a in range(3) for b in range(4)] # all 13 of them
 N_TOKENS = 25 # 1 + 12 * 2
-
 
 def bed(seed, **heads):
     torch.manual_seed(seed)
@@ -256,21 +289,18 @@ def bed(seed, **heads):
             p.add_(0.3 * torch.randn(p.shape))
     return model
 
-
 def enumerated(policy, reference=None):
-    """log pi of all answers (13,), and, with a reference, KL(policy || reference), a sum over them."""
+    """Return log pi of all answers (13,); with a reference also KL(policy || reference), a sum over them."""
     r = pack([PROMPT] * 13, ANSWERS, [[0.0] * len(a) for a in ANSWERS], EOS)
     logp = policy.logp(r.idx, r.mask).sum(1) # (13,)
     if reference is None:
         return logp
     return logp, (logp.exp() * (logp - enumerated(reference))).sum()
 
-
 class LikesOnes(torch.nn.Module):
-    """A reward of 1 for each 1 in the answer."""
+    """Give a reward of 1 for each 1 in the answer."""
 
     def rewards(self, idx, lengths):
         return torch.tensor([float((row[1:n] == 1).sum()) for row, n in zip(idx, lengths)])
-
 
 REWARDS = torch.tensor([float(a.count(1)) for a in ANSWERS])

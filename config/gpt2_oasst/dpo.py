@@ -3,7 +3,7 @@
 # Memory: about 4.5 GiB in bfloat16 with checkpointing, for micro-batches of 8 rows of 1024 tokens, as worked out by
 #   python bench.py --workload=memory --dtype=bfloat16 --batch_size=8
 # Not run yet: neither its time nor its scores are known.
-# A row holds all answers to a prompt, so that long ones take more: the script says before training what does not fit.
+# A row holds all answers to a prompt. Long rows take more memory than this; lower batch_size or raise grad_accum.
 init_from = "out/gpt2_oasst/sft"
 train_data = "data/oasst1/rankings_train.jsonl"
 val_data = "data/oasst1/rankings_val.jsonl"

@@ -1,6 +1,6 @@
 # HH-RLHF on a laptop, 1 of 6: a small GPT with GPT-2's vocabulary learns to speak from all tokens of the transcripts.
-#   export TIKTOKEN_CACHE_DIR=../shared/tiktoken_cache           (or any folder with tiktoken's two GPT-2 files)
-#   python data/hh_rlhf/prepare.py --source=../shared/data/hh-rlhf-harmless-base-2000.jsonl.gz
+#   hf download Anthropic/hh-rlhf harmless-base/test.jsonl.gz --repo-type=dataset --local-dir=hh-rlhf
+#   python data/hh_rlhf/prepare.py --source=hh-rlhf/harmless-base/test.jsonl.gz
 #   python sft.py config/hh_tiny/base.py
 init_from = "scratch"
 tokenizer = "gpt2"

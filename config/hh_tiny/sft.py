@@ -1,4 +1,4 @@
-# HH-RLHF on a laptop, 2 of 6: the answers alone, so that the model learns to answer and to stop.
+# HH-RLHF on a laptop, 2 of 6: only the answers, so that the model learns to answer and to stop.
 #   python sft.py config/hh_tiny/sft.py
 init_from = "out/hh_tiny/base"
 train_data = "data/hh_rlhf/demonstrations_train.jsonl"

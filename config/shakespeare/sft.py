@@ -1,9 +1,9 @@
 # Shakespeare by characters, with the shape, batch and steps of nanoGPT's configuration for a CPU. nanoGPT reaches a
 # validation loss of 1.88.
-#   python sft.py config/shakespeare/sft.py --train_data=tinyshakespeare.txt       (karpathy's char-rnn input, 1.1 MB)
-# One byte a token; the last tenth of the file is held out. About a minute and a half on one core.
+#   python data/shakespeare/prepare.py && python sft.py config/shakespeare/sft.py
+# One byte per token; the last tenth of the file is held out.
 init_from = "scratch"
-train_data = "tinyshakespeare.txt"
+train_data = "data/shakespeare/input.txt"
 tokenizer = "bytes"
 n_layer = 4
 n_head = 4

@@ -2,7 +2,7 @@
 # with the gold score is printed. Answers whose scores are at most `tie` apart are equal: those on which the judge's
 # verdicts in the two orders disagree.
 #   python collect.py config/toy/collect_ai.py
-# 95 seconds of one core. What comes of it:
+# Then train on them:
 #   python reward.py config/toy/reward.py --train_data=out/toy/rankings_ai_train.jsonl --out_dir=out/toy/reward_ai
 #   python ppo.py config/toy/ppo.py --reward_model=out/toy/reward_ai --out_dir=out/toy/ppo_ai
 annotator = "ai"

@@ -1,6 +1,5 @@
 # DPO on the same rankings. beta 1 holds it near the reference; 0.3 at this learning rate runs away.
 #   python dpo.py config/toy/dpo.py
-# about 20 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"

@@ -8,5 +8,5 @@ max_new_tokens = 32
 text = "data/toy/text_val.jsonl"
 rankings = "out/toy/rankings_test.jsonl"
 comparisons = "data/toy/comparisons_test.jsonl"
-gold = "toy"
+gold = "data.toy.world:gold"
 out_dir = "out/toy/evaluate"

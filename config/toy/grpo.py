@@ -1,7 +1,6 @@
 # GRPO on the toy world: two epochs over each iteration's answers. kl_coef is the price of a nat per token here, against
 # advantages of standard deviation 1.
 #   python reinforce.py config/toy/grpo.py
-# about 35 seconds of one core.
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"
@@ -14,5 +13,5 @@ batch_size = 64
 grad_accum = 4
 lr = 5e-4
 kl_coef = 0.1
-gold = "toy"
+gold = "data.toy.world:gold"
 out_dir = "out/toy/grpo"

@@ -1,6 +1,6 @@
-# The hinge on log-ratios (SLiC) on the same rankings. A pair beyond the margin pulls no more: twice DPO's rate is safe.
+# The hinge on log-ratios (SLiC) on the same rankings. A pair beyond the margin pulls no more, so 1.3 times DPO's rate
+# is safe.
 #   python dpo.py config/toy/hinge.py
-# about 25 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"

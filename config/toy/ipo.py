@@ -1,6 +1,5 @@
 # IPO on the same rankings: its loss has a least point, so it stops by itself. beta 0.2 went too far.
 #   python dpo.py config/toy/ipo.py
-# about 25 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"

@@ -1,4 +1,5 @@
-# KTO on the same rankings taken apart: the better half of the answers to a prompt is good, the worse half bad.
+# KTO on the same rankings, taken apart: an answer that beats more than beat it is good, one that is beaten by more is
+# bad. Answers in the middle are left out, and prompts whose answers all tie.
 #   python kto.py config/toy/kto.py
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"

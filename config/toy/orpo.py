@@ -1,6 +1,5 @@
 # ORPO on the same rankings, without a reference: beta weighs the odds ratio against the cross-entropy on the better.
 #   python dpo.py config/toy/orpo.py
-# about 20 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"

@@ -1,5 +1,5 @@
 # Over-optimisation (Gao, Schulman and Hilton 2022): without a price on the KL, PPO drives the reward model's score up
-# long after the gold score has turned down. The control differs in beta alone. Both log the gold score.
+# long after the gold score has turned down. The control differs only in beta. Both log the gold score.
 #   python ppo.py config/toy/overoptimise.py
 #   python ppo.py config/toy/overoptimise.py --kl_coef=0.1 --out_dir=out/toy/beta0.1
 #   python evaluate.py --figure_runs="beta 0=out/toy/beta0,beta 0.1=out/toy/beta0.1" --out_dir=out/toy/evaluate
@@ -16,5 +16,5 @@ lr = 1e-3
 critic_lr = 1e-3
 lr_schedule = "constant"
 kl_coef = 0.0
-gold = "toy"
+gold = "data.toy.world:gold"
 out_dir = "out/toy/beta0"

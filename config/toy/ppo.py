@@ -1,6 +1,5 @@
-# PPO on the toy world. gold only logs the gold score: the policy is trained on the reward model alone.
+# PPO on the toy world. gold only logs the gold score: the policy is trained only on the reward model.
 #   python ppo.py config/toy/ppo.py
-# about 40 seconds of one core.
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"
@@ -13,5 +12,5 @@ grad_accum = 4
 lr = 7e-4
 critic_lr = 7e-4
 kl_coef = 0.06
-gold = "toy"
+gold = "data.toy.world:gold"
 out_dir = "out/toy/ppo"

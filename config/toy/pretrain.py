@@ -1,6 +1,6 @@
-# The toy world's base model: next-token prediction on a corpus of mixed behaviour, one document a row.
+# The toy world's base model: next-token prediction on a corpus of mixed behaviour, one document per row.
 #   python sft.py config/toy/pretrain.py
-# 0.5M parameters, about 40 seconds of one core. Held-out loss 0.73 nats a token.
+# 0.5M parameters. Held-out loss 0.72 nats per token.
 init_from = "scratch"
 tokenizer = "data/toy/toy.tiktoken"
 n_layer = 2

@@ -1,7 +1,6 @@
 # The toy reward model. lm_coef keeps it predicting the preferred answers: without it, right against wrong answers
-# are hardly learnt in the time (see README.md).
+# are hardly learnt in the time (see docs/results.md).
 #   python reward.py config/toy/reward.py
-# about 55 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"

@@ -1,7 +1,6 @@
 # RRHF on the rankings that DPO learns from, by their ranks: their scores are the person's noise-free ones. A larger
 # rank_coef pushes worse answers down faster than it lifts better ones: at 10 (and lr 4e-4) the policy fell below SFT.
 #   python rrhf.py config/toy/rrhf.py
-# about 25 seconds of one core.
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"

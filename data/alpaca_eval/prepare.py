@@ -1,64 +1,61 @@
-"""
-A judge's preferences in AlpacaEval's format as rankings, to compare our annotators with (collect.py --compare).
+"""Turn a judge's preferences in AlpacaEval's format into rankings, for collect.py --compare.
 
-    python data/alpaca_eval/prepare.py --source=annotations.jsonl.gz [--out_dir=data/alpaca_eval]
+    python data/alpaca_eval/prepare.py                                  # fetches Vicuna-7B's answers against GPT-4's
+    python data/alpaca_eval/prepare.py --source=annotations.json        # another model's, JSON or JSON lines
 
-Reads rows of `instruction`, `output_1`, `output_2`, `preference`: 1 = output_1 … 2 = output_2, 1.5 = equal, null = no
-opinion. Writes rankings_test.jsonl, with `scores` 2 - preference and preference - 1. Rows without a preference, with an
-empty text or with two equal answers are left out and counted. Of alpaca-eval-vicuna-7b-v1.5-annotations.jsonl.gz one
-should see 802 of 805 rows, output_1 better in 767, the longer one in 717: what a judge has to beat.
+Rows have `instruction`, `output_1`, `output_2`, `preference`: 1 = output_1 … 2 = output_2, 1.5 = equal, null = no
+opinion. Every model has such a file under results/ of https://github.com/tatsu-lab/alpaca_eval. Writes
+rankings_test.jsonl, with `scores` 2 - preference and preference - 1. Rows without a preference, with an empty text or
+with two equal answers are left out. It prints what a judge has to beat: for Vicuna-7B it keeps 802 of 805 rows, and
+prefers output_1 in 767 and the longer answer in 717.
 """
-import os
+
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))) # the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's root
 
-from common import fail, launch, require
-from tokens import is_number, is_text, parse_line, read_lines, write_records
+from common.options import fail, launch
+from common.records import is_number, is_text, write_atomic, write_records
+from data.prepare_common import fetch, read_rows
 
+URL = ('https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/main/results/vicuna-7b-v1.5/'
+       'weighted_alpaca_eval_gpt4_turbo/annotations.json')
 
 @dataclass
 class Config:
-    source: str = '' # a .jsonl or .jsonl.gz file of annotations
+    source: str = '' # a file of annotations, also .gz; empty = fetch it
     out_dir: str = 'data/alpaca_eval' # where rankings_test.jsonl goes
 
-    def __post_init__(self):
-        require(self, source=(self.source != '', 'a .jsonl or .jsonl.gz file of annotations'))
-
-
-def parse_row(row):
-    """A row of annotations -> a ranking record, or None where there is nothing to rank."""
-    texts = [row.get(key) for key in ('instruction', 'output_1', 'output_2')]
+def parse_row(row, place):
+    """Turn a row into a ranking record, None if nothing is ranked."""
+    if row is None:
+        fail(f'{place}: wanted a JSON object')
+    prompt, *answers = [row.get(key) for key in ('instruction', 'output_1', 'output_2')]
     preference = row.get('preference')
-    if not all(map(is_text, texts)) or texts[1] == texts[2] or preference is None:
+    if not all(map(is_text, [prompt, *answers])) or answers[0] == answers[1] or preference is None:
         return None
     if not is_number(preference) or not 1 <= preference <= 2:
-        raise ValueError(f"wanted `preference` to be a number from 1 to 2, or null, got {preference!r}")
-    return dict(prompt=texts[0], responses=texts[1:], ranks=[int(preference > 1.5), int(preference < 1.5)],
+        fail(f'{place}: wanted `preference` to be a number from 1 to 2, or null, got {preference!r}')
+    return dict(prompt=prompt, responses=answers, ranks=[int(preference > 1.5), int(preference < 1.5)],
                 scores=[2 - preference, preference - 1], annotator=str(row.get('annotator', 'alpaca_eval')))
 
-
 def main(cfg):
-    rows = []
-    for n, line in read_lines(cfg.source):
-        if not line.strip():
-            continue # an empty line, often the last
-        try:
-            rows.append(parse_row(parse_line(line)))
-        except ValueError as e:
-            fail(f"{cfg.source}:{n}: {e}")
+    out_dir = Path(cfg.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    source = cfg.source or str(out_dir / 'annotations.json')
+    if not cfg.source:
+        write_atomic(source, fetch(URL))
+    rows = [parse_row(row, place) for place, row in read_rows(source)]
     kept = [row for row in rows if row]
     if not kept:
-        fail(f"{cfg.source}: wanted rows of instruction, output_1, output_2 and preference, found none")
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    out = os.path.join(cfg.out_dir, 'rankings_test.jsonl')
-    write_records(out, kept)
-    length = lambda row, rank: len(row['responses'][row['ranks'].index(rank)])
-    longer = sum(length(row, 0) > length(row, 1) for row in kept if 1 in row['ranks'])
-    print(f"{out}: {len(kept)} of {len(rows)} rows, output_1 better in {sum(row['ranks'] == [0, 1] for row in kept)}, "
-          f"the longer one in {longer}")
-
+        fail(f'{source}: wanted rows of instruction, output_1, output_2 and preference, found none')
+    write_records(out_dir / 'rankings_test.jsonl', kept)
+    pairs = [(*row['responses'], *row['ranks']) for row in kept]
+    print(f"{out_dir / 'rankings_test.jsonl'}: {len(kept)} of {len(rows)} rows, output_1 better in "
+          f"{sum(i < j for _, _, i, j in pairs)}, the longer one in "
+          f"{sum((len(a) - len(b)) * (j - i) > 0 for a, b, i, j in pairs)}")
 
 if __name__ == '__main__':
     launch(main, Config)

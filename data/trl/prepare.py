@@ -1,58 +1,39 @@
+"""Prepare your own preferences, or a data set in TRL's formats.
+
+    python data/trl/prepare.py --source=preferences.jsonl --out_dir=data/mine
+    python data/trl/prepare.py --repo=OWNER/NAME --file=PATH/train.jsonl --out_dir=data/mine      # from the hub
+
+Row by row it tells the formats of https://huggingface.co/docs/trl/dataset_formats apart; docs/data.md lists their keys
+and the records that they give. Texts may be strings ("standard") or lists of messages ("conversational"). A string is
+a user's turn or an answer, and is put into the template of common/tokens.py. Chosen and rejected may differ in their
+last answer only. They may be whole conversations, as in UltraFeedback's binarised form.
 """
-Data sets in the formats of TRL (https://huggingface.co/docs/trl/dataset_formats), as JSON lines or a JSON array. The
-format is told row by row; all but `text` and `messages` may be strings ("standard") or lists of {"role", "content"}
-("conversational").
 
-    keys of a row              records
-    prompt, chosen, rejected   comparison (with `margin` where there is one), demonstration (the chosen answer), prompt
-    chosen, rejected           the same; what both begin with is the prompt ("implicit")
-    prompt, completion         demonstration (one for every answer of the completion), prompt
-    prompt, completion, label  ("unpaired") an unpaired record, for kto.py; prompt; a liked answer is a demonstration;
-                               liked and disliked answers to one prompt are a ranking
-    prompt                     prompt
-    messages                   demonstration of every answer, prompt
-    text                       text
-
-    $ python data/trl/prepare.py --source=preferences.jsonl --out_dir=data/mine
-    $ python data/trl/prepare.py --repo=OWNER/NAME --file=PATH/train.jsonl --out_dir=data/mine      # from the hub
-
-writes the kinds of records that the rows give, each as _train.jsonl and _val.jsonl. UltraFeedback's binarised form
-(a prompt, and chosen and rejected as whole conversations) is read too. A string is taken for a user's turn, or for an
-answer, and put into the template of tokens.py; TRL goes on writing behind it. An implicit prompt of strings ends where
-the two part, before the word that is torn there. Chosen and rejected may differ in their last answer only. Parquet is
-not read: Dataset.to_json of the `datasets` package makes JSON lines of it. For HH-RLHF, whose strings hold several
-turns, use data/hh_rlhf.
-"""
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's root, where common.py and tokens.py are
+sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's root
 
-from common import launch, require
-from data.prepare_common import (Counts, Item, as_prompt, check_options, clean, conversation, find_files, read, rows_of,
-                                 write_splits)
-
+from common.options import launch, require
+from data.prepare_common import Item, PrepareOptions, as_prompt, clean, conversation, preference, prepare
 
 @dataclass
-class Config:
-    source: str = '' # a .jsonl, .jsonl.gz or .json file, or a folder that holds some; empty = --repo and --file
+class Config(PrepareOptions):
     repo: str = '' # a data set on the hub, as OWNER/NAME
     file: str = '' # its file
     out_dir: str = 'data/trl' # where the records go
-    val_fraction: float = 0.05 # share of the different prompts that makes val, where there are no test files
-    seed: int = 1337 # which prompts these are
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         require(self, source=(self.source != '' or (self.repo and self.file),
                               'a file or folder, or else --repo and --file of the hub'))
 
-
 def to_messages(text_or_messages, role):
-    """A string, as a turn of `role`, or messages -> messages."""
+    """Return messages as they are, a string as one turn of `role`."""
     if isinstance(text_or_messages, str):
         return [{'role': role, 'content': clean(text_or_messages)}]
     if not isinstance(text_or_messages, list):
@@ -64,32 +45,23 @@ def to_messages(text_or_messages, role):
             raise ValueError(f"role {m['role'][:20]!r}")
     return [{'role': m['role'], 'content': clean(m['content'])} for m in text_or_messages]
 
-
 def whole(prompt, answer):
-    """The messages of prompt (or None) and answer; an answer that is a whole conversation already needs no prompt."""
+    """Join prompt (or None) and answer to messages. A whole conversation as answer needs no prompt."""
     answer = to_messages(answer, 'assistant')
     if prompt is None or answer and answer[0]['role'] != 'assistant':
         return answer
     return to_messages(prompt, 'user') + answer
 
-
-def split_strings(chosen, rejected):
-    """
-    Two strings with a common beginning -> (prompt, chosen, rejected): "The sky is blue", "The sky is black" -> "The sky
-    is ", "blue", "black". Scripts that begin at U+2E80, Chinese and Japanese above all, have no spaces between words.
-    """
-    shared = commonprefix([chosen, rejected])
-    n = len(shared)
-    while n and not shared[n - 1].isspace() and shared[n - 1] < '\u2e80':
-        n -= 1
-    n = n or len(shared)
-    return chosen[:n], chosen[n:], rejected[n:]
-
-
 def parse_preference(row):
+    """Turn a row with `chosen` and `rejected` into comparison, demonstration and prompt."""
     prompt, chosen, rejected = row.get('prompt'), row['chosen'], row['rejected']
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, chosen, rejected = split_strings(chosen, rejected)
+        # "The sky is blue", "The sky is black" -> "The sky is ", "blue", "black". Scripts that begin at U+2E80, Chinese
+        # and Japanese above all, have no spaces between words
+        shared = commonprefix([chosen, rejected])
+        words = re.match(r'.*[\s\u2e80-\U0010ffff]', shared, re.DOTALL)
+        n = len(words[0] if words else shared)
+        prompt, chosen, rejected = shared[:n], chosen[n:], rejected[n:]
     chosen, rejected = whole(prompt, chosen), whole(prompt, rejected)
     if chosen == rejected:
         raise ValueError('chosen equals rejected')
@@ -97,22 +69,15 @@ def parse_preference(row):
         raise ValueError('chosen and rejected differ in more than their last turn')
     if (chosen[-1]['role'], rejected[-1]['role']) != ('assistant', 'assistant'):
         raise ValueError('chosen or rejected does not end in an answer')
-    prompt = as_prompt(chosen[:-1])
-    comparison = {'prompt': prompt, 'chosen': chosen[-1]['content'], 'rejected': rejected[-1]['content']}
-    if row.get('margin') is not None:
-        comparison['margin'] = row['margin']
-    return Item(prompt, {'comparisons': [comparison], 'prompts': [{'prompt': prompt}],
-                         'demonstrations': [{'prompt': prompt, 'response': comparison['chosen']}]})
-
+    margin = {'margin': row['margin']} if row.get('margin') is not None else {}
+    return preference(chosen[:-1], chosen[-1]['content'], rejected[-1]['content'], **margin)
 
 def parse_completion(row):
-    """A prompt and its completion, with a label an unpaired preference."""
-    messages = to_messages(row['prompt'], 'user')
-    n_prompt = len(messages)
-    messages += to_messages(row['completion'], 'assistant')
-    prompt = as_prompt(messages[:n_prompt])
-    demonstrations = [{'prompt': as_prompt(messages[:i]), 'response': m['content']}
-                      for i, m in enumerate(messages) if i >= n_prompt and m['role'] == 'assistant']
+    """Turn a prompt and its completion into records. With a label it is an unpaired preference."""
+    prompt, completion = to_messages(row['prompt'], 'user'), to_messages(row['completion'], 'assistant')
+    demonstrations = [{'prompt': as_prompt(prompt + completion[:i]), 'response': m['content']}
+                      for i, m in enumerate(completion) if m['role'] == 'assistant']
+    prompt = as_prompt(prompt)
     if not demonstrations:
         raise ValueError('completion without an answer')
     records = {'demonstrations': demonstrations, 'prompts': [{'prompt': prompt}]}
@@ -123,9 +88,8 @@ def parse_completion(row):
         records['demonstrations'] = demonstrations if row['label'] else []
     return Item(prompt, records)
 
-
 def parse_row(row):
-    """A row of any of the formats above -> its records; ValueError says why there are none."""
+    """Turn a row of any of the formats into records. ValueError says why there are none."""
     if 'chosen' in row and 'rejected' in row:
         return parse_preference(row)
     if 'prompt' in row and 'completion' in row:
@@ -139,28 +103,22 @@ def parse_row(row):
         return Item(row['text'], {'text': [{'text': row['text']}]})
     raise ValueError(f"keys of no format that is read: {', '.join(sorted(row))[:80]}")
 
-
 def pair_up(items):
-    """Adds to unpaired preferences the rankings: answers to one prompt, some liked (rank 0) and some not (rank 1)."""
-    judged = defaultdict(list) # prompt -> its unpaired records
+    """Add rankings: answers to one prompt, some liked (0), some not (1)."""
+    judged = defaultdict(list) # prompt -> its items with an unpaired record
     for item in items:
-        for record in item.records.get('unpaired', []):
-            judged[str(record['prompt'])].append((record, item))
+        if 'unpaired' in item.records:
+            judged[str(item.group)].append(item)
     for same_prompt in judged.values():
-        rows = [record for record, _ in same_prompt]
-        if len({record['label'] for record in rows}) == 2:
-            same_prompt[0][1].records['rankings'] = [{
-                'prompt': rows[0]['prompt'], 'responses': [record['response'] for record in rows],
-                'ranks': [0 if record['label'] else 1 for record in rows]}]
+        rows = [item.records['unpaired'][0] for item in same_prompt]
+        ranks = [int(not row['label']) for row in rows]
+        if len(set(ranks)) == 2:
+            same_prompt[0].records['rankings'] = [
+                {'prompt': rows[0]['prompt'], 'responses': [row['response'] for row in rows], 'ranks': ranks}]
     return items
 
-
 def main(cfg):
-    files, test_files = find_files(cfg.source, cfg.repo, [cfg.file])
-    counts = Counts()
-    items, held_out = (pair_up(read(rows_of(part, counts), parse_row, counts)) for part in (files, test_files))
-    write_splits(items, held_out, cfg, counts)
-
+    prepare(cfg, parse_row, cfg.repo, [cfg.file], finish=pair_up)
 
 if __name__ == '__main__':
     launch(main, Config)

@@ -1,0 +1,286 @@
+"""Encode records to rows, stack rows to batches, choose each step's rows.
+
+Rows are right-padded. Masks come from lengths, never from token ids. A row carries the record that it comes from.
+"""
+
+import bisect
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from common.options import fail, note
+from common.records import is_text_file, read_ranked, read_records
+from common.tokens import dialogue, prompt_ids, response_ids
+
+# ---- records to rows of ids; what was cut or left out is reported in one line --------------------
+
+class Row(NamedTuple):
+    """Hold a prompt and its answers as ids, and their record."""
+    prompt: list # ids (P,)
+    answers: list # K lists of ids, each with its EOS
+    record: dict
+
+    @property
+    def ranks(self):
+        return self.record['ranks'] # (K,), 0 = best
+
+    @property
+    def length(self):
+        return len(self.prompt) + sum(map(len, self.answers))
+
+def truncate(prompt, n_response, block_size):
+    """Return the end of `prompt` that fits before a response.
+
+    The response, n_response tokens, is never cut. None where no prompt token fits: the response needs one before it.
+    """
+    room = block_size - n_response
+    return prompt[-room:] if room > 0 else None
+
+def report(name, rows, cut, left_out, block_size):
+    """Print how many records were kept, cut and left out; return the rows. Without any the program ends."""
+    note(f'{name}: {len(rows)} rows, {cut} prompts cut, {left_out} left out'
+         + (f' (a response alone fills {block_size} tokens)' if left_out else ''))
+    if not rows:
+        fail(f'{name}: no row is left: every response alone fills block_size={block_size} tokens')
+    return rows
+
+def encode_text(tok, records):
+    """Encode texts to one flat array of ids (N,) int32; EOS follows each."""
+    return np.concatenate([np.array(tok.encode(r['text']) + [tok.eos], dtype=np.int32) for r in records])
+
+def encode_demonstrations(tok, records, block_size, loss_on='response', name='demonstrations'):
+    """Encode to a list of (ids (T,), mask (T,)); loss_on="all" learns every token. A cut takes the oldest turns."""
+    rows, cut, left_out = [], 0, 0
+    for record in records:
+        ids, mask = dialogue(tok, record)
+        start = len(mask) - mask[::-1].index(0) # where the last response begins; a prompt token always precedes it
+        prompt = truncate(ids[:start], len(ids) - start, block_size)
+        if prompt is None:
+            left_out += 1
+            continue
+        cut += len(prompt) < start
+        ids, mask = prompt + ids[start:], mask[start - len(prompt):]
+        rows.append((ids, [1] * len(ids) if loss_on == 'all' else mask))
+    return report(name, rows, cut, left_out, block_size)
+
+def encode_rankings(tok, records, block_size, name='rankings'):
+    """Encode records with `prompt` and `responses` as Rows; a prompt is cut to fit its longest response."""
+    rows, cut, left_out = [], 0, 0
+    for record in records:
+        whole = prompt_ids(tok, record['prompt'])
+        answers = [response_ids(tok, text) for text in record['responses']]
+        prompt = truncate(whole, max(map(len, answers)), block_size)
+        if prompt is None:
+            left_out += 1
+            continue
+        cut += len(prompt) < len(whole)
+        rows.append(Row(prompt, answers, record))
+    return report(name, rows, cut, left_out, block_size)
+
+def load_rankings(path, tok, block_size, name, use_scores=False):
+    """Load rankings or comparisons as rows, without ties and too long answers."""
+    return encode_rankings(tok, read_ranked(path, use_scores), block_size, name) if path else None
+
+def encode_prompts(tok, records, room, name='prompts'):
+    """Encode prompts to lists of ids, cut to `room` = block_size - max_new_tokens."""
+    if room < 1:
+        fail(f'{name}: wanted block_size above max_new_tokens, got room for {room} tokens of prompt')
+    whole = [prompt_ids(tok, r['prompt']) for r in records]
+    return report(name, [p[-room:] for p in whole], sum(len(p) > room for p in whole), 0, room)
+
+# ---- rows to tensors --------------------------------------------------------------------------------------------
+
+def pad(rows, fill=0):
+    """Stack lists of numbers as (B, T) long, right-padded. Nothing reads the padding."""
+    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long) # (B, T)
+    for b, row in enumerate(rows):
+        out[b, :len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return out
+
+def collate(examples):
+    """Stack (ids, mask) as idx (B, T) and mask (B, T-1), which is shifted here."""
+    return pad([ids for ids, _ in examples]), pad([mask for _, mask in examples])[:, 1:].float()
+
+@dataclass
+class Answers:
+    """Hold B prompts, each followed by all its answers in one row.
+
+    So a prompt is computed once. Each answer's positions continue from the prompt, and the other answers are hidden
+    from it, as if it were the only one. A place is an index into the flattened (B * T). Below: a prompt of three
+    tokens, answers of two and three tokens (# = EOS), who sees whom, and what is kept:
+
+        place      0 1 2 3 4 5 6 7        x: this row sees that column
+        idx        p q r a # b c #          p q r a # b c #
+        parts      0 0 0 1 1 2 2 2        p x
+        positions  0 1 2 3 4 3 4 5        q x x
+                                          r x x x
+        targets    a # b c #              a x x x x                 answer 1
+        sources    2 3 2 5 6              # x x x x x
+        owners     0 0 1 1 1              b x x x     x             answer 2
+        last       4 7    sizes  2 3      c x x x     x x
+        pairs      (0, 1)                 # x x x     x x x
+
+    N answers in all; M answer tokens that are learnt, answer after answer.
+    """
+    idx: torch.Tensor # (B, T) prompt, answer 1, …, answer K, padding
+    positions: torch.Tensor # (B, T)
+    parts: torch.Tensor # (B, T) 0 = prompt, 1 … K = answers
+    sources: torch.Tensor # (M,) places in the flattened (B * T) of the token before each answer token
+    targets: torch.Tensor # (M,) the answer tokens, EOS included
+    owners: torch.Tensor # (M,) which of the N answers each belongs to
+    last: torch.Tensor # (N,) places of the answers' last tokens
+    sizes: torch.Tensor # (N,) tokens per answer
+    pairs: torch.Tensor # (P, 2) better and worse answer of every pair of different rank of one prompt
+
+    def to(self, device):
+        return Answers(**{name: x.to(device) for name, x in vars(self).items()})
+
+    def learnt(self, which):
+        """Return the same batch with the answer tokens of some answers alone; which: (N,) bool."""
+        keep = which[self.owners] # (M,)
+        return replace(self, sources=self.sources[keep], targets=self.targets[keep], owners=self.owners[keep])
+
+def collate_answers(rows):
+    """Stack rows as Answers; `pairs` needs records with `ranks`, and is empty without."""
+    ids, positions, parts, sources, targets, owners, last, sizes, pairs = ([] for _ in range(9))
+    T = max(row.length for row in rows)
+    for b, (prompt, answers, record) in enumerate(rows):
+        P, first, ranks = len(prompt), len(sizes), record.get('ranks', [])
+        row, at, part = list(prompt), list(range(P)), [0] * P
+        for k, answer in enumerate(answers, 1):
+            here = b * T + len(row) # where this answer starts in the flattened batch
+            sources += [b * T + P - 1] + list(range(here, here + len(answer) - 1))
+            targets += answer
+            owners += [len(sizes)] * len(answer)
+            last.append(here + len(answer) - 1)
+            sizes.append(len(answer))
+            row += answer
+            at += range(P, P + len(answer))
+            part += [k] * len(answer)
+        pairs += [(first + i, first + j) for i, a in enumerate(ranks) for j, c in enumerate(ranks) if a < c]
+        ids.append(row), positions.append(at), parts.append(part)
+    flat = (torch.tensor(x, dtype=torch.long) for x in (sources, targets, owners, last, sizes))
+    return Answers(pad(ids), pad(positions), pad(parts), *flat, torch.tensor(pairs, dtype=torch.long).view(-1, 2))
+
+def to_table(values, rows, fill):
+    """Lay out one value per answer, (N,) as in Answers, as (B, K); `fill` where a prompt has fewer."""
+    sizes = torch.tensor([len(row.answers) for row in rows], device=values.device) # (B,)
+    there = torch.arange(int(sizes.max()), device=values.device) < sizes[:, None] # (B, K)
+    return torch.full(there.shape, fill, dtype=values.dtype, device=values.device).masked_scatter(there, values)
+
+# ---- which rows make up a batch ---------------------------------------------------------------------------------
+
+def by_length(rows, batch_size):
+    """Return row indices in parts of about batch_size, sorted by length."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i].length)
+    return split(order, math.ceil(len(order) / batch_size))
+
+def split(rows, parts):
+    """Cut a list, in order, into `parts` parts of equal size; the last may be shorter."""
+    size = math.ceil(len(rows) / parts)
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+def split_by_tokens(rows, lengths, parts, least=1):
+    """Cut a batch into micro-batches of about equal tokens, short rows first. Each has `least` rows or more."""
+    order = sorted(range(len(rows)), key=lambda i: lengths[i])
+    before = [0, *itertools.accumulate(lengths[i] for i in order)] # tokens in front of each row, and all of them
+    cuts = [0]
+    for part in range(1, parts): # later parts hold longer and so fewer rows: only they may lack some
+        wish = bisect.bisect_left(before, before[-1] * part / parts)
+        cuts.append(min(wish, len(rows) - least * (parts - part)))
+    return [[rows[i] for i in order[a:b]] for a, b in itertools.pairwise(cuts + [len(rows)])]
+
+class Batches:
+    """Choose the rows of each optimizer step: `.at(step)` is a list of batch_size row indices.
+
+    It is a pure function of (seed, step), so that a resumed run needs no stored position. An epoch is `.epoch_steps`
+    steps. It shuffles the rows, sorts each stretch of 50 batches by length, cuts it into batches and shuffles these.
+    Every row comes once an epoch. Where batch_size does not divide their number, the epoch's first rows come once more
+    to fill the last batch.
+    """
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        self.epoch_steps = math.ceil(len(lengths) / batch_size)
+        self.epoch, self.batches = None, None # the epoch drawn last
+
+    def at(self, step):
+        epoch, i = divmod(step, self.epoch_steps)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            order = rng.permutation(len(self.lengths)) # (N,)
+            order = np.resize(order, self.epoch_steps * self.batch_size) # begins again to fill the last batch
+            stretches = np.split(order, range(50 * self.batch_size, len(order), 50 * self.batch_size))
+            order = np.concatenate([s[np.argsort(self.lengths[s], kind='stable')] for s in stretches])
+            batches = order.reshape(self.epoch_steps, self.batch_size)
+            self.epoch, self.batches = epoch, batches[rng.permutation(self.epoch_steps)]
+        return self.batches[i].tolist()
+
+class Demonstrations:
+    """Serve demonstrations as (ids, mask), in batches of like length."""
+
+    def __init__(self, rows, batch_size, seed):
+        self.rows, self.batch_size = rows, batch_size
+        self.batches = Batches([len(ids) for ids, _ in rows], batch_size, seed)
+        self.epoch_steps = self.batches.epoch_steps
+
+    def at(self, step):
+        """Return the (ids, mask) of an optimizer step."""
+        return [self.rows[i] for i in self.batches.at(step)]
+
+    def in_order(self, n_batches, parts=1):
+        """Return the first n_batches batches (0 = all), every row once, in micro-batches (`parts` a batch)."""
+        rows, size = self.rows[:n_batches * self.batch_size or None], self.batch_size // parts
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+class Windows:
+    """Serve one stream of tokens in windows of block_size + 1 at random."""
+
+    def __init__(self, stream, block_size, batch_size, seed):
+        self.stream, self.batch_size, self.seed = stream, batch_size, seed
+        self.T = min(block_size, len(stream) - 1) # a window holds T inputs and T targets
+        self.epoch_steps = math.ceil((len(stream) - 1) / (self.T * batch_size))
+
+    def window(self, i):
+        ids = self.stream[i:i + self.T + 1]
+        return ids, [1] * len(ids)
+
+    def at(self, step):
+        rng = np.random.default_rng([self.seed, step]) # a pure function of the step: resuming needs no cursor
+        return [self.window(i) for i in rng.integers(len(self.stream) - self.T, size=self.batch_size)]
+
+    def in_order(self, n_batches, parts=1):
+        """Return the first n_batches batches (0 = all) of neighbouring windows, every token predicted once."""
+        rows, size = [self.window(i) for i in range(0, len(self.stream) - 1, self.T)], self.batch_size // parts
+        rows = rows[:n_batches * self.batch_size or None]
+        return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response', packed=True, name='train',
+                      val_fraction=0.0):
+    """Load a file of demonstrations or of text for cross-entropy.
+
+    Returns Demonstrations, or Windows for packed text. A second one holds the last val_fraction of the data, else None.
+    """
+    if is_text_file(path) and not packed: # a text a row, its beginning where it is too long
+        data = [(ids[:block_size], [1] * min(len(ids), block_size))
+                for ids in (tok.encode(r['text']) + [tok.eos] for r in read_records(path, 'text'))]
+        cut = sum(ids[-1] != tok.eos for ids, _ in data)
+        note(f'{name}: {len(data)} texts, {cut} cut to {block_size} tokens')
+        wrap = lambda part: Demonstrations(part, batch_size, seed)
+    elif is_text_file(path):
+        data = encode_text(tok, read_records(path, 'text')) # (N,)
+        note(f'{name}: {len(data)} tokens of text')
+        wrap = lambda part: Windows(part, block_size, batch_size, seed)
+    else:
+        data = encode_demonstrations(tok, read_records(path, 'demonstrations'), block_size, loss_on, name)
+        wrap = lambda part: Demonstrations(part, batch_size, seed)
+    cut = math.ceil(len(data) * (1 - val_fraction))
+    least = 2 if isinstance(data, np.ndarray) else 1 # a stream of one token predicts nothing
+    if cut < least or val_fraction and len(data) - cut < least:
+        fail(f'{path}: {len(data)} rows or tokens are too few with val_fraction={val_fraction}')
+    return wrap(data[:cut]), wrap(data[cut:]) if cut < len(data) else None

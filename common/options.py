@@ -1,0 +1,182 @@
+"""Read a script's options from its command line, and report errors.
+
+Options are the fields of a script's dataclass `Config`, which inherits those that scripts share from RunOptions or
+TrainOptions. Bad input ends the program with one line on stderr and exit code 2.
+"""
+
+import ast
+import dataclasses
+import difflib
+import errno
+import inspect
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+def fail(message):
+    """Print the user's error in one line; exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+def note(text):
+    """Print a line for the user, from the first process alone."""
+    if os.environ.get('RANK', '0') == '0':
+        print(text, flush=True)
+
+def require(cfg, **wishes):
+    """Raise ValueError where a wish does not hold, as in require(self, lr=(self.lr > 0, 'above 0'))."""
+    for key, (holds, wish) in wishes.items():
+        if not holds:
+            raise ValueError(f"{key} must be {wish}, got {getattr(cfg, key)!r}")
+
+# ---- options that scripts share ---------------------------------------------------------------------------------
+
+AT_LEAST = dict( # checked in every script that has the option
+    max_steps=0, epochs=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0, weight_decay=0, eval_every=0,
+    eval_batches=0, save_every=0, log_every=1, n_layer=1, n_head=1, n_embd=1, block_size=2, max_new_tokens=1, seed=0,
+    # of the reinforcement learning scripts
+    minibatches=1, kl_coef=0, kl_target=0, missing_eos_penalty=0, clip=0, value_clip=0, value_coef=0, entropy_coef=0,
+    early_stop_kl=0, critic_lr=0, ptx_coef=0, ptx_batch_size=1)
+ONE_OF = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), lr_schedule=('constant', 'linear', 'cosine'))
+
+@dataclass
+class RunOptions:
+    """Hold the options of all scripts: device, precision and seed."""
+    seed: int = 1
+    device: str = 'auto' # auto, cpu, cuda, cuda:N, mps
+    dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
+
+    def __post_init__(self):
+        for key, low in AT_LEAST.items():
+            if hasattr(self, key):
+                require(self, **{key: (getattr(self, key) >= low, f"at least {low}")})
+        for key, choices in ONE_OF.items():
+            if hasattr(self, key):
+                require(self, **{key: (getattr(self, key) in choices, f"one of {', '.join(choices)}")})
+        require(self, seed=(self.seed < 2**32, 'below 2^32'),
+                device=(self.device in ('auto', 'cpu', 'cuda', 'mps') or self.device.startswith('cuda:'),
+                        'auto, cpu, cuda, cuda:N or mps'))
+
+@dataclass
+class TrainOptions(RunOptions):
+    """Hold the options of all training scripts: how they compute, save and resume."""
+    compile: bool = False # torch.compile: meant for long runs
+    checkpointing: bool = False # compute activations again in the backward pass: less memory, more time
+    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
+    out_dir: str = 'out/run' # the checkpoint
+    save_every: int = 500 # steps between checkpoints; 0 = only at the end
+    log_every: int = 10 # steps between lines of log.jsonl
+    resume: bool = False # resume from the checkpoint in out_dir
+    overwrite: bool = False # replace the checkpoint in out_dir
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, compile=(not (self.fsdp and self.compile), 'False with fsdp=True'),
+                batch_size=(getattr(self, 'batch_size', 1) >= 1, 'at least 1'))
+
+# ---- the command line -------------------------------------------------------------------------------------------
+
+def parse_config(cls, argv=None):
+    """Build the dataclass `cls` from its defaults, config files and flags.
+
+        python dpo.py config/toy/dpo.py --beta=0.2 --resume=True
+
+    Defaults < config files, left to right < --key=value flags. A config file is `name = literal` lines and comments. It
+    is parsed, never executed. Fields are str, int, float or bool. An unknown key, a wrong type or an impossible value
+    (__post_init__) ends the program with one line and exit code 2.
+    """
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    values, origin = {}, {}
+
+    def put(key, value, where):
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; the options are {', '.join(types)}"
+            fail(f"{where}: unknown option {key}{hint}")
+        if types[key] is float and type(value) is int:
+            value = float(value) # --lr=1 means 1.0
+        if type(value) is not types[key]: # exact, so True is no int and 1 is no bool
+            fail(f"{where}: {key} must be {types[key].__name__}, got {value!r}")
+        values[key], origin[key] = value, where
+
+    args = sys.argv[1:] if argv is None else argv
+    for arg in sorted(args, key=lambda arg: arg.startswith('--')): # files first: a flag wins wherever it stands
+        if arg in ('-h', '--help'):
+            print_help(cls)
+            raise SystemExit(0)
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=') # split at the first '=' only
+            if not equals:
+                fail(f"{arg}: expected --key=value")
+            try:
+                value = text if types.get(key, str) is str else ast.literal_eval(text)
+            except (ValueError, SyntaxError, TypeError):
+                value = text # reported by put as a value of the wrong type
+            put(key, value, arg)
+            continue
+        try:
+            with open(arg, encoding='utf-8') as f:
+                nodes = ast.parse(f.read(), arg).body
+        except (OSError, ValueError) as e:
+            fail(f"{arg}: no such config file ({getattr(e, 'strerror', None) or e}); options are written --key=value")
+        except SyntaxError as e:
+            fail(f"{arg}:{e.lineno}: expected a file of `name = literal` lines")
+        for node in nodes:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue # a docstring
+            try:
+                (target,), value = node.targets, ast.literal_eval(node.value)
+                key = target.id
+            except (ValueError, TypeError, AttributeError):
+                fail(f"{arg}:{node.lineno}: expected `name = literal`")
+            put(key, value, f"{arg}:{node.lineno}")
+    try:
+        return cls(**values)
+    except ValueError as e: # __post_init__ raises it as "key must be ..., got ..."
+        where = origin.get(str(e).split()[0])
+        fail(f"{where}: {e}" if where else str(e))
+
+def print_help(cls):
+    """Print a script's docstring and its options: its own first, then those that it shares."""
+    print((inspect.getmodule(cls).__doc__ or '').strip())
+    print('\noptions, as --key=value or as lines of a config file:\n')
+    defaults, told = {f.name: f.default for f in dataclasses.fields(cls)}, set()
+    for base in (c for c in cls.__mro__ if dataclasses.is_dataclass(c)):
+        if told and base in (TrainOptions, cls.__base__):
+            print('\nshared with other scripts:\n')
+        for line in inspect.getsource(base).splitlines():
+            name, colon, rest = line.strip().partition(': ')
+            if colon and name in base.__annotations__ and name not in told:
+                told.add(name)
+                print(f"  --{name}={defaults[name]!r}" + (f"    # {rest.partition(' # ')[2]}" if ' # ' in rest else ''))
+
+def launch(main, Config):
+    """Run a script: parse its options, call main, turn errors into one line and an exit code.
+
+    Ctrl-C is exit code 130, a full disk or too little memory 1, a file that cannot be opened or made 2.
+    """
+    try:
+        main(parse_config(Config))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130)
+    except BrokenPipeError: # of `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # the rest of the output is dropped
+        raise SystemExit(141)
+    except RuntimeError as e: # torch.OutOfMemoryError is one of these; for CPUs and Apple's GPUs torch has none
+        if type(e).__name__ != 'OutOfMemoryError' and not re.search(
+                "out of memory|not enough memory|can't allocate memory", str(e)):
+            raise
+        print("error: out of memory; wanted less at once: a larger --grad_accum, a smaller --batch_size, "
+              "--checkpointing=True, shorter rows or a smaller model (bench.py --workload=memory says what a stage "
+              "needs); what was saved before is intact", file=sys.stderr)
+        raise SystemExit(1)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"error: {e.strerror}: a file could not be written; what was saved before is intact",
+                  file=sys.stderr)
+            raise SystemExit(1)
+        if e.filename is None:
+            raise
+        fail(f"{e.filename}: {e.strerror}")

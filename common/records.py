@@ -1,0 +1,240 @@
+"""Read and write records: JSON lines, one kind a file.
+
+Bad input ends the program with one line, "FILE:LINE: wanted …". Every record is checked. Files are written whole or not
+at all. docs/data.md lists the kinds and their keys.
+"""
+
+import contextlib
+import gzip
+import json
+import math
+import os
+import zlib
+
+from common.options import fail
+
+def write_atomic(path, text):
+    """Write a text file whole or not at all, even when killed."""
+    try:
+        with open(path + '.tmp', 'w', encoding='utf-8') as f:
+            f.write(text)
+        os.replace(path + '.tmp', path)
+    except OSError: # make room on a full disk
+        with contextlib.suppress(OSError):
+            os.remove(path + '.tmp')
+        raise
+
+def read_json(path, wanted='a JSON object'):
+    """Return the JSON object in a file as a dict; a failure ends the program, naming `wanted`."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            value = json.load(f)
+    except OSError as e:
+        fail(f"{path}: {e.strerror}; wanted {wanted}")
+    except ValueError as e:
+        fail(f"{path}: not JSON ({e})")
+    if not isinstance(value, dict):
+        fail(f"{path}: not {wanted}")
+    return value
+
+def read_lines(path):
+    """Yield (line number, line as bytes) of a file or a .gz; a failure ends the program."""
+    n = 0
+    try:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as file:
+            for n, line in enumerate(file, 1):
+                yield n, line
+    except FileNotFoundError:
+        fail(f'{path}: no such file')
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f'{path}:{n + 1}: cannot be read: {error}')
+
+def parse_json(data, wanted):
+    """Parse bytes to a JSON value; ValueError names `wanted`."""
+    def no_constant(name):
+        raise ValueError(f'wanted a finite number, got {name}')
+    try:
+        return json.loads(data.decode('utf-8-sig'), parse_constant=no_constant)
+    except UnicodeDecodeError:
+        raise ValueError('wanted UTF-8 text')
+    except json.JSONDecodeError as error:
+        line = f'line {error.lineno}, ' if error.lineno > 1 else ''
+        raise ValueError(f'wanted {wanted}: {error.msg} at {line}column {error.colno}')
+    except RecursionError:
+        raise ValueError(f'wanted {wanted}, got one nested too deeply')
+
+def check_row(row):
+    """Check that a JSON value is an object of whole characters; else raise ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError(f'wanted a JSON object, got {type(row).__name__}')
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode() # an escape like \ud83d alone is half a character
+    except UnicodeEncodeError:
+        raise ValueError('wanted whole characters, got half of a surrogate pair')
+    except ValueError:
+        raise ValueError('wanted finite numbers, got one like 1e999')
+    return row
+
+def parse_line(line):
+    """Parse a line of bytes to its JSON object, or raise ValueError."""
+    return check_row(parse_json(line.rstrip(), 'one JSON object a line'))
+
+def check(wanted, ok):
+    """Raise ValueError, naming `wanted`, unless ok."""
+    if not ok:
+        raise ValueError(f'wanted {wanted}')
+
+def is_text(x):
+    return isinstance(x, str) and x.strip() != ''
+
+def is_number(x):
+    return type(x) in (int, float) and math.isfinite(x) # a bool is no number
+
+def check_messages(key, messages, last):
+    check(f'`{key}` to be a list of messages, at least one', isinstance(messages, list) and len(messages) > 0)
+    for m in messages:
+        check(f'every message of `{key}` to have `role` (user, assistant or system) and `content`',
+              isinstance(m, dict) and m.get('role') in ('user', 'assistant', 'system'))
+        check(f'every `content` of `{key}` to be text that is not empty', is_text(m.get('content')))
+    check(f'`{key}` to end in the turn of the {last}', messages[-1]['role'] == last)
+
+def check_record(row, kind):
+    """Raise ValueError where a record breaks its kind (docs/data.md); extra keys are welcome."""
+    needs = {'text': ['text'], 'demonstrations': ['prompt', 'response'], 'prompts': ['prompt'],
+             'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks'],
+             'unpaired': ['prompt', 'response', 'label']}[kind]
+    if kind == 'demonstrations' and 'messages' in row:
+        return check_messages('messages', row['messages'], last='assistant')
+    for key in needs:
+        check(f'a row of kind {kind} to have `{key}`', key in row)
+    for key in ('text', 'response', 'chosen', 'rejected'):
+        if key in needs:
+            check(f'`{key}` to be text that is not empty', is_text(row[key]))
+    if isinstance(row.get('prompt'), list):
+        check_messages('prompt', row['prompt'], last='user')
+    elif 'prompt' in needs:
+        check('`prompt` to be text that is not empty, or a list of messages', is_text(row['prompt']))
+    if kind == 'unpaired':
+        check('`label` to be true (a good answer) or false', isinstance(row['label'], bool))
+    if kind == 'comparisons' and 'margin' in row:
+        check('`margin` to be a number', is_number(row['margin']))
+    if kind == 'comparisons' and 'scores' in row:
+        check('`scores` to be two numbers, of chosen and rejected', isinstance(row['scores'], list)
+              and len(row['scores']) == 2 and all(map(is_number, row['scores'])))
+    if kind == 'rankings':
+        responses, ranks, scores = row['responses'], row['ranks'], row.get('scores')
+        check('`responses` to be a list of two texts or more, none empty',
+              isinstance(responses, list) and len(responses) > 1 and all(map(is_text, responses)))
+        check(f'`ranks` to be {len(responses)} integers, one a response, 0 = best', isinstance(ranks, list)
+              and len(ranks) == len(responses) and all(type(r) is int and r >= 0 for r in ranks))
+        check(f'`scores` to be {len(responses)} numbers, one a response', scores is None or isinstance(scores, list)
+              and len(scores) == len(responses) and all(map(is_number, scores)))
+
+def read_records(path, kind):
+    """Read and check the records of a .jsonl or .jsonl.gz file.
+
+    kind: "text", "demonstrations", "comparisons", "rankings", "unpaired" or "prompts". A .txt file is one text. The
+    first bad record ends the program with its line.
+    """
+    if str(path).endswith(('.txt', '.txt.gz')):
+        if kind != 'text':
+            fail(f'{path}: wanted a .jsonl file of {kind}, got plain text')
+        text = ''
+        for n, line in read_lines(path):
+            try:
+                text += line.decode('utf-8-sig')
+            except UnicodeDecodeError:
+                fail(f'{path}:{n}: wanted UTF-8 text')
+        if not text.strip():
+            fail(f'{path}: wanted text, got an empty file')
+        return [{'text': text}]
+    rows = []
+    for n, line in read_lines(path):
+        if not line.strip():
+            continue # an empty line, often the last
+        try:
+            row = parse_line(line)
+            check_record(row, kind)
+        except ValueError as error:
+            fail(f'{path}:{n}: {error}')
+        rows.append(row)
+    if not rows:
+        fail(f'{path}: wanted rows of kind {kind}, got a file without rows')
+    return rows
+
+def first_row(path):
+    """Return a file's first record, {} where it is broken: read_records then reports it."""
+    line = next((line for _, line in read_lines(path) if line.strip()), b'{}')
+    try:
+        return parse_line(line)
+    except ValueError:
+        return {}
+
+def is_text_file(path):
+    """Tell whether a file holds plain text (.txt, or records with `text`) and not demonstrations."""
+    if str(path).endswith(('.txt', '.txt.gz')):
+        return True
+    return 'text' in first_row(path)
+
+def kind_of(path):
+    """Tell the kind of a file by its first record; a broken one passes as "prompts"."""
+    if is_text_file(path):
+        return 'text'
+    row = first_row(path)
+    keys = set(row)
+    if isinstance(row.get('label'), bool):
+        return 'unpaired'
+    for kind, own in (('demonstrations', {'messages', 'response'}), ('comparisons', {'chosen'}),
+                      ('rankings', {'responses'}), ('prompts', {'prompt'})):
+        if keys & own:
+            return kind
+    if keys:
+        fail(f"{path}: wanted records of one kind, got a first row with the keys {', '.join(sorted(keys))}")
+    return 'prompts'
+
+def to_lines(rows):
+    return ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+
+def write_records(path, rows):
+    write_atomic(str(path), to_lines(rows))
+
+def read_preferences(path):
+    """Read rankings or comparisons as rankings: a comparison ranks two answers; its margin stays."""
+    if 'chosen' in first_row(path):
+        return [r | {'responses': [r['chosen'], r['rejected']], 'ranks': [0, 1]}
+                for r in read_records(path, 'comparisons')]
+    return read_records(path, 'rankings')
+
+def goodness(record, use_scores=False):
+    """Return how good a ranking's answers are, (K,), larger = better: -rank, or the scores if any."""
+    return record['scores'] if use_scores and record.get('scores') else [-rank for rank in record['ranks']]
+
+def read_ranked(path, use_scores=False):
+    """Read preferences without the records whose answers all tie: they teach nothing.
+
+    path: one file, or several of one kind, separated by commas. use_scores: see goodness.
+    """
+    files = str(path).split(',')
+    records = [r for file in files for r in read_preferences(file)]
+    if len({'chosen' in r for r in records}) > 1:
+        fail(f'{path}: wanted files of one kind, rankings or comparisons')
+    records = [r for r in records if len(set(goodness(r, use_scores))) > 1]
+    if not records:
+        fail(f'{path}: all answers of every prompt tie; wanted some that are ranked above others')
+    return records
+
+def read_unpaired(path):
+    """Read unpaired records, or take rankings or comparisons apart.
+
+    An answer that beats more of the prompt's other answers than beat it is good. One that is beaten by more is bad. One
+    in the middle is left out.
+    """
+    if 'label' in first_row(path):
+        return read_records(path, 'unpaired')
+    rows = []
+    for r in read_preferences(path):
+        for response, rank in zip(r['responses'], r['ranks']):
+            lead = sum((rank < other) - (rank > other) for other in r['ranks']) # wins less losses
+            if lead:
+                rows.append({'prompt': r['prompt'], 'response': response, 'label': lead > 0})
+    return rows

@@ -1,0 +1,254 @@
+"""Sample answers and score them, for the reinforcement learning scripts.
+
+Here are also frozen models, masked statistics and the KL estimators; the losses are in ppo.py and reinforce.py.
+Per-token arrays are (B, T-1): position t describes token t+1.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+from common.batches import collate_answers, encode_rankings, pad, split_by_tokens
+from common.checkpoints import load_policy, load_reward_model
+from common.options import fail
+from common.run import progress
+from common.tokens import load_tokenizer
+
+# ---- masked statistics ------------------------------------------------------------------------------------------
+
+def masked_mean(x, mask, run=None):
+    """Return the mean () of x over the positions that mask counts; both (B, T-1).
+
+    It is 0 where nothing is counted. With a Run it is the mean over all processes, and no gradient flows through it.
+    """
+    total, n = (x * mask).sum(), mask.sum()
+    if run is not None:
+        total, n = run.sum(total), run.sum(n)
+    return total / n.clamp(min=1)
+
+def whiten(x, mask, run=None):
+    """Return (x - mean) / sqrt(variance) of x (B, T-1) under the mask, 0 elsewhere; with a Run, of all processes."""
+    mean = masked_mean(x, mask, run)
+    variance = masked_mean((x - mean) ** 2, mask, run)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+def kl_k1(logp, ref_logp):
+    """Estimate KL(policy || reference) per token, without bias (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+
+        k1 = log(p / q)          p = policy, q = reference
+
+    It may be negative. Both (B, T-1), at tokens sampled from the policy.
+    """
+    return logp - ref_logp
+
+def kl_k3(logp, ref_logp):
+    """Estimate the same without bias, never negative, with less variance (Schulman 2020).
+
+        k3 = q/p - 1 - log(q/p)
+    """
+    log_ratio = ref_logp - logp # log(q / p)
+    return log_ratio.exp() - 1 - log_ratio
+
+@torch.no_grad()
+def ratio_stats(logp, old_logp, mask, clip):
+    """Return the largest |pi / pi_old - 1| () and masked means for the log; all (B, T-1)."""
+    ratio = ((logp - old_logp) * mask).exp() # (B, T-1)
+    return (ratio - 1).abs().max(), dict(
+        ratio=masked_mean(ratio, mask), clipfrac=masked_mean(((ratio - 1).abs() > clip).float(), mask),
+        approx_kl=masked_mean(kl_k3(old_logp, logp), mask)) # KL(old || new) per token
+
+def minibatches(n, cfg):
+    """Yield the row numbers of each optimizer step: cfg.epochs shuffled passes over n answers."""
+    for _ in range(cfg.epochs):
+        yield from torch.randperm(n).chunk(cfg.minibatches)
+
+def micro_batches(batch, lengths, rows, grad_accum, run):
+    """Yield an optimizer step's rows in grad_accum parts of about equal tokens.
+
+    batch: idx (N, T) and arrays (N, T-1) with one called mask; lengths (N,). Each part comes with its share () of the
+    counted tokens of all processes. Weighted by it, every answer token counts the same.
+    """
+    n_tokens = run.sum(batch['mask'][rows].sum()) # ()
+    for part in split_by_tokens(rows.tolist(), lengths[rows].tolist(), grad_accum):
+        micro = torch.tensor(part, device=rows.device)
+        T = int(lengths[micro].max()) # no work on padding that these rows do not need
+        part = {k: v[micro, :T if k == 'idx' else T - 1] for k, v in batch.items()}
+        yield part, part['mask'].sum() / n_tokens
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class Rollouts:
+    """Hold answers sampled by a policy, right-padded, prompts in front."""
+    idx: torch.Tensor # (B, T) prompt, answer, padding
+    mask: torch.Tensor # (B, T-1) 1 where token t+1 belongs to the answer, its EOS included
+    logp: torch.Tensor # (B, T-1) recorded while sampling, 0 outside the mask
+    lengths: torch.Tensor # (B,) prompt and answer
+    ended: torch.Tensor # (B,) 1 where the answer ends with EOS
+
+    def to(self, device):
+        return Rollouts(**{name: x.to(device) for name, x in vars(self).items()})
+
+def sample_answers(model, prompts, tok, max_new_tokens, temperature=1.0, rows=256, desc=None):
+    """Sample one answer per prompt (lists of ids; repeat a prompt for several answers).
+
+    Returns answers and their log-probabilities as lists, in the prompts' order. Prompts of like length share a batch of
+    `rows`.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers, logps = [None] * len(prompts), [None] * len(prompts)
+    bar = progress(total=len(prompts), desc=desc, unit='answers', disable=desc is None)
+    for start in range(0, len(order), rows):
+        chunk = order[start:start + rows]
+        out = model.generate_with_logp([prompts[i] for i in chunk], max_new_tokens, temperature, eos=tok.eos)
+        for i, answer, logp in zip(chunk, *out):
+            answers[i], logps[i] = answer, logp
+        bar.update(len(chunk))
+    bar.close()
+    return answers, logps
+
+def pack(prompts, answers, logps, eos):
+    """Stack lists of prompts, answers and recorded log-probabilities as Rollouts."""
+    idx = pad([p + a for p, a in zip(prompts, answers)]) # (B, T)
+    P = torch.tensor([len(p) for p in prompts]) # (B,)
+    lengths = P + torch.tensor([len(a) for a in answers]) # (B,)
+    t = torch.arange(1, idx.size(1)) # token t+1 of position t, (T-1,)
+    mask = ((t >= P[:, None]) & (t < lengths[:, None])).float() # (B, T-1), from lengths and never from token ids
+    logp = torch.zeros_like(mask)
+    logp[mask > 0] = torch.tensor([x for row in logps for x in row])
+    ended = torch.tensor([float(a[-1] == eos) for a in answers]) # (B,)
+    return Rollouts(idx, mask, logp, lengths, ended)
+
+# ---- frozen models ----------------------------------------------------------------------------------------------
+
+def in_chunks(fn, lengths, rows, out):
+    """Fill out (B, ...) by fn(rows, longest); chunks of rows of like length save work on padding."""
+    for chunk in lengths.argsort().split(rows):
+        T = int(lengths[chunk].max())
+        value = fn(chunk, T)
+        if value.dim() == 1:
+            out[chunk] = value
+        else:
+            out[chunk, :value.size(1)] = value
+    return out
+
+@torch.no_grad()
+def frozen_logp(model, idx, mask, lengths, rows=64):
+    """Return log-probabilities (B, T-1) of the counted tokens under a frozen model; idx (B, T), lengths (B,)."""
+    return in_chunks(lambda c, T: model.logp(idx[c, :T], mask[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
+
+@torch.no_grad()
+def frozen_values(model, idx, mask, lengths, rows=64):
+    """Return the values (B, T-1) of a critic, 0 where mask is 0."""
+    fn = lambda c, T: model.values(idx[c, :T], mask[c, :T - 1])
+    return in_chunks(fn, lengths, rows, torch.zeros_like(mask))
+
+@torch.no_grad()
+def frozen_rewards(model, idx, lengths, rows=64):
+    """Return the scores (B,) of a reward model."""
+    out = torch.zeros(len(idx), device=idx.device)
+    return in_chunks(lambda c, T: model.rewards(idx[c, :T], lengths[c]), lengths, rows, out)
+
+@torch.no_grad()
+def score_answers(reward_model, prompts, answers, device, rows=64):
+    """Return a reward model's scores (B,) of answers to prompts; lists of ids."""
+    idx = pad([p + a for p, a in zip(prompts, answers)]).to(device)
+    lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)], device=device)
+    return frozen_rewards(reward_model, idx, lengths, rows)
+
+@torch.no_grad()
+def score_packed(model, rows, run):
+    """Return a reward model's scores (N,) of all answers of Rows."""
+    batch = collate_answers(rows)
+    batch = batch.learnt(torch.zeros(len(batch.sizes), dtype=torch.bool)).to(run.device) # no log-probabilities
+    with run.autocast():
+        return model.answers(batch)[1]
+
+def score_records(reward_model, tok, records, block_size, name, device):
+    """Score the `responses` of records; return [(record, scores)] of those that fit the context."""
+    rows = encode_rankings(tok, records, block_size, name)
+    scores = iter(score_answers(reward_model, [row.prompt for row in rows for _ in row.answers],
+                                [answer for row in rows for answer in row.answers], device).tolist())
+    return [(row.record, [next(scores) for _ in row.answers]) for row in rows]
+
+# ---- rolling out ------------------------------------------------------------------------------------------------
+
+def load_actors(cfg, run, tok, **overrides):
+    """Load policy (with overrides of its configuration), reward model and reference (the frozen policy)."""
+    policy = load_policy(cfg.policy, **overrides).to(run.device)
+    reward = load_reward_model(cfg.reward_model).to(run.device)
+    check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model, tok)
+    check_context(policy, reward, 'reward_model', cfg.reward_model)
+    return policy, run.freeze(reward), run.freeze(load_policy(cfg.policy).to(run.device))
+
+def describe(rolls, ref_logp, reward, scores, run):
+    """Return metrics of rollouts, () each. ref_logp: (B, T-1). reward, scores: (B,) before and after penalties."""
+    return dict(
+        reward=reward.mean(), score=scores.mean(),
+        kl=(kl_k1(rolls.logp, ref_logp) * rolls.mask).sum(1).mean(), # nats per answer
+        kl_k3=(kl_k3(rolls.logp, ref_logp) * rolls.mask).sum(1).mean(),
+        entropy=-masked_mean(rolls.logp, rolls.mask, run), # nats per token, estimated from the sampled tokens
+        ended=rolls.ended.mean(), length=rolls.mask.sum(1).mean())
+
+def describe_critic(values, returns, mask, run):
+    """Return metrics of a critic, () each: how well values (B, T-1) predict returns (B, T-1)."""
+    mean = lambda x: masked_mean(x, mask, run)
+    variance = lambda x: mean((x - mean(x)) ** 2)
+    return dict(values=mean(values), returns=mean(returns), returns_std=variance(returns).sqrt(),
+                explained_variance=1 - variance(returns - values) / variance(returns).clamp(min=1e-8))
+
+# ---- measuring --------------------------------------------------------------------------------------------------
+
+def load_gold(name, records, path):
+    """Import a gold score, a MODULE:FUNCTION of (prompt, response) that returns a number; '' is None.
+
+    The policy never sees it: it is for logs and tables. It is tried on every record's prompt. Where it raises
+    ValueError, the program ends with one line that names path.
+    """
+    if not name:
+        return None
+    module, _, function = name.partition(':')
+    try:
+        gold = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        fail(f"--gold={name}: cannot be imported ({e}); wanted MODULE:FUNCTION, as in data.toy.world:gold")
+    for n, record in enumerate(records, 1):
+        try:
+            gold(record['prompt'], '')
+        except ValueError as e:
+            fail(f"{path}: prompt {n}: {e}; there is no gold score for it")
+    return gold
+
+def mean_gold(gold, questions, answers, tok):
+    """Return the mean gold score () of answers (lists of ids) to questions (texts)."""
+    texts = [tok.decode(answer).removeprefix(' ') for answer in answers]
+    return torch.tensor([float(gold(question, text)) for question, text in zip(questions, texts)]).mean()
+
+def pair_agreement(scores, ranks):
+    """Count the pairs of one prompt that scores (K,) order as ranks (K,).
+
+    Returns (points, pairs). Only pairs of different rank count (0 = best); equal scores are half a point.
+    """
+    points = pairs = 0
+    for i in range(len(ranks)):
+        for j in range(len(ranks)):
+            if ranks[i] < ranks[j]:
+                pairs += 1
+                points += 1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+    return points, pairs
+
+def check_same_vocabulary(model, other, option, folder, tok):
+    """End the program where two models differ in vocabulary or tokenizer; tok: the first one's."""
+    a, b = model.config.vocab_size, other.config.vocab_size
+    if a != b:
+        fail(f"--{option}={folder}: its vocabulary has {b} tokens, the policy's has {a}; wanted the same tokenizer")
+    theirs = load_tokenizer(folder)
+    if (theirs.name, theirs.ranks) != (tok.name, tok.ranks):
+        fail(f"--{option}={folder}: has a tokenizer of its own; wanted the one of the policy")
+
+def check_context(model, other, option, folder, whose="policy's"):
+    """End the program where other's context is shorter than model's."""
+    if other.config.block_size < model.config.block_size:
+        fail(f"--{option}={folder}: its context is {other.config.block_size} tokens, the {whose} "
+             f"{model.config.block_size}; wanted one at least as long")

@@ -1,0 +1,218 @@
+"""Choose a script's device and precision, and join the processes of torchrun.
+
+Several processes hold the same weights, work on a share of every batch, and sum their gradients once per optimizer
+step. So they train as one process would.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common.options import fail
+
+@dataclass
+class Run:
+    """Hold the device, the autocast type, and the place among the processes."""
+    device: str
+    dtype: str
+    rank: int = 0
+    world_size: int = 1
+    interrupted: bool = False # set by the first Ctrl-C, read by `stop_requested` between two steps
+
+    def __post_init__(self):
+        # float16 ends at 6e-8: the loss is scaled up so that small gradients survive (Micikevicius et al. 2018,
+        # https://arxiv.org/abs/1710.03740, section 3.2). With any other dtype the scaler does nothing
+        self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.dtype == 'float16')
+
+    @property
+    def is_master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Do matrix products in 16 bits where dtype asks for it; weights, losses and log-softmax stay in float32."""
+        if self.dtype == 'float32':
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(':')[0], dtype=getattr(torch, self.dtype))
+
+    def freeze(self, model):
+        """Store a model that is never trained in less memory; return it.
+
+        Its linear layers keep the 16-bit weights that autocast would make at every pass. No result changes by a bit.
+        """
+        for module in model.requires_grad_(False).modules():
+            if self.dtype != 'float32' and isinstance(module, torch.nn.Linear):
+                module.to(getattr(torch, self.dtype))
+        return model
+
+    def backward(self, loss):
+        """Add the gradients of this process's loss (), scaled in float16 (see optimizer_step)."""
+        self.scaler.scale(loss).backward()
+
+    def sum(self, x):
+        """Return the sum of a number or tensor over all processes."""
+        x = torch.as_tensor(x, dtype=torch.float32, device=self.device)
+        if self.world_size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x):
+        """Return the x of every process, as a list by rank."""
+        if self.world_size == 1:
+            return [x]
+        everybody = [None] * self.world_size
+        dist.all_gather_object(everybody, x)
+        return everybody
+
+    def merge(self, mine):
+        """Return the entries of every process's dict, in one dict."""
+        return {k: v for part in self.gather(mine) for k, v in part.items()}
+
+    def rows(self, batch):
+        """Return this process's share of the rows of a batch."""
+        return batch[self.rank::self.world_size]
+
+    def prepare(self, model, cfg):
+        """Share the weights and set the model up, before making the optimizer.
+
+        fsdp: each process keeps a part of every weight, its gradient and its optimizer state. A block's weights are
+        gathered while it works (fully_shard: Zhao et al. 2023, https://arxiv.org/abs/2304.11277).
+        """
+        model.checkpointing = cfg.checkpointing
+        if self.world_size > 1:
+            for p in model.parameters():
+                dist.broadcast(p.data, 0)
+        if getattr(cfg, 'fsdp', False):
+            from torch.distributed.device_mesh import init_device_mesh # slow to import
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+            warnings.filterwarnings('ignore', message='FSDP2-wrapped module') # nothing changes an output in place
+            mesh = init_device_mesh(self.device.split(':')[0], (self.world_size,))
+            for part in (*model.h, model): # the rest, embeddings and heads, goes with the root
+                fully_shard(part, mesh=mesh)
+                part.set_gradient_divide_factor(1.0) # a sum, as in sum_gradients
+                part.set_force_sum_reduction_for_comms(True) # gloo has no other
+            for method in model.PASSES: # gather the root's weights for these
+                register_fsdp_forward_method(model, method.__name__)
+        if cfg.compile:
+            for method in model.PASSES:
+                setattr(model, method.__name__, torch.compile(getattr(model, method.__name__)))
+            model.compile_decoding()
+
+    @torch.no_grad()
+    def sum_gradients(self, model):
+        """Sum the gradients over all processes, before an optimizer step; fsdp has done so already."""
+        if self.world_size > 1 and not any(map(is_spread, model.parameters())):
+            waiting = []
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    waiting.append(dist.all_reduce(p.grad, async_op=True))
+            for work in waiting:
+                work.wait()
+
+    @torch.no_grad()
+    def whole(self, model):
+        """Return the model, or a whole copy where fsdp spreads its weights.
+
+        For sampling, measuring and saving, where the processes work apart. All of them have to call this.
+        """
+        if not any(is_spread(p) for p in model.parameters()):
+            return model
+        with torch.device('meta'): # draws no random numbers
+            copy = type(model)(model.config)
+        copy.to_empty(device=self.device).train(model.training)
+        for p, q in zip(copy.parameters(), model.parameters(), strict=True):
+            p.copy_(q.full_tensor())
+        return copy
+
+    def stop_requested(self):
+        """Tell whether any process was sent Ctrl-C."""
+        return bool(self.sum(float(self.interrupted)) > 0) if self.world_size > 1 else self.interrupted
+
+def is_spread(x):
+    """Tell whether fsdp has spread a tensor over the processes (torch calls it a DTensor)."""
+    return hasattr(x, 'full_tensor')
+
+def spread_like(p, x):
+    """Spread a whole tensor x as the parameter p; x is equal in every process."""
+    if not is_spread(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) # no sending: everybody has it
+
+def keep_freed_memory():
+    """Make glibc keep freed blocks of up to 32 MB, its limit.
+
+    Else it returns every large block to the kernel, and the next step's tensors fault the pages in again: a tenth of
+    the time of a small model's step. Another C library is left as it is.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-3, 32 * 2**20) # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**30) # M_TRIM_THRESHOLD
+
+def start(cfg):
+    """Choose the device, join the other processes, seed the generators; return the Run."""
+    keep_freed_memory()
+    device = cfg.device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        fail(f"--device={cfg.device}: torch sees no CUDA device; use --device=cpu or auto")
+    if device == 'mps' and not torch.backends.mps.is_available():
+        fail("--device=mps: torch sees no Apple GPU; use --device=cpu or auto")
+    dtype = cfg.dtype
+    if dtype == 'auto':
+        dtype = 'float32'
+        if device.startswith('cuda'): # GPUs before Ampere only emulate bfloat16, slowly
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    run = Run(device, dtype, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+    pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
+    if getattr(cfg, 'batch_size', pieces) % pieces:
+        fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
+    if getattr(cfg, 'fsdp', False) and run.world_size == 1:
+        fail("--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2")
+    if getattr(cfg, 'fsdp', False) and dtype == 'float16':
+        fail("--fsdp=True: the scale of float16 is not shared by the processes; wanted --dtype=bfloat16 or float32")
+    if run.world_size > 1:
+        if device not in ('cuda', 'cpu'):
+            fail(f"--device={cfg.device}: several processes take --device=cuda, one GPU for each, or --device=cpu")
+        if device == 'cuda':
+            local, here = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+            if local >= here:
+                fail(f"process {local} finds no GPU of its own; wanted --nproc_per_node of at most {here}")
+            run.device = f"cuda:{local}"
+            torch.cuda.set_device(run.device)
+        dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high') # TF32 where a product stays in float32
+    torch.manual_seed(cfg.seed + run.rank) # each process samples its own answers; Run.prepare shares the weights
+
+    def on_interrupt(signum, frame):
+        if run.interrupted:
+            raise KeyboardInterrupt # the second Ctrl-C does not wait for the end of the step
+        run.interrupted = True
+        if run.is_master:
+            print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    return run
+
+def stop(run):
+    """Leave the other processes, and give Ctrl-C its usual meaning back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if run.world_size > 1:
+        dist.barrier() # a process that leaves early can abort another one that is still at work
+        dist.destroy_process_group()
+
+def progress(iterable=None, **kwargs):
+    """Return a tqdm bar; in a file it prints a line every ten seconds."""
+    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)

@@ -1,0 +1,229 @@
+r"""Encode text to token ids and decode them; hold the one chat template.
+
+Tokenizers are tiktoken encodings: GPT-2's, the 256 bytes, or a small byte-pair encoding trained here (`train_bpe`) and
+stored in tiktoken's own file format. The template of one turn, and how further turns follow it:
+
+    ### Human: Hello.\n### Assistant: Hi!<|endoftext|>\n### Human: Bye.\n### Assistant: See you.<|endoftext|>
+    `---------- prompt ----------´`---- response ----´`------------ prompt -----------´`----- response -----´
+
+Prompt and response are encoded apart, so that the prompt's ids are always a prefix of the whole. Only the response's
+end is the real <|endoftext|>; the same characters typed by a user are ordinary text.
+"""
+
+import base64
+import binascii
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import regex # comes with tiktoken
+import tiktoken
+
+from common.options import fail
+from common.records import read_lines, write_atomic
+from common.weights import HUB_NAMES, checkpoint_file, on_hub
+
+EOS = '<|endoftext|>'
+# how GPT-2 splits text into words before any merge: a word takes the space before it, merges never cross words
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+BYTES = {bytes([i]): i for i in range(256)} # where every byte-pair encoding starts
+
+class Tokenizer:
+    """Wrap a tiktoken.Encoding and its end-of-text id; name: "gpt2", "bytes" or "tiktoken" (one of our own)."""
+
+    def __init__(self, name, ranks=None):
+        self.name, self.ranks = name, ranks
+        if name == 'gpt2':
+            self.encoding = tiktoken.get_encoding('gpt2')
+        else: # <|endoftext|> is the last id
+            self.encoding = tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+                                              special_tokens={EOS: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
+        self.n_vocab = self.encoding.n_vocab
+        self.eos = self.encoding.eot_token
+
+    def encode(self, text):
+        """Return the ids of ordinary text: nothing in `text` becomes the end-of-text id."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode_bytes(self, ids):
+        """Return the bytes behind `ids`; in a stream the last character may be incomplete.
+
+        The end-of-text id is left out, and so are the ids above it: a model may have more tokens than its tokenizer.
+        """
+        return self.encoding.decode_bytes([i for i in ids if i < self.eos])
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+    def save(self, folder):
+        """Write the file that `load_tokenizer(folder)` needs."""
+        folder = Path(folder)
+        if self.name == 'tiktoken':
+            save_bpe(self.ranks, folder / 'tokenizer.tiktoken')
+            (folder / 'tokenizer_name').unlink(missing_ok=True)
+        else:
+            write_atomic(str(folder / 'tokenizer_name'), self.name + '\n')
+            (folder / 'tokenizer.tiktoken').unlink(missing_ok=True)
+
+def load_tokenizer(name):
+    """Load a tokenizer; name: "gpt2", "bytes", a FILE.tiktoken, or a checkpoint.
+
+    A checkpoint is a folder or a model on the hub, ours or another with GPT-2's vocabulary. Anything else ends the
+    program with one line.
+    """
+    name = str(name)
+    if not Path(name).is_dir():
+        if name == 'bytes' or name in HUB_NAMES:
+            return named_tokenizer('bytes' if name == 'bytes' else 'gpt2')
+        if name.endswith('.tiktoken'):
+            return Tokenizer('tiktoken', load_bpe(name))
+        if not on_hub(name):
+            fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {name!r}, which is '
+                 'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
+        checkpoint_file(name, 'config.json') # fails here if the hub cannot be reached; the files below may be absent
+    if path := checkpoint_file(name, 'tokenizer.tiktoken', absent_ok=True):
+        return Tokenizer('tiktoken', load_bpe(path))
+    if path := checkpoint_file(name, 'tokenizer_name', absent_ok=True):
+        stored = Path(path).read_text(encoding='utf-8', errors='replace').strip()
+        if stored not in ('gpt2', 'bytes'):
+            fail(f'{path}: wanted gpt2 or bytes, got {stored[:40]!r}')
+        return named_tokenizer(stored)
+    if not has_gpt2_vocabulary(name):
+        fail(f'{name}: wanted a checkpoint with tokenizer.tiktoken or tokenizer_name, or with the vocabulary of GPT-2')
+    return named_tokenizer('gpt2')
+
+def named_tokenizer(name):
+    """Load a tokenizer that needs no file of ours: "gpt2" or "bytes"."""
+    if name == 'bytes':
+        return Tokenizer('bytes', BYTES)
+    try:
+        return Tokenizer('gpt2')
+    except Exception as error: # no network, no cache, a damaged cache: tiktoken has no one exception for it
+        fail(f'tokenizer gpt2: cannot load it ({type(error).__name__}); without a network set TIKTOKEN_CACHE_DIR '
+             "to a folder that holds tiktoken's two GPT-2 files")
+
+def has_gpt2_vocabulary(name):
+    """Tell whether somebody else's checkpoint has GPT-2's tokens.
+
+    Vocabularies of the same size are common. So one of its oddest tokens decides where there is a vocabulary file, and
+    the size where there is none. Rows above it are padding or extras.
+    """
+    try:
+        for filename in ('vocab.json', 'tokenizer.json'):
+            if path := checkpoint_file(name, filename, absent_ok=True):
+                vocab = json.loads(Path(path).read_text(encoding='utf-8'))
+                vocab = vocab if filename == 'vocab.json' else vocab['model']['vocab']
+                return vocab.get('\u0120SolidGoldMagikarp') == 43453 and vocab.get(EOS) == 50256
+        path = checkpoint_file(name, 'config.json', absent_ok=True)
+        size = json.loads(Path(path).read_text(encoding='utf-8')).get('vocab_size') if path else 0
+        return 50257 <= size <= 50304 # the next multiple of 64
+    except (OSError, ValueError, KeyError, AttributeError, TypeError): # not a vocabulary
+        return False
+
+def merge(parts, ranks):
+    """Encode one word in place: join the neighbours of lowest rank until no two make a token."""
+    while len(parts) > 1:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], math.inf), i) for i in range(len(parts) - 1))
+        if rank == math.inf:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+def train_bpe(texts, vocab_size, min_count=2):
+    """Train a byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) within GPT-2's words.
+
+    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs, the one whose bytes
+    sort first. As in tiktoken a pair is known by its joined bytes, (ab, c) and (a, bc) alike. So the finished encoding
+    splits the training text as training left it. Stops at `vocab_size` tokens, the end-of-text token included, or when
+    no pair occurs `min_count` times (which keeps rare names from becoming single tokens). Returns ranks {bytes: id},
+    the 256 bytes first.
+    """
+    ranks = dict(BYTES)
+    counts_of = Counter(word.encode() for text in texts for word in regex.findall(GPT2_SPLIT, text))
+    freqs = list(counts_of.values()) # each distinct word is worked on once, with its frequency
+    words = [[bytes([b]) for b in word] for word in counts_of]
+    counts, places = Counter(), defaultdict(set) # joined pair -> its count; -> the words that hold it
+
+    def tally(w, sign):
+        for left, right in zip(words[w], words[w][1:]):
+            counts[left + right] += sign * freqs[w]
+            places[left + right].add(w)
+
+    for w in range(len(words)):
+        tally(w, 1)
+    while len(ranks) + 1 < vocab_size and counts:
+        top = max(counts.values())
+        if top < max(min_count, 1):
+            break
+        token = min(pair for pair, n in counts.items() if n == top)
+        ranks[token] = len(ranks)
+        for w in places.pop(token): # only the words that hold the pair change
+            tally(w, -1)
+            merge(words[w], ranks)
+            tally(w, 1)
+        counts.pop(token)
+        places.pop(token, None)
+    return ranks
+
+def save_bpe(ranks, path):
+    """Write tiktoken's file format: one line a token, its bytes in base64, a space, its rank."""
+    tokens = sorted(ranks, key=ranks.get)
+    write_atomic(str(path), ''.join(f'{base64.b64encode(token).decode()} {ranks[token]}\n' for token in tokens))
+
+def load_bpe(path):
+    """Read the ranks {bytes: id} of a .tiktoken file; a damaged one ends the program with its file and line."""
+    ranks = {}
+    for n, line in read_lines(path):
+        try:
+            token, rank = line.split()
+            token, rank = base64.b64decode(token, validate=True), int(rank)
+        except (ValueError, binascii.Error):
+            fail(f'{path}:{n}: wanted a token in base64, a space and its rank')
+        if rank != len(ranks) or token in ranks or not token:
+            fail(f'{path}:{n}: wanted a new token of rank {len(ranks)}, got {token!r} of rank {rank}')
+        ranks[token] = rank
+    if not BYTES.keys() <= ranks.keys():
+        fail(f'{path}: wanted all 256 single bytes among its {len(ranks)} tokens')
+    return ranks
+
+# ---- the chat template ------------------------------------------------------------------------------------------
+
+SPEAKER = {'user': '### Human: ', 'system': '### System: '}
+
+def render(tok, messages):
+    """Encode messages to (ids, mask), both (T,); mask 1 = an answer or its EOS. Content None opens an answer."""
+    ids, mask, context = [], [], '' # context: the text since the last answer, encoded in one piece
+    for m in messages:
+        if ids or context:
+            context += '\n'
+        if m['role'] != 'assistant':
+            context += SPEAKER[m['role']] + m['content']
+            continue
+        before = tok.encode(context + '### Assistant:')
+        answer = [] if m['content'] is None else response_ids(tok, m['content'])
+        ids += before + answer
+        mask += [0] * len(before) + [1] * len(answer)
+        context = ''
+    return ids, mask
+
+def as_messages(prompt):
+    """Return a record's prompt as messages; a text is one user's turn."""
+    return [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
+
+def prompt_ids(tok, prompt):
+    """Encode a prompt (a user's turn, or messages that end in one) to ids (P,), up to "### Assistant:"."""
+    return render(tok, as_messages(prompt) + [{'role': 'assistant', 'content': None}])[0]
+
+def response_ids(tok, response):
+    """Encode an answer's text to ids (R,): a space, the text, the real end-of-text id."""
+    return tok.encode(' ' + response) + [tok.eos]
+
+def dialogue(tok, record):
+    """Encode a demonstration to (ids, mask), both (T,), mask 1 = learnt.
+
+    Of `prompt` and `response` the response is learnt, of `messages` every assistant turn, each with its EOS.
+    """
+    if 'messages' in record:
+        return render(tok, record['messages'])
+    prompt, response = prompt_ids(tok, record['prompt']), response_ids(tok, record['response'])
+    return prompt + response, [0] * len(prompt) + [1] * len(response)

@@ -1,0 +1,108 @@
+"""Provide the common parts of training: learning rate, optimizer, running means, log and save."""
+
+import math
+import sys
+
+import torch
+
+from common.checkpoints import log, save_if_due
+from common.run import is_spread, progress
+
+def lr_at(step, cfg, peak=None):
+    """Return the learning rate of step 0, 1, …: warmup to peak, then constant, to 0, or by cosine to a tenth."""
+    peak = cfg.lr if peak is None else peak
+    if step < cfg.warmup_steps:
+        return peak * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps) # 0 … 1
+    if cfg.lr_schedule == 'linear':
+        return peak * (1 - done)
+    if cfg.lr_schedule == 'cosine':
+        return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    return peak
+
+def make_optimizer(model, cfg, betas=(0.9, 0.999), eps=1e-8):
+    """Make AdamW with weight decay on matrices alone, heads included: gains and biases do not decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    fused = params[0].device.type in ('cpu', 'cuda') # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=eps, fused=fused)
+
+def optimizer_step(run, cfg, step, model, optimizer, lr, last=True):
+    """Sum the gradients over the processes, clip them, step, clear; return their norm before clipping.
+
+    In float16 the scale may drive a gradient to infinity. The step is then left out, the scale halved, and 0 returned.
+    With a scale below 1 the gradient itself is at fault. last: no other optimizer steps after this backward pass, so
+    the scale may change. A norm that is no number ends the program with exit code 1.
+    """
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    run.sum_gradients(model)
+    run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf) # 0 = no clipping
+    run.scaler.step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    norm = (norm.full_tensor() if is_spread(norm) else norm).item()
+    left_out = run.scaler.is_enabled() and not math.isfinite(norm) and run.scaler.get_scale() >= 1
+    if last:
+        run.scaler.update()
+    norm = 0.0 if left_out else norm
+    check_finite(cfg, step, 'the gradient norm', norm)
+    return norm
+
+def take_step(run, cfg, step, model, optimizer, measured):
+    """Check the loss and step; return measured with lr and grad_norm."""
+    check_finite(cfg, step, 'the loss', measured['loss'])
+    lr = lr_at(step, cfg)
+    return measured | dict(lr=lr, grad_norm=optimizer_step(run, cfg, step, model, optimizer, lr))
+
+def check_finite(cfg, step, name, value):
+    """End the program where a loss or a norm is no number: it never becomes one again."""
+    if not math.isfinite(value):
+        print(f"error: {name} is {value} at step {step + 1}; nothing was saved since the last checkpoint in "
+              f"{cfg.out_dir}; a lower --lr usually helps", file=sys.stderr)
+        raise SystemExit(1)
+
+class Means:
+    """Average metrics over micro-batches, each weighted by its share of the batch."""
+
+    def __init__(self):
+        self.totals, self.shares = {}, 0.0
+
+    def add(self, measured, share):
+        """Add {name: mean over a micro-batch, ()}, weighted by share."""
+        for name, value in measured.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value.detach() * share
+        self.shares += share
+
+    def sum(self, run):
+        """Return {name: number}, the sums over all processes: means over the batch where the shares sum to 1."""
+        return {name: run.sum(total).item() for name, total in self.totals.items()}
+
+    def mean(self, run):
+        """Return {name: number}, means over all processes, weighted by the shares; a process may have no rows."""
+        found = run.gather(({name: total.item() for name, total in self.totals.items()}, self.shares))
+        names = next(totals for totals, _ in found if totals)
+        return {name: sum(totals.get(name, 0.0) for totals, _ in found) / sum(n for _, n in found) for name in names}
+
+def training_bar(run, cfg, state):
+    """Return the bar over the steps of a run; state: of the checkpoint that it resumes from, or None."""
+    first = state['step'] if state else 0
+    return progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
+                    disable=not run.is_master)
+
+def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
+    """End a training step: write the log, the bar and the checkpoint when they are due.
+
+    done: the number of finished steps. measured: {key of log.jsonl: number}. show: keys for the bar. save(done) writes
+    a checkpoint. evaluate() measures held-out data, {'val_…': number}, after the last step.
+    """
+    if done % cfg.log_every == 0 or done == cfg.max_steps:
+        log(run, cfg, done, **measured)
+        bar.set_postfix({key: f"{measured[key]:.3f}" for key in show})
+    if evaluate and done == cfg.max_steps:
+        held_out = evaluate()
+        log(run, cfg, done, **held_out)
+        if run.is_master:
+            bar.write('held-out: ' + ', '.join(f"{key.removeprefix('val_')} {v:.4f}" for key, v in held_out.items()))
+    save_if_due(run, cfg, done, save)

@@ -1,0 +1,213 @@
+"""Read and write the weights of a GPT-2 in the Hugging Face layout.
+
+A checkpoint is a folder or a model on the hub. It is read and written one tensor at a time, so that a model and its
+file are never in memory together. Nothing is unpickled that could run code.
+"""
+
+import json
+import os
+import re
+import zipfile
+from functools import partial
+
+import torch
+from safetensors import safe_open
+
+from common.options import fail
+from common.records import read_json
+
+HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2') # the hub's GPT-2s that have no owner
+FRESH = ('value_head.weight', 'value_head.bias', 'score.weight') # may be absent: then they stay as initialised
+
+# ---- files of a folder or of the hub ----------------------------------------------------------------------------
+
+def on_hub(name):
+    """Tell whether a name means a model on the hub: one of HUB_NAMES, or OWNER/NAME.
+
+    A folder of that name comes first. out/NAME, and FOLDER/NAME where FOLDER exists, are mistyped paths.
+    """
+    owner, slash, _ = name.partition('/')
+    if os.path.exists(name) or slash and (owner == 'out' or os.path.exists(owner)):
+        return False
+    return name in HUB_NAMES or re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name, re.ASCII) is not None
+
+def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
+    """Fetch a file of the hub into its local cache; return the path.
+
+    huggingface_hub's environment variables hold: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others. repo_type:
+    model or dataset. Without a network the cached file is taken. With absent_ok a missing file is None; every other
+    failure ends the program with one line.
+    """
+    import huggingface_hub as hub # imported only here: folders need no hub
+    from huggingface_hub import errors
+    file = dict(repo_id=repo_id, filename=filename, repo_type=repo_type)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(**file)) # hf_hub_download alone asks for 25 s where no network is
+        return hub.hf_hub_download(**file)
+    except errors.RemoteEntryNotFoundError:
+        if absent_ok:
+            return None
+        fail(f"{repo_id}: the {repo_type} on the hub has no file {filename}")
+    except errors.GatedRepoError:
+        reason = 'it is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN'
+    except errors.RepositoryNotFoundError:
+        reason = f"no folder of this name here, and no such {repo_type} there; a private one needs HF_TOKEN"
+    except Exception as e: # no network, a switch that forbids it, a proxy, a full disk: the hub has no one exception
+        reason = ' '.join((str(e) or type(e).__name__).split())[:200]
+    try:
+        return hub.hf_hub_download(**file, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        if absent_ok:
+            return None
+    files = 'config.json and model.safetensors' if repo_type == 'model' else filename
+    fail(f"{repo_id}: cannot fetch {filename} from the hub ({reason}); without it, put {files} into a folder and name "
+         f"that folder instead{' (--source=)' if repo_type == 'dataset' else ''}")
+
+def checkpoint_file(name, filename, absent_ok=False):
+    """Return the path of a checkpoint's file; name: a folder or a model on the hub. See fetch_from_hub."""
+    name = os.fspath(name)
+    if on_hub(name):
+        return fetch_from_hub(name, filename, absent_ok=absent_ok)
+    path = os.path.join(name, filename)
+    if os.path.exists(path):
+        return path
+    if absent_ok:
+        return None
+    fail(f"{path}: No such file or directory; wanted a checkpoint folder with config.json and model.safetensors, or a "
+         f"model on the hub: {', '.join(HUB_NAMES)} or OWNER/NAME (with no folder OWNER here)")
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+def open_pretrained(name):
+    """Open a GPT-2 checkpoint; name: a folder or a model on the hub.
+
+    Returns the fields of its GPTConfig as a dict, the path of its weights, and {tensor's name: function that reads it}.
+    A checkpoint of another architecture ends the program with one line.
+    """
+    path = checkpoint_file(name, 'config.json')
+    hf = read_json(path, "a checkpoint's configuration")
+    hf.setdefault('n_positions', 1024)
+    missing = [k for k in ('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd')
+               if type(hf.get(k)) is not int or hf[k] < 1]
+    if hf.get('model_type') != 'gpt2' or missing:
+        fail(f"{path}: not a GPT-2 checkpoint (model_type {hf.get('model_type')!r}"
+             + (f", without {', '.join(missing)})" if missing else ')'))
+    ours = dict(activation_function='gelu_new', layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                scale_attn_by_inverse_layer_idx=False)
+    for key, value in ours.items():
+        if hf.get(key, value) != value:
+            fail(f"{path}: a variant of GPT-2, {key} must be {value!r}, got {hf[key]!r}")
+    path, tensors = open_weights(name)
+    fields = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'], n_head=hf['n_head'],
+                  n_embd=hf['n_embd'], bias=hf.get('bias', True), value_head='value_head.weight' in tensors,
+                  reward_head='score.weight' in tensors)
+    return fields, path, tensors
+
+def open_weights(name):
+    """Return the path of a checkpoint's weights and {tensor's name, less 'transformer.': function that reads it}.
+
+    Weights are one file, or shards behind an index. safetensors come before torch's own format, of which only plain
+    tensors are read.
+    """
+    wanted = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+    for filename in wanted:
+        path = checkpoint_file(name, filename, absent_ok=True)
+        if path:
+            break
+    else:
+        checkpoint_file(name, 'model.safetensors') # says what is missing
+    paths = [path]
+    if filename.endswith('.index.json'):
+        files = read_json(path, "a checkpoint's index").get('weight_map') # tensor's name: file
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            fail(f"{path}: wanted `weight_map`, the file of every tensor")
+        paths = [checkpoint_file(name, file) for file in sorted(set(files.values()))]
+    tensors = {}
+    for file in paths:
+        try:
+            if file.endswith('.bin'):
+                weights = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+                found = {k: partial(weights.get, k) for k, t in weights.items() if isinstance(t, torch.Tensor)}
+            else:
+                weights = safe_open(file, 'pt', backend='pread') # mapped, the file would stay in memory as it is read
+                found = {k: partial(weights.get_tensor, k) for k in weights.keys()}
+        except Exception as e: # a damaged file, or one that would run code, makes torch.load raise nearly anything
+            fail(f"{file}: not a readable file of plain tensors ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
+        tensors.update((k.removeprefix('transformer.'), read) for k, read in found.items())
+    return path, tensors
+
+def named_parameters(model):
+    """Yield (name in the Hugging Face layout, the parameter's data, transposed there) of every parameter."""
+    for name, p in model.named_parameters():
+        # GPT-2 was released with linear weights as (in, out), torch keeps them as (out, in)
+        transposed = name.startswith('h.') and name.endswith('weight') and p.dim() == 2
+        yield name.replace('reward_head', 'score'), p.detach(), transposed
+
+@torch.no_grad()
+def load_tensors(model, path, tensors):
+    """Fill a model's parameters from {name: function that reads it}, one by one; path: for error messages."""
+    if 'wte.weight' not in tensors and 'lm_head.weight' in tensors: # the same tensor: some tools keep this name
+        tensors['wte.weight'] = tensors.pop('lm_head.weight')
+    for name, p, transposed in named_parameters(model):
+        if name not in tensors:
+            if name in FRESH or (name == 'ln_f.bias' and not model.config.bias):
+                continue
+            fail(f"{path}: tensor {name} is missing, not the weights of this config.json")
+        t = tensors[name]()
+        t = t.t() if transposed else t
+        if t.shape != p.shape:
+            fail(f"{path}: tensor {name} is {tuple(t.shape)}, config.json says {tuple(p.shape)}")
+        p.copy_(t)
+    if 'lm_head.weight' in tensors: # in most files it is left out: the embedding's own weights
+        head = tensors['lm_head.weight']()
+        if not torch.equal(head.to(model.wte.weight), model.wte.weight):
+            fail(f"{path}: tensor lm_head.weight differs from wte.weight; wanted the output projection tied to it")
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+def save_pretrained(model, folder, eos=None):
+    """Write config.json and model.safetensors into a folder.
+
+    They hold a GPT2LMHeadModel, or with a reward head a GPT2ForSequenceClassification with one label. A reward model's
+    config.json names no pad token: GPT-2 has none, and a pad equal to the end-of-text token would move the score off
+    the last real token. Other tools then score one row at a time. eos: the end-of-text id that config.json names; None:
+    the vocabulary's last.
+    """
+    os.makedirs(folder, exist_ok=True)
+    c, tensors = model.config, {}
+    for name, p, transposed in named_parameters(model):
+        prefix = '' if name.startswith(('score', 'value_head')) else 'transformer.'
+        tensors[prefix + name] = p.t() if transposed else p
+    if not c.bias: # the layout has biases everywhere: zeros have the same effect
+        for name, p in model.named_parameters():
+            if name.startswith(('h.', 'ln_f')) and name.endswith('weight'):
+                tensors.setdefault('transformer.' + name.removesuffix('weight') + 'bias', torch.zeros(p.size(0)))
+    write_safetensors(os.path.join(folder, 'model.safetensors'), tensors)
+    eos = c.vocab_size - 1 if eos is None else eos
+    hf = dict(
+        architectures=['GPT2ForSequenceClassification' if c.reward_head else 'GPT2LMHeadModel'], model_type='gpt2',
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, activation_function='gelu_new', layer_norm_epsilon=1e-5, resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=True, bias=c.bias,
+        bos_token_id=eos, eos_token_id=eos)
+    if c.reward_head:
+        hf.update(id2label={'0': 'reward'}, label2id={'reward': 0}, pad_token_id=None)
+    with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
+        json.dump(hf, f, indent=2)
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} in the safetensors format, tensor by tensor.
+
+    The header's length in 8 bytes, the header in JSON, the tensors' bytes in float32. The library wants every tensor
+    contiguous at once: for the transposed ones a second copy of the model.
+    """
+    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    for name, t in tensors.items():
+        start, end = end, end + 4 * t.numel()
+        header[name] = dict(dtype='F32', shape=list(t.shape), data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8) # tensors begin at a multiple of 8 bytes
+    with open(path, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        for t in tensors.values():
+            f.write(t.float().cpu().contiguous().numpy())

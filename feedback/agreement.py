@@ -1,0 +1,96 @@
+"""How far annotators agree with each other and with themselves, and how several files of rankings become one.
+
+Every pair of answers is a small decision with three outcomes: one is better, the other is better, both are equal.
+"""
+
+import json
+import os
+from itertools import combinations
+
+from common.records import read_preferences, write_records
+from common.rollout import pair_agreement
+from feedback.annotators import to_ranks
+
+def key(row):
+    """Return what rows of the same task share: the prompt and the set of answers, in any order."""
+    return json.dumps([row['prompt'], sorted(set(row['responses']))])
+
+def by_text(row, ranks='ranks'):
+    """Return the ranks of the distinct texts. Rows of the same key have one order."""
+    ranks = dict(zip(row['responses'], row[ranks]))
+    return [ranks[text] for text in sorted(ranks)]
+
+def kappa(ours, theirs):
+    """Compute Cohen's kappa (Cohen 1960) of two annotators' ranks, lists of (K,):
+
+        kappa = (p_o - p_e) / (1 - p_e)
+
+    p_o is the share of pairs of answers on which they decide alike, p_e the share that chance gives. Each pair counts
+    in both directions, so that "better" and "worse" are equally frequent: p_e = t u + (1 - t)(1 - u) / 2, where t and u
+    are the two annotators' shares of ties. Returns (kappa, or None where p_e is 1; p_o; number of pairs).
+    """
+    sign = lambda a, b: (a > b) - (a < b)
+    pairs = [(sign(a[i], a[j]), sign(b[i], b[j])) for a, b in zip(ours, theirs)
+             for i, j in combinations(range(len(a)), 2)]
+    n = max(len(pairs), 1)
+    p_o = sum(a == b for a, b in pairs) / n
+    t, u = (sum(pair[k] == 0 for pair in pairs) / n for k in (0, 1))
+    p_e = t * u + (1 - t) * (1 - u) / 2
+    return (p_o - p_e) / (1 - p_e) if p_e < 1 else None, p_o, len(pairs)
+
+def report(ours, theirs):
+    """Say in one line how far two annotators agree; ours, theirs: as for kappa."""
+    k, p_o, n = kappa(ours, theirs)
+    if n == 0:
+        return "no pair in common"
+    points, decided = map(sum, zip(*(pair_agreement([-r for r in a], b) for a, b in zip(ours, theirs))))
+    return (f"the same on {p_o:.3f} of {n} pairs, kappa {'–' if k is None else f'{k:.3f}'}; "
+            f"{points / max(decided, 1):.3f} of the {decided} that the second does not tie (a tie of the first: half)")
+
+def compare(rows, others):
+    """Say how far two lists of rankings agree on their common tasks."""
+    theirs = {key(row): row for row in others}
+    both = [(row, theirs[key(row)]) for row in rows if key(row) in theirs]
+    if not both:
+        return "no row in common (the same prompt with the same answers)"
+    said = f"{len(both)} rows in common; " + report([by_text(row) for row, _ in both], [by_text(o) for _, o in both])
+    gold = [(by_text(row), by_text(o | dict(ranks=to_ranks(o['scores'])))) for row, o in both if o.get('scores')]
+    if gold: # the scores behind the ranks: of a simulated person, the gold scores without noise
+        said += "\n  and with its scores: " + report(*zip(*gold))
+    return said
+
+def with_oneself(rows):
+    """Say how far a rater agrees with themself on rows ranked twice. `again` holds the second ranks."""
+    twice = [row for row in rows if 'again' in row]
+    return f"{len(twice)} rows ranked twice; " + report([by_text(row) for row in twice],
+                                                       [by_text(row, 'again') for row in twice])
+
+def merge(files, out):
+    """Merge several raters' files into one, and print who agrees with whom.
+
+    A task's new ranks follow the number of other answers that each answer beats (a tie is half; the Borda count).
+    """
+    tables = {path: read_preferences(path) for path in files}
+    for path, rows in tables.items():
+        if any('again' in row for row in rows):
+            print(f"{path}, with themself: {with_oneself(rows)}")
+    for path, other in combinations(files, 2):
+        print(f"{path} and {other}: {compare(tables[path], tables[other])}")
+    tasks = {} # task -> {rater's file: its row}
+    for path, rows in tables.items():
+        for row in rows:
+            tasks.setdefault(key(row), {}).setdefault(path, row) # what a file holds twice counts once
+    merged = []
+    for rows in (list(by_file.values()) for by_file in tasks.values()):
+        row = {k: v for k, v in rows[0].items() if k not in ('scores', 'again', 'chosen', 'rejected', 'margin')}
+        opinions = [dict(zip(r['responses'], r['ranks'])) for r in rows] # text -> its rank
+        wins = [sum((o[text] < rank) + 0.5 * (o[text] == rank) for o in opinions for rank in o.values())
+                for text in row['responses']] # over itself: half
+        row |= dict(ranks=to_ranks(wins), raters=len(rows))
+        if names := dict.fromkeys(str(r['annotator']) for r in rows if 'annotator' in r):
+            row['annotator'] = ', '.join(names)
+        merged.append(row)
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+    write_records(out, merged)
+    several = sum(row['raters'] > 1 for row in merged)
+    print(f"{out}: {len(merged)} prompts, {several} of them ranked in several files")

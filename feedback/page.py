@@ -1,0 +1,151 @@
+"""The page on which a person ranks: page.html, which `collect.py --page=True` serves to this machine's own browser.
+
+    GET /        the page itself, which holds nothing secret
+    GET /task    what is to be ranked, once there is something (the reply waits for it)
+    POST /said   {"id": the task's, "said": ranks (K,), "skip", "undo" or "quit"}; the reply is the next task, so it
+                 comes when this answer is on the disk
+
+Only this page may speak to the socket, which listens on 127.0.0.1. Another name in the Host header is refused (DNS
+rebinding), and so is another Origin (requests that other sites send). All but the bare page needs the token behind the
+# of the printed address, which no browser sends along by itself.
+"""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from common.options import fail
+from feedback.annotators import Person, Undo, to_ranks
+
+HTML = Path(__file__).with_name('page.html').read_bytes()
+
+def content_policy(html):
+    """Allow the page's own script and style alone, whatever a text holds. They may speak to this server."""
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'",
+             "frame-ancestors 'none'"]
+    for tag in ('script', 'style'):
+        text = re.search(f'<{tag}>(.*)</{tag}>'.encode(), html, re.DOTALL)[1]
+        rules.append(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'")
+    return '; '.join(rules)
+
+HEADERS = {'Content-Security-Policy': content_policy(HTML), 'X-Content-Type-Options': 'nosniff',
+           'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store', 'Cross-Origin-Resource-Policy': 'same-origin'}
+
+class Page(Person):
+    """Ask a person in front of a browser. `ask` runs in the main thread, the requests in threads of their own."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.token, self.changed = secrets.token_urlsafe(16), threading.Condition()
+        self.task = self.said = None # what is shown, None while there is nothing; what was said to the one before
+        self.n_tasks = 0
+        try:
+            self.server = ThreadingHTTPServer(('127.0.0.1', cfg.port), Handler)
+        except OSError as e:
+            fail(f"--port={cfg.port}: {e.strerror}; wanted a free port of this machine, 0 = any")
+        self.server.page, self.server.daemon_threads = self, False # closing waits until the last replies are out
+        threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
+        print(f"open http://127.0.0.1:{self.server.server_port}/#{self.token}", flush=True)
+
+    def show(self, **task):
+        self.task = task | dict(done=self.progress[0], total=self.progress[1])
+        self.changed.notify_all()
+
+    def ask(self, messages, texts):
+        with self.changed:
+            self.n_tasks += 1
+            self.show(id=self.n_tasks, messages=messages, texts=texts)
+            self.changed.wait_for(lambda: self.task is None)
+        if self.said == 'undo':
+            raise Undo
+        if self.said == 'quit':
+            raise KeyboardInterrupt
+        return None if self.said == 'skip' else to_ranks([-r for r in self.said])
+
+    def close(self):
+        with self.changed:
+            self.show(over=True)
+        self.server.shutdown()
+        self.server.server_close()
+        return ''
+
+class Handler(BaseHTTPRequestHandler):
+    timeout = 2 # seconds: a browser opens connections that it does not use
+    server_version = sys_version = ''
+
+    def log_message(self, *args):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(OSError): # a closed tab
+            super().handle()
+
+    def reply(self, status, content, kind='application/json'):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        more = {'Content-Type': f'{kind}; charset=utf-8', 'Content-Length': str(len(body))}
+        for name, value in (more | HEADERS).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def parse_request(self):
+        """Refuse a request that comes from anywhere but the page."""
+        if not super().parse_request():
+            return False
+        hosts = [f'{name}:{self.server.server_port}' for name in ('127.0.0.1', 'localhost')]
+        host, origin = self.headers.get_all('Host', []), self.headers.get_all('Origin', [])
+        token = self.headers.get('X-Token', '').encode(errors='replace')
+        wrong = ''
+        if len(host) != 1 or host[0] not in hosts:
+            wrong = 'Host'
+        elif origin and origin != ['http://' + host[0]]:
+            wrong = 'Origin'
+        elif self.path != '/' and not hmac.compare_digest(token, self.server.page.token.encode()):
+            wrong = 'token'
+        if wrong:
+            self.reply(403, dict(error=f'wrong {wrong}'))
+        return not wrong
+
+    def next_task(self, status=200):
+        page = self.server.page
+        with page.changed: # while an answer is being written, and the model writes new ones
+            page.changed.wait_for(lambda: page.task)
+            task = page.task
+        self.reply(status, task)
+
+    def do_GET(self):
+        if self.path == '/':
+            self.reply(200, HTML, 'text/html')
+        elif self.path == '/task':
+            self.next_task()
+        else:
+            self.reply(404, dict(error='no such page'))
+
+    def do_POST(self):
+        length, page = self.headers.get('Content-Length', ''), self.server.page
+        if self.path != '/said' or not length.isdecimal() or int(length) > 10_000:
+            return self.reply(400, dict(error='wanted a small POST to /said'))
+        try:
+            row = json.loads(self.rfile.read(int(length)))
+            number, said = row['id'], row['said']
+        except (ValueError, TypeError, KeyError, RecursionError, OSError):
+            return self.reply(400, dict(error='wanted id and said'))
+        with page.changed:
+            task = page.task or {}
+            shown = 'id' in task and number == task['id']
+            if shown:
+                K = len(task['texts'])
+                if said not in ('skip', 'undo', 'quit') and not (
+                        isinstance(said, list) and len(said) == K and all(type(r) is int and 0 <= r < K for r in said)):
+                    return self.reply(400, dict(error=f'wanted {K} ranks, skip, undo or quit'))
+                page.task, page.said = None, said
+                page.changed.notify_all()
+        self.next_task(200 if shown else 409) # else another tab was faster: this task is no more

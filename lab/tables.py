@@ -1,0 +1,77 @@
+"""Print the results of several runs of demo.py as Markdown tables.
+
+    python -m lab.tables --runs=out/toy,out/toy2,out/toy3
+
+A run is demo.py's out_dir, and each has another seed. A cell is mean (lowest–highest). Seconds are those of the
+method's own stage, for rejection also of collecting the best answers. The lowest of the seeds is shown.
+"""
+
+import os
+from dataclasses import dataclass
+from statistics import fmean
+
+from common.options import fail, launch, require
+from common.records import read_json
+
+MODELS = { # in memory at once while training
+    **dict.fromkeys(('base', 'sft', 'rrhf', 'simpo', 'orpo'), 'policy'),
+    **dict.fromkeys(('dpo', 'ipo', 'hinge'), 'policy (reference beforehand)'),
+    **dict.fromkeys(('reinforce', 'rloo', 'grpo'), 'policy, reward model, reference'),
+    'ppo': 'policy, critic, reward model, reference', 'kto': 'policy, reference', 'distill': 'student, teacher',
+    'rejection': 'policy (with the reward model beforehand)'}
+COLUMNS = dict(gold='gold', helpful='helpful', honest='honest', harmless='harmless', win_rate_vs_sft='wins against SFT',
+               kl='KL')
+
+@dataclass
+class Config:
+    runs: str = 'out/toy' # folders, separated by commas
+
+    def __post_init__(self):
+        require(self, runs=(self.runs != '', 'folders of demo.py, separated by commas'))
+
+def show(values, digits=2):
+    """Format numbers as 'mean (lowest–highest)'. Equal ones are one number, a missing one is '–'."""
+    if None in values:
+        return '–'
+    mean, low, high = (f'{x:.{digits}f}' for x in (fmean(values), min(values), max(values)))
+    return mean if low == high else f'{mean} ({low}–{high})'
+
+def seconds(name, runs):
+    """Return the seconds that a method took, '' if unknown."""
+    stages = {'base': ['pretrain'], 'rejection': ['collect best', 'rejection']}.get(name, [name])
+    known = all(stage in run['seconds'] for run in runs for stage in stages)
+    return f"{min(sum(run['seconds'][stage] for stage in stages) for run in runs):.0f}" if known else ''
+
+def table(header, rows):
+    """Print lists of strings as a table in Markdown."""
+    print('\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows]))
+
+def main(cfg):
+    runs = [read_json(os.path.join(folder, 'evaluate', 'results.json')) for folder in cfg.runs.split(',')]
+    if not all('gold' in run.get('models', {}).get('sft', {}) and 'seconds' in run for run in runs):
+        fail(f"--runs={cfg.runs}: wanted the results of demo.py, with gold scores and a model named sft")
+    names = [name for name in runs[0]['models'] if all(name in run['models'] for run in runs)]
+
+    decodings = {'models': 'sampled', 'greedy': 'greedy'}
+    for decoding, title in decodings.items():
+        rows = [[name, *(show([run[decoding][name][key] for run in runs]) for key in COLUMNS)] for name in names]
+        if decoding == 'models':
+            rows = [[*row, seconds(row[0], runs), MODELS.get(row[0], '')] for row in rows]
+        table([title, *COLUMNS.values(), *(['seconds', 'models in memory'] if decoding == 'models' else [])], rows)
+
+    categories = list(runs[0]['models']['sft']['by_category'])
+    table(['content right', *categories],
+          [[f'{name}, {title}', *(f"{fmean(run[decoding][name]['by_category'][c] for run in runs):.2f}"
+                                  for c in categories)]
+           for decoding, title in decodings.items() for name in names if name in ('sft', 'ppo', 'dpo')])
+
+    measured, shares = [run['reward_model'] for run in runs], ('accuracy', 'ceiling', 'shorter_wins')
+    table(['reward model', *shares], [['pairs in order', *(show([m[key] for m in measured], 3) for key in shares)]])
+    pairs = list(measured[0]['by_category'])
+    table(['controlled pairs', *pairs], [['in order', *(show([m['by_category'][p] for m in measured]) for p in pairs)]])
+    if all('rounds' in run for run in runs):
+        rounds = list(zip(*(run['rounds'] for run in runs)))
+        table(['round', *(str(n) for n in range(1, len(rounds) + 1))], [['gold', *(show(gold) for gold in rounds)]])
+
+if __name__ == '__main__':
+    launch(main, Config)

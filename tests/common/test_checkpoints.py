@@ -1,0 +1,315 @@
+"""common/checkpoints.py: checkpoints that survive a kill at any moment, resuming, and the log."""
+import json
+import os
+
+import pytest
+import torch
+
+from common.checkpoints import (finish_save, load_checkpoint, log, prepare_out_dir, read_log, save_checkpoint,
+                                save_if_due)
+from common.run import Run, start, stop
+from common.tokens import load_tokenizer
+from common.training import make_optimizer, optimizer_step
+from model import GPT, GPTConfig
+from tiny import RUN, TOK, Config, one_line
+
+def tiny(seed=0, n_embd=8):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=n_embd, dropout=0.2))
+
+def config(folder, **more):
+    return Config(out_dir=str(folder), **more)
+
+def train(cfg, first, last):
+    """Steps first + 1 ... last of a toy run with dropout and random data, saved at the end as a script would do it."""
+    run = start(cfg)
+    prepare_out_dir(run, cfg)
+    model = tiny(seed=5 + cfg.resume)
+    optimizer = make_optimizer(model, cfg)
+    state = load_checkpoint(run, cfg, model, {'adam': optimizer})
+    assert (state['step'] if state else 0) == first
+    model.train()
+    for step in range(first, last):
+        idx = torch.randint(257, (2, 8))
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer_step(run, cfg, step, model, optimizer, 0.01)
+        log(run, cfg, step + 1, loss=loss.item())
+    save_checkpoint(run, cfg, model, TOK, last, {'adam': optimizer}, kept=torch.tensor([1.5]), cursor=7)
+    stop(run)
+    return model, optimizer, state
+
+def test_four_steps_equal_two_and_two_more_bitwise(tmp_path):
+    model, optimizer, _ = train(config(tmp_path / 'a'), 0, 4)
+    after = torch.rand(3)
+    train(config(tmp_path / 'b'), 0, 2)
+    resumed, resumed_optimizer, state = train(config(tmp_path / 'b', resume=True), 2, 4)
+    assert torch.equal(torch.rand(3), after)
+    assert state['kept'].tolist() == [1.5] and state['cursor'] == 7 # what the script had put beside it
+    for p, q in zip(model.parameters(), resumed.parameters()):
+        assert torch.equal(p, q)
+    for p, q in zip(optimizer.state.values(), resumed_optimizer.state.values()):
+        assert p.keys() == q.keys() and all(torch.equal(p[k], q[k]) for k in p)
+    losses = [[line['loss'] for line in read_log(str(tmp_path / d / 'log.jsonl'))] for d in 'ab']
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+def test_the_scale_of_float16_is_resumed(tmp_path):
+    run, model = Run('cpu', 'float16'), tiny()
+    run.backward(model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))[1])
+    run.scaler.update(1024.0)
+    save_checkpoint(run, config(tmp_path), model, TOK, 1, {})
+    for dtype, scale in (('float16', 1024.0), ('float32', 1.0)): # 1: not scaled
+        other = Run('cpu', dtype)
+        load_checkpoint(other, config(tmp_path, resume=True), tiny(), {})
+        assert other.scaler.get_scale() == scale
+    save_checkpoint(other, config(tmp_path), model, TOK, 1, {})
+    load_checkpoint(run, config(tmp_path, resume=True), tiny(), {}) # another dtype's checkpoint has no scale
+    assert run.scaler.get_scale() == 1024.0
+
+def test_the_files_of_a_checkpoint(tmp_path):
+    train(config(tmp_path), 0, 1)
+    assert sorted(os.listdir(tmp_path)) == ['config.json', 'log.jsonl', 'model.safetensors', 'state.pt',
+                                            'tokenizer_name']
+    state = torch.load(tmp_path / 'state.pt', weights_only=True)
+    assert state['options']['lr'] == 8.0 and state['step'] == 1
+    assert load_tokenizer(str(tmp_path)).name == 'bytes'
+
+def save_step(folder, step):
+    """A checkpoint whose weights, state and log all say `step`."""
+    model = tiny()
+    with torch.no_grad():
+        model.wte.weight.fill_(step)
+    save_checkpoint(RUN, config(folder), model, TOK, step, {'adam': make_optimizer(model, Config())})
+
+def loaded_step(folder):
+    """What a resumed run finds: the step of the state, and the one of the weights."""
+    cfg, model = config(folder, resume=True), tiny()
+    prepare_out_dir(RUN, cfg)
+    state = load_checkpoint(RUN, cfg, model, {'adam': make_optimizer(model, cfg)})
+    return state['step'], model.wte.weight[0, 0].item()
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Every change of the file system during a save is once the last that happens."""
+    real, outcomes = {name: getattr(os, name) for name in ('rename', 'replace', 'rmdir', 'makedirs')}, []
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        os.makedirs(folder)
+        save_step(folder, 1)
+        calls = []
+
+        def killing(name):
+            def call(*args, **kwargs):
+                calls.append(name)
+                if len(calls) > moment:
+                    raise KeyboardInterrupt # nothing in common/ catches it: as good as a kill
+                return real[name](*args, **kwargs)
+            return call
+
+        with monkeypatch.context() as m:
+            for name in real:
+                m.setattr(os, name, killing(name))
+            try:
+                save_step(folder, 2)
+                done = True
+            except KeyboardInterrupt:
+                done = False
+        step, weights = loaded_step(folder)
+        assert step == weights
+        outcomes.append(step)
+        assert sorted(set(os.listdir(folder)) - {'.saving', 'log.jsonl'}) == [
+            'config.json', 'model.safetensors', 'state.pt', 'tokenizer_name']
+        save_step(folder, 3) # what the kill left behind is in nobody's way
+        assert loaded_step(folder) == (3, 3.0) and not os.path.exists(folder / '.saving')
+        if done:
+            break
+    # makedirs twice, tokenizer_name, rename; from the rename on the new one counts: four files to move, one rmdir
+    assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes) and outcomes.count(2) >= 6
+
+def test_a_save_cut_short_is_ignored_and_a_finished_one_moved_into_place(tmp_path):
+    save_step(tmp_path, 1)
+    os.makedirs(tmp_path / '.saving')
+    (tmp_path / '.saving/state.pt').write_bytes(b'half of')
+    finish_save(str(tmp_path))
+    assert loaded_step(tmp_path) == (1, 1.0)
+    save_step(tmp_path / 'other', 2)
+    os.rename(tmp_path / 'other', tmp_path / '.saved')
+    assert loaded_step(tmp_path) == (2, 2.0) and not os.path.exists(tmp_path / '.saved')
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), RuntimeError('unexpected pos 64 vs 0')])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch, error):
+    save_step(tmp_path, 1)
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', lambda *args: (_ for _ in ()).throw(error))
+        line = one_line(capsys, lambda: save_step(tmp_path, 2), code=1)
+    assert str(tmp_path) in line and 'step 2' in line
+    assert loaded_step(tmp_path) == (1, 1.0)
+
+def test_weights_that_cannot_be_written_leave_the_last_checkpoint(tmp_path, capsys):
+    """The system lets no file grow above 8 kB: the weights, 257 times 8 numbers and more, do not fit."""
+    resource = pytest.importorskip('resource', reason="limits of a process are a thing of POSIX")
+    save_step(tmp_path, 1)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, old[1]))
+    try:
+        line = one_line(capsys, lambda: save_step(tmp_path, 2), code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert 'File too large' in line and str(tmp_path) in line and 'the last one is intact' in line
+    assert loaded_step(tmp_path) == (1, 1.0) and not os.path.exists(tmp_path / '.saving')
+
+def test_a_checkpoint_is_only_replaced_when_told_so(tmp_path, capsys):
+    log(RUN, config(tmp_path), 1, loss=2.0)
+    save_step(tmp_path, 1)
+    line = one_line(capsys, lambda: prepare_out_dir(RUN, config(tmp_path)))
+    assert f"--out_dir={tmp_path}: holds a checkpoint" in line
+    assert '--resume=True' in line and '--overwrite=True' in line
+    assert loaded_step(tmp_path) == (1, 1.0) and len(read_log(str(tmp_path / 'log.jsonl'))) == 1
+    prepare_out_dir(RUN, config(tmp_path, overwrite=True))
+    assert os.listdir(tmp_path) == ['log.jsonl'] and read_log(str(tmp_path / 'log.jsonl')) == []
+
+def test_an_overwritten_checkpoints_tokenizer_goes_too(tmp_path):
+    save_step(tmp_path, 1)
+    os.remove(tmp_path / 'tokenizer_name')
+    (tmp_path / 'tokenizer.tiktoken').write_text('of the old run')
+    prepare_out_dir(RUN, config(tmp_path, overwrite=True))
+    save_step(tmp_path, 1)
+    assert load_tokenizer(str(tmp_path)).name == 'bytes'
+
+def test_a_new_folder_is_made_and_one_that_cannot_be_is_told(tmp_path, capsys):
+    prepare_out_dir(RUN, config(tmp_path / 'a/b'))
+    assert os.listdir(tmp_path / 'a/b') == ['log.jsonl']
+    (tmp_path / 'file').write_text('')
+    for folder in (tmp_path / 'file', tmp_path / 'file/below', '/proc/nowhere'):
+        assert f"--out_dir={folder}: " in one_line(capsys, lambda: prepare_out_dir(RUN, config(folder)))
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_folder_without_permission_is_told(tmp_path, capsys, resume):
+    save_step(tmp_path, 1)
+    os.chmod(tmp_path, 0o500)
+    try:
+        cfg = config(tmp_path, resume=resume, overwrite=not resume)
+        assert f"--out_dir={tmp_path}: " in one_line(capsys, lambda: prepare_out_dir(RUN, cfg))
+    finally:
+        os.chmod(tmp_path, 0o700)
+
+def test_resume_without_a_checkpoint_is_told(tmp_path, capsys):
+    cfg, model = config(tmp_path, resume=True), tiny()
+    assert 'state.pt is missing' in one_line(capsys, lambda: load_checkpoint(RUN, cfg, model, {}))
+    assert load_checkpoint(RUN, config(tmp_path), model, {}) is None
+
+def test_the_end_of_text_is_the_tokenizers_where_the_model_has_more_tokens(tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=8))
+    save_checkpoint(RUN, config(tmp_path), model, TOK, 1, {})
+    saved = json.loads((tmp_path / 'config.json').read_text())
+    assert (saved['vocab_size'], saved['eos_token_id'], saved['bos_token_id']) == (300, 256, 256)
+
+def test_resume_with_another_shape_is_told(tmp_path, capsys):
+    save_step(tmp_path, 1)
+    line = one_line(capsys, lambda: load_checkpoint(RUN, config(tmp_path, resume=True), tiny(n_embd=16), {}))
+    assert f"n_embd is 8 in {tmp_path} and 16 in this run" in line
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+@pytest.mark.parametrize('damage', ['text', 'empty', 'half', 'not a zip', 'pickle', 'no optimizer', 'no rng', 'a list',
+                                    'another optimizer', 'code', 'wrong rng'])
+def test_a_damaged_state_is_told_in_one_line(tmp_path, capsys, damage):
+    save_step(tmp_path, 1)
+    path = tmp_path / 'state.pt'
+    whole, state = path.read_bytes(), torch.load(path, weights_only=True)
+    if damage == 'no optimizer':
+        torch.save({k: v for k, v in state.items() if k != 'optimizers'}, path)
+    elif damage == 'no rng':
+        torch.save({k: v for k, v in state.items() if k != 'rng'}, path)
+    elif damage == 'wrong rng':
+        torch.save({**state, 'rng': {'cpu': torch.zeros(3)}}, path)
+    elif damage == 'a list':
+        torch.save([1, 2], path)
+    elif damage == 'another optimizer':
+        other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+        torch.save({**state, 'optimizers': {'adam': other.state_dict()}}, path)
+    elif damage == 'code':
+        torch.save(Malicious(str(tmp_path / 'executed')), path)
+    else:
+        path.write_bytes({'text': b'hello world', 'empty': b'', 'half': whole[:len(whole) // 2], 'pickle': b'\x80\x02.',
+                          'not a zip': b'PK\x03\x04 and so on'}[damage])
+    model, cfg = tiny(), config(tmp_path, resume=True)
+    optimizers = {'adam': make_optimizer(model, cfg)}
+    line = one_line(capsys, lambda: load_checkpoint(RUN, cfg, model, optimizers))
+    assert f"{path}: not a state to resume from" in line
+    assert not os.path.exists(tmp_path / 'executed')
+
+def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    cfg = config(tmp_path)
+    for step in (1, 2, 2, 3, 4): # of the second step a second line, that of a measurement made after the checkpoint
+        log(RUN, cfg, step, loss=step / 2, lr=1e-5)
+        if step == 2 and not os.path.exists(tmp_path / 'state.pt'):
+            save_step(tmp_path, 2)
+    with open(tmp_path / 'log.jsonl', 'a') as f:
+        f.write('{"step": 5, "lo') # cut short by a kill
+    assert loaded_step(tmp_path) == (2, 2.0)
+    lines = read_log(str(tmp_path / 'log.jsonl'))
+    assert [(line['step'], line['loss'], line['lr']) for line in lines] == [(1, 0.5, 1e-5), (2, 1.0, 1e-5)]
+    log(RUN, cfg, 3, loss=9.0)
+    assert json.loads(open(tmp_path / 'log.jsonl').read().splitlines()[2])['loss'] == 9.0
+
+def test_resuming_with_other_options(tmp_path):
+    """What the optimizer is told is what this run's options say; what it has learnt stays."""
+    model = tiny()
+    adam = make_optimizer(model, Config(weight_decay=0.1), betas=(0.9, 0.95))
+    model.wte.weight.grad = torch.ones_like(model.wte.weight)
+    adam.step()
+    save_checkpoint(RUN, config(tmp_path), model, TOK, 1, {'adam': adam})
+    again = make_optimizer(model, Config(weight_decay=0.3), betas=(0.9, 0.99))
+    load_checkpoint(RUN, config(tmp_path, resume=True), model, {'adam': again})
+    assert [g['weight_decay'] for g in again.param_groups] == [0.3, 0.0]
+    assert again.param_groups[0]['betas'] == (0.9, 0.99)
+    first = lambda optimizer: optimizer.state[model.wte.weight]['exp_avg']
+    assert torch.equal(first(again), first(adam)) and first(adam).abs().min() > 0
+
+def test_another_script_cannot_go_on(tmp_path, capsys):
+    save_step(tmp_path, 1)
+    path = str(tmp_path / 'state.pt')
+    state = torch.load(path, weights_only=True)
+    del state['script']
+    for more, name in ((dict(script='dpo.py'), 'dpo.py'), ({}, 'an older version')):
+        torch.save(state | more, path)
+        assert one_line(capsys, lambda: loaded_step(tmp_path)) == (
+            f"--resume=True: the checkpoint in {tmp_path} is one of {name}; wanted one of tiny.py")
+
+def test_a_folder_that_is_not_where_it_began(tmp_path, monkeypatch):
+    """No model to begin from, or the word scratch: no folder can be meant."""
+    monkeypatch.chdir(tmp_path)
+    prepare_out_dir(RUN, Config(out_dir='.', init_from=''))
+    prepare_out_dir(RUN, Config(out_dir='scratch', init_from='scratch'))
+    assert os.path.exists('log.jsonl') and os.path.exists('scratch/log.jsonl')
+
+def test_small_numbers_survive_the_log(tmp_path):
+    log(RUN, config(tmp_path), 1, lr=1.234e-7, tokens=12345678)
+    line = read_log(str(tmp_path / 'log.jsonl'))[0]
+    assert line['lr'] == pytest.approx(1.234e-7, rel=1e-3) and line['tokens'] == pytest.approx(12345678, rel=1e-5)
+
+def test_only_the_first_process_writes(tmp_path):
+    second = Run('cpu', 'float32', rank=1)
+    save_checkpoint(second, config(tmp_path), tiny(), TOK, 1, {})
+    log(second, config(tmp_path), 1, loss=1.0)
+    assert os.listdir(tmp_path) == []
+
+def test_save_if_due(capsys):
+    run, saved = Run('cpu', 'float32'), []
+    cfg = Config(max_steps=5, save_every=2)
+    for step in range(1, 6):
+        save_if_due(run, cfg, step, saved.append)
+    assert saved == [2, 4, 5]
+    for step in range(1, 6):
+        save_if_due(run, Config(max_steps=5, save_every=0), step, saved.append)
+    assert saved == [2, 4, 5, 5]
+    run.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        save_if_due(run, cfg, 3, saved.append)
+    assert saved[-1] == 3 and 'step 3' in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""common/records.py: rows of JSON checked one by one, written whole or not at all."""
+import gzip
+import json
+import os
+
+import pytest
+
+from common.records import (goodness, is_text_file, read_preferences, read_ranked, read_records, write_atomic,
+                            write_records)
+from tiny import assistant, exits, one_line, user
+
+def test_write_atomic(tmp_path):
+    path = str(tmp_path / 'a')
+    for text in ('old', 'new é'):
+        write_atomic(path, text)
+        assert open(path, encoding='utf-8').read() == text
+    assert os.listdir(tmp_path) == ['a']
+
+GOOD = {
+    "text": {"text": "a"},
+    "demonstrations": {"prompt": "a", "response": "b"},
+    "comparisons": {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
+    "rankings": {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1], "scores": [1.5, 1]},
+    "prompts": {"prompt": [user("a"), assistant("b"), user("c")], "category": "extra keys stay"},
+}
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_records_round_trip(tmp_path, kind):
+    rows = [GOOD[kind], GOOD[kind] | {"note": "naïve 🙂"}]
+    write_records(tmp_path / "rows.jsonl", rows)
+    assert read_records(tmp_path / "rows.jsonl", kind) == rows
+    assert "🙂" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wb") as file:
+        file.write((tmp_path / "rows.jsonl").read_bytes() + b"\n") # an empty line at the end is no row
+    assert read_records(str(tmp_path / "rows.jsonl.gz"), kind) == rows
+
+def test_messages_may_start_with_any_role(tmp_path):
+    rows = [{"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]},
+            {"messages": [assistant("b")]}]
+    write_records(tmp_path / "rows.jsonl", rows)
+    assert read_records(tmp_path / "rows.jsonl", "demonstrations") == rows
+
+def bad(kind, **changes):
+    return kind, json.dumps({k: v for k, v in (GOOD[kind] | changes).items() if v is not ...}).encode()
+
+@pytest.mark.parametrize("kind, line, wish", [
+    bad("text", text=...) + ("a row of kind text to have `text`",),
+    bad("text", text=" \n") + ("`text` to be text",),
+    bad("text", text=3) + ("`text` to be text",),
+    bad("demonstrations", response=...) + ("to have `response`",),
+    bad("demonstrations", response="  ") + ("`response` to be text that is not empty",),
+    bad("demonstrations", prompt="") + ("`prompt` to be text",),
+    bad("demonstrations", prompt=["a"]) + ("every message of `prompt`",),
+    bad("demonstrations", messages=[]) + ("`messages` to be a list",),
+    bad("demonstrations", messages=[user("a")]) + ("`messages` to end in the turn of the assistant",),
+    bad("demonstrations", messages=[{"role": "gpt", "content": "a"}]) + ("`role` (user, assistant or system)",),
+    bad("demonstrations", messages=[user(None), assistant("b")]) + ("every `content`",),
+    bad("comparisons", chosen=...) + ("to have `chosen`",),
+    bad("comparisons", rejected="") + ("`rejected` to be text",),
+    bad("comparisons", prompt=[user("a"), assistant("b")]) + ("`prompt` to end in the turn of the user",),
+    bad("comparisons", margin="1") + ("`margin` to be a number",),
+    bad("comparisons", margin=True) + ("`margin` to be a number",),
+    bad("rankings", responses="b") + ("`responses` to be a list",),
+    bad("rankings", responses=["b", ""]) + ("`responses` to be a list of two texts or more",),
+    bad("rankings", ranks=[0]) + ("`ranks` to be 2 integers",),
+    bad("rankings", ranks=[0, 1.0]) + ("`ranks` to be 2 integers",),
+    bad("rankings", ranks=[True, 0]) + ("`ranks` to be 2 integers",),
+    bad("rankings", scores=[1]) + ("`scores` to be 2 numbers",),
+    bad("prompts", prompt=...) + ("to have `prompt`",),
+    bad("prompts", prompt=None) + ("`prompt` to be text",),
+    bad("prompts", prompt=[]) + ("`prompt` to be a list of messages",),
+    ("prompts", b'{"prompt": "a"', "wanted one JSON object a line"),
+    ("prompts", b'["a"]', "wanted a JSON object, got list"),
+    ("prompts", b'{"prompt": "\xff"}', "wanted UTF-8 text"),
+    ("prompts", b'{"prompt": "\\ud83d"}', "half of a surrogate pair"),
+    ("prompts", b'{"prompt": "Hi", "more": 1e999}', "wanted finite numbers"),
+    ("prompts", b"[" * 100_000, "nested too deeply"),
+    ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "a finite number, got NaN"),
+    ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "wanted finite numbers"),
+])
+def test_bad_row_is_named_by_file_and_line(tmp_path, capsys, kind, line, wish):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(GOOD[kind]).encode() + b"\n\n" + line + b"\n") # the empty line counts as a line
+    exits(capsys, f"{path}:3: wanted", read_records, path, kind)
+    exits(capsys, wish, read_records, path, kind)
+
+def test_files_that_cannot_be_read(tmp_path, capsys):
+    exits(capsys, f"{tmp_path / 'no.jsonl'}: no such file", read_records, tmp_path / "no.jsonl", "prompts")
+    exits(capsys, "cannot be read", read_records, tmp_path, "prompts")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    exits(capsys, "a file without rows", read_records, tmp_path / "empty.jsonl", "prompts")
+    (tmp_path / "plain.jsonl.gz").write_text('{"prompt": "a"}')
+    exits(capsys, "plain.jsonl.gz:1: cannot be read", read_records, tmp_path / "plain.jsonl.gz", "prompts")
+    whole = gzip.compress(json.dumps(GOOD["prompts"]).encode() * 99)
+    (tmp_path / "half.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    exits(capsys, "half.jsonl.gz:1: cannot be read", read_records, tmp_path / "half.jsonl.gz", "prompts")
+
+def test_plain_text_is_one_record(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    assert read_records(tmp_path / "a.txt", "text") == [{"text": "one\n\ntwo\n"}]
+    exits(capsys, "wanted a .jsonl file of prompts", read_records, tmp_path / "a.txt", "prompts")
+    (tmp_path / "b.txt").write_bytes(b"one\n\xff\n")
+    exits(capsys, "b.txt:2: wanted UTF-8 text", read_records, tmp_path / "b.txt", "text")
+    (tmp_path / "c.txt").write_text("")
+    exits(capsys, "c.txt: wanted text, got an empty file", read_records, tmp_path / "c.txt", "text")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# preferences
+
+def test_text_is_told_from_demonstrations(tmp_path):
+    for name, row, expected in (("a.jsonl", {"text": "x"}, True), ("b.jsonl", {"prompt": "x", "response": "y"}, False),
+                                ("c.jsonl", {"messages": [user("x"), assistant("a \"text\"")]}, False)):
+        write_records(tmp_path / name, [row])
+        assert is_text_file(tmp_path / name) == expected
+    (tmp_path / "d.txt").write_text("x")
+    assert is_text_file(tmp_path / "d.txt")
+
+def test_preferences(tmp_path, capsys):
+    """A comparison is a ranking of two."""
+    write_records(tmp_path / "c.jsonl", [{"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 2}])
+    assert read_preferences(tmp_path / "c.jsonl") == [
+        {"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": 2, "responses": ["a", "b"], "ranks": [0, 1]}]
+    row = {"prompt": "Hi", "responses": ["a \"chosen\"", "b", "c"], "ranks": [2, 0, 0]}
+    write_records(tmp_path / "r.jsonl", [row])
+    assert read_preferences(tmp_path / "r.jsonl") == [row]
+    for text in ("", '{"prompt": "Hi", "chosen": "a"}\n', "{}\n"):
+        (tmp_path / "bad.jsonl").write_text(text)
+        one_line(capsys, lambda: read_preferences(tmp_path / "bad.jsonl"))
+
+def test_ranked_preferences(tmp_path, capsys):
+    """Records whose answers all tie are left out: by the scores where asked for and there, else by the ranks."""
+    rows = [dict(prompt="a", responses=["x", "y"], ranks=[1, 1]),
+            dict(prompt="b", responses=["x", "y"], ranks=[0, 1], scores=[0.25, 1.5]),
+            dict(prompt="c", responses=["x", "y"], ranks=[0, 1], scores=[2, 2]),
+            dict(prompt="d", responses=["x", "y"], ranks=[1, 0], scores=None),
+            dict(prompt="e", responses=["x", "y"], ranks=[1, 1], scores=[0, 1])]
+    write_records(tmp_path / "r.jsonl", rows)
+    found = lambda *more: [(r["prompt"], goodness(r, *more)) for r in read_ranked(tmp_path / "r.jsonl", *more)]
+    assert found() == [("b", [0, -1]), ("c", [0, -1]), ("d", [-1, 0])]
+    assert found(True) == [("b", [0.25, 1.5]), ("d", [-1, 0]), ("e", [0, 1])]
+    assert read_ranked(tmp_path / "r.jsonl", True) == [rows[1], rows[3], rows[4]] # the records as they are
+    write_records(tmp_path / "ties.jsonl", rows[:1])
+    assert one_line(capsys, lambda: read_ranked(tmp_path / "ties.jsonl")) == (
+        f"{tmp_path / 'ties.jsonl'}: all answers of every prompt tie; wanted some that are ranked above others")
+
+def test_ranked_preferences_of_several_files(tmp_path, capsys):
+    """In the order of the files; one whose prompts all tie adds nothing; rankings and comparisons do not mix."""
+    rows = {"a": dict(prompt="a", responses=["x", "y"], ranks=[0, 1]), "b": dict(prompt="b", responses=["x", "y"],
+            ranks=[1, 0]), "tie": dict(prompt="t", responses=["x", "y"], ranks=[0, 0]),
+            "pair": dict(prompt="p", chosen="x", rejected="y", margin=2.0)}
+    for name, row in rows.items():
+        write_records(tmp_path / f"{name}.jsonl", [row])
+    found = lambda *names: read_ranked(",".join(str(tmp_path / f"{name}.jsonl") for name in names))
+    assert found("b", "tie", "a") == [rows["b"], rows["a"]]
+    assert [r["margin"] for r in found("pair", "pair")] == [2.0, 2.0]
+    assert one_line(capsys, lambda: found("a", "pair")) == (
+        f"{tmp_path / 'a.jsonl'},{tmp_path / 'pair.jsonl'}: wanted files of one kind, rankings or comparisons")
+
+@pytest.mark.parametrize("record, use_scores, expected", [
+    (dict(ranks=[2, 0, 1]), False, [-2, 0, -1]),
+    (dict(ranks=[2, 0, 1]), True, [-2, 0, -1]),
+    (dict(ranks=[2, 0, 1], scores=None), True, [-2, 0, -1]),
+    (dict(ranks=[1, 0], scores=[0.5, 7]), False, [-1, 0]),
+    (dict(ranks=[1, 0], scores=[0.5, 7]), True, [0.5, 7])])
+def test_goodness(record, use_scores, expected):
+    assert goodness(record, use_scores) == expected

@@ -1,0 +1,140 @@
+"""common/run.py: device, precision, Ctrl-C, and several processes that train as one."""
+import os
+import signal
+
+import pytest
+import torch
+
+from common.checkpoints import prepare_out_dir
+from common.run import Run, start, stop
+from common.training import Means, optimizer_step
+from model import GPT, GPTConfig
+from tiny import RUN, Config, by_hand, in_processes, one_line
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=8, dropout=0.2))
+
+def test_a_run_of_one_process():
+    assert RUN.is_master and RUN.rows([1, 2, 3]) == [1, 2, 3]
+    assert RUN.sum(2.5).item() == 2.5 and RUN.sum(torch.tensor([1, 2])).tolist() == [1.0, 2.0]
+    assert not Run('cpu', 'float32', rank=1).is_master
+    assert [Run('cpu', 'float32', r, 3).rows([0, 1, 2, 3, 4, 5, 6]) for r in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+
+def test_prepare_sets_the_model_up_as_it_is_told(monkeypatch):
+    """One process: the model stays itself, and its passes are compiled where that is asked for."""
+    model, idx, mask, compiled = small(), torch.tensor([[1, 2, 3]]), torch.tensor([[0., 1.]]), []
+    expected = model.eval().logp(idx, mask)
+    RUN.prepare(model, Config(checkpointing=True))
+    assert model.checkpointing and model.compiled is None and torch.equal(model.logp(idx, mask), expected)
+    monkeypatch.setattr(torch, 'compile', lambda fn, **options: compiled.append(fn.__name__) or fn)
+    RUN.prepare(model, Config(compile=True))
+    assert compiled == ['logits_at', 'logp', 'values', 'logp_entropy_values', 'rewards', 'answers', 'decode']
+    assert not model.checkpointing and model.compiled and torch.equal(model.logp(idx, mask), expected)
+
+def test_autocast_is_for_products_alone():
+    a = torch.eye(2)
+    with Run('cpu', 'float32').autocast():
+        assert (a @ a).dtype == torch.float32
+    for dtype in ('bfloat16', 'float16'):
+        with Run('cpu', dtype).autocast():
+            assert (a @ a).dtype == getattr(torch, dtype) and a.log_softmax(-1).dtype == torch.float32
+            logp, entropy, _ = small().logp_entropy_values(torch.tensor([[1, 2, 3]]), torch.ones(1, 2), True)
+            assert logp.dtype == entropy.dtype == torch.float32
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_a_frozen_model_takes_less_and_answers_the_same(dtype):
+    run, model, idx, mask = Run('cpu', dtype), small().eval(), torch.tensor([[1, 2, 3]]), torch.ones(1, 2)
+    with run.autocast():
+        expected = model.logp(idx, mask)
+    run.freeze(model)
+    assert model.h[0].mlp.c_fc.weight.dtype == getattr(torch, dtype) and model.wte.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in model.parameters())
+    with run.autocast():
+        assert torch.equal(model.logp(idx, mask), expected)
+
+# a GPU of its own kind: with bfloat16 units, with none, and none asked for
+@pytest.mark.parametrize('units, dtype, expected', [
+    (True, 'auto', 'bfloat16'), (False, 'auto', 'float16'), (True, 'float32', 'float32')])
+def test_the_dtype_of_a_gpu(monkeypatch, units, dtype, expected):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: units or including_emulation)
+    precision = []
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', precision.append)
+    run = start(Config(device='cuda', dtype=dtype))
+    stop(run)
+    assert run.dtype == expected and run.scaler.is_enabled() == (expected == 'float16')
+    assert precision == ['high'] # TF32
+
+def test_start_seeds_and_refuses_what_is_not_there(capsys):
+    for _ in range(2):
+        run = start(Config(seed=11))
+        drawn = torch.rand(2)
+        torch.manual_seed(11)
+        assert torch.equal(torch.rand(2), drawn)
+        stop(run)
+    line = one_line(capsys, lambda: start(Config(batch_size=6, grad_accum=4)))
+    assert '--batch_size=6' in line and 'multiple of 4' in line
+    if not torch.cuda.is_available():
+        assert '--device=cuda: torch sees no CUDA device' in one_line(capsys, lambda: start(Config(device='cuda')))
+
+def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not(capsys):
+    run = start(Config())
+    try:
+        assert not run.stop_requested()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.interrupted and run.stop_requested()
+        assert 'stopping after this step' in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop(run)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+IDX = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+MASK = torch.tensor([[1., 1., 1.], [0., 0., 1.], [0., 1., 1.], [1., 0., 0.]]) # 4 rows share 7 tokens unevenly
+
+def gradient(run):
+    """Return the gradient of the mean loss over all 7 tokens, each process seeing its own rows alone."""
+    model = small(seed=run.rank).eval() # every process gets the first one's weights
+    run.prepare(model, Config())
+    n_tokens = run.sum(run.rows(MASK).sum())
+    run.backward(-model.logp(run.rows(IDX), run.rows(MASK)).sum() / n_tokens)
+    run.sum_gradients(model)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+def one_of_two(folder):
+    cfg = Config(out_dir=os.path.join(folder, 'out'))
+    run = start(cfg)
+    rank = run.rank
+    prepare_out_dir(run, cfg)
+    run.interrupted = rank == 1 # one process was sent Ctrl-C
+    line = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(line.weight)
+    run.backward((line.weight * torch.tensor([[3., 0.], [0., 4.]][rank])).sum()) # (3, 4) in all, of norm 5
+    norm = optimizer_step(run, cfg, 0, line, torch.optim.SGD(line.parameters(), lr=1.0), 0.5)
+    shares, rows = Means(), Means()
+    shares.add(dict(a=torch.tensor(4.0 * (rank + 1))), 0.25 + 0.5 * rank) # of a batch
+    if rank == 0:
+        rows.add(dict(a=torch.tensor(1.5)), 4) # the second one had no rows
+    torch.save(dict(grads=gradient(run), norm=norm, stepped=line.weight.tolist(), sum=run.sum(rank + 1.0).item(),
+                    stop=run.stop_requested(), mean=rows.mean(run), means=shares.sum(run),
+                    merged=run.merge({rank: rank + 5}), drawn=torch.rand(2)), os.path.join(folder, f"{rank}.pt"))
+    stop(run)
+
+def test_two_processes_equal_one(tmp_path):
+    assert in_processes(2, one_of_two, str(tmp_path)) == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    expected = gradient(RUN)
+    assert first['grads'].keys() == second['grads'].keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(first['grads'][name], second['grads'][name])
+        torch.testing.assert_close(first['grads'][name], expected[name], rtol=0, atol=1e-6)
+    for found in (first, second): # summed, then clipped to norm 1: (.6, .8)
+        assert found['norm'] == by_hand(5.0) and found['stepped'][0] == by_hand([-0.3, -0.4])
+    assert first['sum'] == second['sum'] == 3.0 # 1 + 2
+    assert first['mean'] == second['mean'] == dict(a=1.5)
+    assert first['means'] == second['means'] == dict(a=7.0) # 4 / 4 + 8 * 3 / 4
+    assert first['merged'] == second['merged'] == {0: 5, 1: 6}
+    assert first['stop'] and second['stop'] # both stop after one was asked to
+    assert not torch.equal(first['drawn'], second['drawn']) # each process samples its own answers

@@ -1,0 +1,66 @@
+"""feedback/agreement.py: kappa by hand, two files compared, several files merged."""
+import pytest
+
+import collect
+from common.records import read_records
+from feedback import agreement
+from tiny import by_hand, records, run, stops
+
+@pytest.mark.parametrize('ours, theirs, k, p_o', [
+    ([[0, 1, 2]], [[0, 2, 1]], 1 / 3, 2 / 3), # two of three pairs alike, no ties: p_e = 1/2, (2/3 - 1/2) / (1/2)
+    ([[0, 0, 1]], [[0, 1, 1]], 0, 1 / 3), # a third ties at each: p_e = 1/9 + (2/3)(2/3)/2 = 1/3
+    ([[0, 1]], [[1, 0]], -1, 0),
+    ([[0, 1, 1]], [[0, 1, 1]], 1, 1),
+    ([[0, 0]], [[0, 0]], None, 1), # nothing else was ever said: chance would agree as well
+    ([[0, 1], [0, 0]], [[0, 1], [0, 1]], 1 / 3, 1 / 2), # t = 1/2, u = 0: p_e = (1/2)/2 = 1/4; (1/2 - 1/4) / (3/4)
+])
+def test_kappa_by_hand(ours, theirs, k, p_o):
+    got, share, n = agreement.kappa(ours, theirs)
+    assert share == by_hand(p_o) and n == sum(len(r) * (len(r) - 1) // 2 for r in ours)
+    assert got is None if k is None else got == by_hand(k)
+
+def test_kappa_knows_no_first_answer():
+    """Turning every pair around changes nothing."""
+    a, b = [[0, 1, 1, 2]], [[1, 0, 2, 2]]
+    assert agreement.kappa(a, b) == agreement.kappa([r[::-1] for r in a], [r[::-1] for r in b]) == agreement.kappa(b, a)
+
+def test_compare(capsys):
+    """The same texts in another order; one prompt is missing there. The scores order fair before bad, the ranks tie."""
+    ours = [dict(prompt='p', responses=['good', 'bad', 'fair'], ranks=[0, 2, 1]),
+            dict(prompt='q', responses=['a', 'b'], ranks=[0, 1])]
+    theirs = [dict(prompt='p', responses=['fair', 'good', 'bad', 'bad'], ranks=[1, 0, 1, 1], scores=[.5, .9, .1, .1])]
+    said = agreement.compare(ours, theirs).split('\n')
+    # pairs good-bad and good-fair alike, bad-fair tied there: p_o = 2/3, t = 0, u = 1/3, p_e = (1)(2/3)/2 = 1/3
+    assert said[0] == ('1 rows in common; the same on 0.667 of 3 pairs, kappa 0.500; 1.000 of the 2 that the second '
+                       'does not tie (a tie of the first: half)')
+    assert 'with its scores: the same on 1.000 of 3 pairs, kappa 1.000' in said[1]
+    assert 'no row in common' in agreement.compare(ours[1:], theirs)
+
+def test_merge(tmp_path, capsys):
+    """
+    Anna: x > y > z, Ben: y > z > x. Beaten, a tie is half: x 2 + 0, y 1 + 2, z 0 + 1: y, x, z. Of three pairs they
+    agree on y > z alone. Of s, Ben finds y and z equal: x 2 + 0, y 1 + 1.5, z 0 + 1.5. q and r stand alone.
+    """
+    anna = records(tmp_path / 'anna.jsonl', [
+        dict(prompt='p', responses=['x', 'y', 'z'], ranks=[0, 1, 2], annotator='human', again=[0, 1, 2], number=7),
+        dict(prompt='q', responses=['x', 'y'], ranks=[1, 0], annotator='human'),
+        dict(prompt='q', responses=['y', 'x'], ranks=[1, 0], annotator='human'), # the first one counts
+        dict(prompt='s', responses=['x', 'y', 'z'], ranks=[0, 1, 2])])
+    ben = records(tmp_path / 'ben.jsonl', [
+        dict(prompt='p', responses=['z', 'y', 'x', 'x'], ranks=[1, 0, 2, 2], annotator='ai', scores=[1., 2., 0., 0.]),
+        dict(prompt='r', responses=['x', 'y'], ranks=[0, 1]),
+        dict(prompt='s', responses=['x', 'y', 'z'], ranks=[1, 0, 0])])
+    out = str(tmp_path / 'out.jsonl')
+    run(collect, merge=f'{anna},{ben}', out=out)
+    assert 'exists already' in stops(capsys, collect, merge=f'{anna},{anna}', out=out)
+    run(collect, merge=f'{anna},{ben}', out=out, overwrite=True)
+    rows = read_records(out, 'rankings')
+    assert rows[0] == dict(prompt='p', responses=['x', 'y', 'z'], ranks=[1, 0, 2], annotator='human, ai', raters=2,
+                           number=7)
+    assert [(row['prompt'], row['ranks'], row['raters']) for row in rows[1:]] == [
+        ('q', [1, 0], 1), ('s', [1, 0, 2], 2), ('r', [0, 1], 1)]
+    said = capsys.readouterr().out
+    # of s they agree on no pair: p_o = 1/6; Ben ties one pair of six: p_e = (5/6) / 2 = 5/12; (2/12 - 5/12) / (7/12)
+    assert f'{anna} and {ben}: 2 rows in common; the same on 0.167 of 6 pairs, kappa -0.429' in said
+    assert f'{anna}, with themself: 1 rows ranked twice; the same on 1.000 of 3 pairs' in said
+    assert '4 prompts, 2 of them ranked in several files' in said

@@ -1,0 +1,47 @@
+"""lab/tables.py: two runs by hand."""
+import json
+
+from lab import tables
+from tiny import run, stops
+
+def row(gold, **more):
+    return dict(gold=gold, helpful=0.5, honest=None, harmless=1.0, win_rate_vs_sft=0.5, kl=2.0,
+                by_category=dict(home=gold / 2, sum=1.0)) | more
+
+def write(folder, results):
+    (folder / 'evaluate').mkdir(parents=True)
+    (folder / 'evaluate/results.json').write_text(json.dumps(results))
+    return str(folder)
+
+def results(gold, seconds):
+    quality = dict(accuracy=0.9 + gold / 100, ceiling=0.98, shorter_wins=0.5, by_category=dict(home=1.0, courtesy=gold))
+    models = dict(sft=row(0.4), ppo=row(gold, kl=gold))
+    return dict(models=models, greedy=models, reward_model=quality, seconds=dict(ppo=seconds),
+                rounds=[gold, gold + 0.1])
+
+def test_by_hand(tmp_path, capsys):
+    second = results(0.8, 9.6)
+    second['models']['ipo'] = row(0.1) # the first run has none
+    runs = [write(tmp_path / 'a', results(0.6, 30.2)), write(tmp_path / 'b', second)]
+    run(tables, runs=','.join(runs))
+    assert capsys.readouterr().out.strip().split('\n\n') == [
+        '| sampled | gold | helpful | honest | harmless | wins against SFT | KL | seconds | models in memory |\n'
+        '| -- | -- | -- | -- | -- | -- | -- | -- | -- |\n'
+        '| sft | 0.40 | 0.50 | – | 1.00 | 0.50 | 2.00 |  | policy |\n'
+        '| ppo | 0.70 (0.60–0.80) | 0.50 | – | 1.00 | 0.50 | 0.70 (0.60–0.80) | 10 |'
+        ' policy, critic, reward model, reference |',
+        '| greedy | gold | helpful | honest | harmless | wins against SFT | KL |\n'
+        '| -- | -- | -- | -- | -- | -- | -- |\n'
+        '| sft | 0.40 | 0.50 | – | 1.00 | 0.50 | 2.00 |\n'
+        '| ppo | 0.70 (0.60–0.80) | 0.50 | – | 1.00 | 0.50 | 0.70 (0.60–0.80) |',
+        '| content right | home | sum |\n| -- | -- | -- |\n| sft, sampled | 0.20 | 1.00 |\n'
+        '| ppo, sampled | 0.35 | 1.00 |\n| sft, greedy | 0.20 | 1.00 |\n| ppo, greedy | 0.35 | 1.00 |',
+        '| reward model | accuracy | ceiling | shorter_wins |\n| -- | -- | -- | -- |\n'
+        '| pairs in order | 0.907 (0.906–0.908) | 0.980 | 0.500 |',
+        '| controlled pairs | home | courtesy |\n| -- | -- | -- |\n| in order | 1.00 | 0.70 (0.60–0.80) |',
+        '| round | 1 | 2 |\n| -- | -- | -- |\n| gold | 0.70 (0.60–0.80) | 0.80 (0.70–0.90) |']
+
+def test_what_is_no_run(tmp_path, capsys):
+    assert f'{tmp_path}/evaluate/results.json: No such file' in stops(capsys, tables, runs=str(tmp_path))
+    folder = write(tmp_path / 'a', dict(models={'base': {}}, greedy={}, reward_model={}))
+    assert 'wanted the results of demo.py' in stops(capsys, tables, runs=folder)
