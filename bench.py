@@ -40,7 +40,7 @@ from common.batches import Batches, Demonstrations, Row, Windows, encode_ranking
 from common.checkpoints import load_policy
 from common.options import RunOptions, fail, launch, require
 from common.records import check_record, parse_line, read_lines
-from common.run import start, stop
+from common.run import place_among_processes, start, stop
 from common.tokens import Tokenizer, load_tokenizer, train_bpe
 from common.training import make_optimizer
 from common.weights import checkpoint_file
@@ -89,7 +89,7 @@ def choose_tokenizer(cfg, pairs, vocab_size):
     """Choose the tokenizer beside the weights, else one of the model's size: gpt2, bytes, or a BPE of the data."""
     ours = ('tokenizer.tiktoken', 'tokenizer_name')
     if cfg.init_from and any(checkpoint_file(cfg.init_from, name, absent_ok=True) for name in ours):
-        return load_tokenizer(cfg.init_from)
+        return load_tokenizer(cfg.init_from, 'init_from')
     if vocab_size in (50257, 257):
         return load_tokenizer('gpt2' if vocab_size == 50257 else 'bytes')
     if vocab_size < 257:
@@ -239,9 +239,12 @@ def timed(lap, device):
     return tokens, positions, time.perf_counter() - start, time.process_time() - cpu_start
 
 def peak_rss_mb():
-    """Return this process's peak memory in MB of 2^20 bytes."""
-    import resource # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+    """Return this process's peak memory in MB of 2^20 bytes, None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10))
 
 def measure(cfg, run):
     """Time the workload's laps and print a JSON line."""
@@ -257,7 +260,7 @@ def measure(cfg, run):
     line = dict(
         workload=cfg.workload, preset=next((name for name, these in PRESETS.items() if these == shape), 'other'),
         tokens=tokens, seconds=round(seconds, 4), tokens_per_s=round(tokens / seconds, 1),
-        peak_rss_mb=round(peak_rss_mb()), cpu_seconds=round(cpu_seconds, 4),
+        peak_rss_mb=peak_rss_mb(), cpu_seconds=round(cpu_seconds, 4),
         tokens_per_cpu_s=round(tokens / cpu_seconds, 1), positions=positions,
         fastest=round(laps[0][0] / laps[0][2], 1), slowest=round(laps[-1][0] / laps[-1][2], 1),
         batch_size=cfg.batch_size, steps=1 if cfg.workload in ('generate', 'ppo') else cfg.steps, repeats=cfg.repeats,
@@ -268,6 +271,8 @@ def measure(cfg, run):
     print(json.dumps(line), flush=True)
 
 def main(cfg):
+    if place_among_processes()[1] > 1:
+        fail("bench.py measures one process; wanted it started without torchrun")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.workload == 'memory':

@@ -10,13 +10,14 @@ rejection sampling (Llama 2, Touvron et al. 2023, https://arxiv.org/abs/2307.092
 answer becomes a demonstration for sft.py. docs/feedback.md describes the annotators.
 
 OUT.partial keeps the ranked tasks, the n-th task in its n-th line. Each number of processes (torchrun) samples answers
-of its own, the same every time.
+of its own, the same every time. `ended` says of each answer whether the model wrote its end, or was cut off by
+max_new_tokens.
 """
 
+import codecs
+import contextlib
 import os
 import random
-import re
-import signal
 import sys
 from dataclasses import dataclass
 
@@ -25,19 +26,19 @@ import torch
 from common.batches import encode_prompts
 from common.checkpoints import load_policy
 from common.options import RunOptions, fail, launch, note, require
-from common.records import parse_line, read_lines, read_preferences, read_records, to_lines, write_records
+from common.records import (check, check_record, is_text, lock, parse_line, read_lines, read_preferences, read_records,
+                            to_lines, write_records)
 from common.rollout import load_gold, sample_answers
-from common.run import progress, start, stop
+from common.run import default_signals, progress, start, stop
 from common.tokens import load_tokenizer
 from feedback import agreement
-from feedback.annotators import RewardModel, SimulatedPerson, Terminal, Undo
-from feedback.judges import ApiJudge, GPTJudge, JudgeError
+from feedback.annotators import RewardModel, SimulatedPerson, Terminal, Undo, answers_of, check_finite
+from feedback.judges import ApiJudge, GPTJudge, JudgeError, is_url
 from feedback.page import Page
-from feedback.select_labels import choose
+from feedback.select_labels import choose, load_ensemble
 
 OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label')
-ANSWERS = ('response', 'responses', 'policies', 'messages', 'text')
-URL = r'https?://([^\s/:@\[\]]+|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(/|$)'
+ANSWERS = ('response', 'responses', 'ended', 'policies', 'messages', 'text')
 
 @dataclass
 class Config(RunOptions):
@@ -73,7 +74,7 @@ class Config(RunOptions):
     compare: str = '' # rankings or comparisons of the same answers: print how far OUT agrees
     merge: str = '' # nothing of the above: merge these raters' files, separated by commas, into OUT
     rows: int = 0 # prompts answered ahead, a stretch; 0 = 16 for a person, who waits for them, 256 for others
-    resume: bool = False # continue with OUT.partial
+    resume: bool | str = False # continue with OUT.partial; auto: if it is there
     overwrite: bool = False # replace OUT
 
     def __post_init__(self):
@@ -84,7 +85,9 @@ class Config(RunOptions):
                         n_answers=max(2, len(self.policy.split(','))))
         require(self, **{key: (getattr(self, key) >= low, f"at least {low}") for key, low in at_least.items()})
         ai, uncertain = self.annotator == 'ai', self.select == 'uncertain'
-        require(self, prompts=(bool(self.prompts) != bool(self.answers), 'a file of prompts, unless answers is given'),
+        require(self, resume=(self.resume in (True, False, 'auto'), 'True, False or auto'),
+                prompts=(bool(self.prompts) != bool(self.answers), 'a file of prompts, unless answers is given'
+                               + ' (an empty --prompts= takes back what a config file says)' * bool(self.answers)),
                 temperature=(self.temperature > 0, 'above 0'), keep=(self.keep in ('all', 'best'), 'all or best'),
                 annotator=(self.annotator in ('simulated', 'human', 'ai', 'reward_model'),
                            'one of simulated, human, ai, reward_model'),
@@ -100,7 +103,7 @@ class Config(RunOptions):
                 page=(not self.page or self.annotator == 'human', 'False unless annotator=human'),
                 judge=(bool(self.judge) != bool(self.judge_url) if ai else not self.judge,
                        'a checkpoint with annotator=ai, unless judge_url is given; else empty'),
-                judge_url=(not self.judge_url or ai and re.match(URL, self.judge_url),
+                judge_url=(not self.judge_url or ai and is_url(self.judge_url),
                            'http://HOST… or https://HOST… with annotator=ai, else empty'),
                 judge_model=(self.judge_model or not self.judge_url, "the model's name at judge_url"),
                 judge_timeout=(0 < self.judge_timeout <= 3600, 'above 0 and at most 3600'))
@@ -126,31 +129,34 @@ def make_annotator(cfg, run, gold):
 
 def load_writer(name, cfg, run, records):
     """Load one policy that answers: (name, model, tokenizer, the prompts' ids)."""
-    tok = load_tokenizer(name)
+    tok = load_tokenizer(name, 'policy')
     model = load_policy(name).to(run.device)
     return name, model, tok, encode_prompts(tok, records, model.config.block_size - cfg.max_new_tokens)
 
 def write_answers(cfg, run, writers, records, stretch):
     """Sample K `responses` to each of the records numbered `stretch`; empty ones are left out.
 
-    Several writers answer in turn, and `policies` then says who wrote what.
+    `ended` says which have their end. Several writers answer in turn, and `policies` then says who wrote what.
     """
     mine = run.rows(stretch) # each process writes its share
-    answers = {i: [] for i in mine} # per prompt: (name, text)
+    answers = {i: [] for i in mine} # per prompt: (name, text, ended)
     for w, (name, model, tok, prompts) in enumerate(writers):
         K = len(range(w, cfg.n_answers, len(writers))) # answers of this one
         with run.autocast():
-            sampled, _ = sample_answers(model, [prompts[i] for i in mine for _ in range(K)], tok,
-                                        cfg.max_new_tokens, cfg.temperature) # K per prompt, in a row
+            sampled, logps = sample_answers(model, [prompts[i] for i in mine for _ in range(K)], tok,
+                                            cfg.max_new_tokens, cfg.temperature) # K per prompt, in a row
+        check_finite(run.gather(sum(map(sum, logps))), f"--policy={name}: its probabilities")
         for n, ids in enumerate(sampled):
-            text = tok.decode(ids).removeprefix(' ')
+            ended = ids[-1] == tok.eos
+            text, _ = codecs.utf_8_decode(tok.decode_bytes(ids), 'replace', ended) # cut off: less half a character
             if text.strip():
-                answers[mine[n // K]].append((name, text))
+                answers[mine[n // K]].append((name, text.removeprefix(' '), ended))
     answers, rows = run.merge(answers), []
     for i in stretch:
-        rows.append(records[i] | dict(responses=[text for _, text in answers[i]]))
+        names, texts, ended = zip(*answers[i]) if answers[i] else ((), (), ())
+        rows.append(records[i] | dict(responses=list(texts), ended=list(ended)))
         if len(writers) > 1:
-            rows[-1]['policies'] = [name for name, _ in answers[i]]
+            rows[-1]['policies'] = list(names)
     return rows
 
 def stretches(cfg, run, writers, records, skip=0):
@@ -175,21 +181,37 @@ def check_out(cfg):
     if os.path.isdir(cfg.out):
         fail(f"--out={cfg.out}: is a folder, wanted a file")
     partial = cfg.out + '.partial'
-    if os.path.exists(partial) and not (cfg.merge or cfg.resume or cfg.overwrite):
+    if os.path.exists(partial) and os.path.getsize(partial) and not (cfg.merge or cfg.resume or cfg.overwrite):
         fail(f"--out={cfg.out}: {partial} holds what is ranked already; continue it by --resume=True, or drop it by "
              "--overwrite=True")
 
-def read_partial(cfg):
-    """Return the rows that are ranked already, with --resume=True. OUT.partial begins with them."""
-    partial, size = cfg.out + '.partial', n_tasks(cfg, cfg.rows)
+def check_kept(row, firsts):
+    """Raise ValueError where a row of OUT.partial is none; firsts: the prompts before it, each once."""
+    if row.get('repeat') is True:
+        raise ValueError('was written by an older version, which did not say whose second ranks these are; wanted it '
+                         'finished by that version, or --overwrite=True')
+    check_record(row, 'rankings' if 'ranks' in row else 'prompts')
+    texts, number = row.get('responses'), row.get('repeat', 0)
+    check('`responses` to be a list of texts', isinstance(texts, list) and all(map(is_text, texts)))
+    check('`repeat` to be the number of a prompt before it', type(number) is int and 0 <= number < max(len(firsts), 1))
+
+def read_partial(cfg, records):
+    """Return the rows of `records` that are ranked already, with --resume=True. OUT.partial begins with them."""
+    partial, size, kept, firsts = cfg.out + '.partial', n_tasks(cfg, cfg.rows), [], []
+    for n, line in read_lines(partial) if cfg.resume is True or cfg.resume and os.path.exists(partial) else ():
+        if line.endswith(b'\n'): # a kill may have cut the last one
+            try:
+                kept.append(parse_line(line))
+                check_kept(kept[-1], firsts)
+            except ValueError as e:
+                fail(f"{partial}:{n}: {e}")
+            firsts += [kept[-1]['prompt']] * ('repeat' not in kept[-1])
+    if firsts != [record['prompt'] for record in records[:len(firsts)]]:
+        fail(f"{partial}: holds other prompts than those of this run; wanted the options that it began with, or "
+             "--overwrite=True")
     os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
-    try: # a kill may have cut the last line
-        kept = [parse_line(line) for _, line in read_lines(partial) if line.endswith(b'\n')] if cfg.resume else []
-    except ValueError as e:
-        fail(f"--out={cfg.out}: {e}")
-    if any(row.get('repeat') is True for row in kept):
-        fail(f"{partial}: was written by an older version, which did not say whose second ranks these are; "
-             "wanted it finished by that version, or --overwrite=True")
+    lock(cfg.out + '.lock') # until here nothing was touched
+    check_out(cfg) # another process may have been at work
     if cfg.annotator == 'simulated': # whose noise is drawn in a row for a stretch: it is ranked as a whole
         kept = kept[:len(kept) // size * size]
     write_records(partial, kept)
@@ -216,25 +238,35 @@ def take_back(cfg, kept, todo):
     """Move the row shown last, and all after it, back to `todo`."""
     while kept:
         todo.append(task(kept.pop(), without=('ranks',)))
-        if len(set(todo[-1]['responses'])) > 1:
+        if len(set(answers_of(todo[-1]))) > 1:
             break # this one was shown
     os.truncate(cfg.out + '.partial', len(to_lines(kept).encode()))
 
 def write_rankings(cfg, kept):
-    """Write OUT in place of OUT.partial, and return the ranked rows."""
+    """Write OUT in place of OUT.partial, and return the ranked rows; without any there is nothing to write."""
     firsts = [row for row in kept if 'repeat' not in row]
     for row in kept:
         if 'repeat' in row and 'ranks' in row:
             first = firsts[row['repeat']]
             first['again' if 'ranks' in first else 'ranks'] = row['ranks'] # it may have been skipped the first time
     ranked = [row for row in firsts if 'ranks' in row]
-    best = [dict(prompt=row['prompt'], response=row['responses'][row['ranks'].index(0)]) for row in ranked]
-    write_records(cfg.out, best if cfg.keep == 'best' else ranked)
-    os.remove(cfg.out + '.partial')
+    best = []
+    for row in ranked:
+        response, ended = answers_of(row)[row['ranks'].index(0)]
+        best.append(dict(prompt=row['prompt'], response=response, ended=ended))
+    if ranked:
+        write_records(cfg.out, best if cfg.keep == 'best' else ranked)
+    for end in ('.partial', '.lock'):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(cfg.out + end)
     pairs, lost = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks']), len(firsts) - len(ranked)
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
           + 'the best answers kept, ' * (cfg.keep == 'best') + f"{lost} prompts left out"
           + " (skipped, without two answers that are not empty, or with one that could not be judged)" * (lost > 0))
+    ends = [ended for row in ranked for _, ended in answers_of(row)]
+    if cut := ends.count(False):
+        print(f"{cut} of {len(ends)} answers did not end"
+              + f": --max_new_tokens={cfg.max_new_tokens} is small" * (cut > len(ends) / 10 and not cfg.answers))
     return ranked
 
 def main(cfg):
@@ -245,23 +277,23 @@ def main(cfg):
     if cfg.annotator == 'human':
         if run.world_size > 1:
             fail(f"--annotator=human: wanted one process, got {run.world_size}")
-        signal.signal(signal.SIGINT, signal.default_int_handler) # everything said is saved: the first Ctrl-C ends
-    if run.is_master:
-        check_out(cfg)
+        default_signals() # everything said is saved: the first Ctrl-C ends
+    run.first(lambda: check_out(cfg))
     others = read_preferences(cfg.compare) if cfg.compare else []
     records = read_preferences(cfg.answers) if cfg.answers else read_records(cfg.prompts, 'prompts')
     without = OPINIONS if cfg.answers else OPINIONS + ANSWERS # prompts may come with answers that are not asked about
     records = [task(record, without) for record in records[:cfg.max_prompts or None]]
     gold = load_gold(cfg.gold, records, cfg.answers or cfg.prompts) if cfg.annotator == 'simulated' else None
     writers = [] if cfg.answers else [load_writer(name, cfg, run, records) for name in cfg.policy.split(',')]
+    ensemble = load_ensemble(cfg, run, writers)
     if cfg.select:
         rows = [row for _, _, rows in stretches(cfg, run, writers, records) for row in rows]
-        records, writers = choose(rows, cfg, run), [] # they have their answers
+        records, writers = choose(rows, cfg, run, ensemble), [] # they have their answers
     annotator = make_annotator(cfg, run, gold) if run.is_master else None # the first process ranks and writes
-    kept = read_partial(cfg) if run.is_master else [] # once all input is read
+    kept = run.first(lambda: read_partial(cfg, records)) # once all input is read
     size, (whole, rest) = n_tasks(cfg, cfg.rows), divmod(len(records), cfg.rows)
     total = whole * size + n_tasks(cfg, rest)
-    skip = run.gather(len(kept))[0] // size # stretches that are ranked as a whole
+    skip = len(kept) // size # stretches that are ranked as a whole
     try:
         with progress(total=total, initial=len(kept), desc=cfg.out, unit='prompts',
                       disable=cfg.annotator == 'human' or not run.is_master) as bar:
@@ -269,21 +301,23 @@ def main(cfg):
                 todo = []
                 if run.is_master:
                     todo = left_to_rank(cfg, rows, kept[first // cfg.rows * size:], first, seed)
-                    annotator.rng.seed(seed)
+                    annotator.rng.seed(f"{seed} {os.path.basename(cfg.out)}" if cfg.annotator == 'human' else seed)
                     annotator.look_ahead(todo)
                 while todo and (cfg.annotator == 'simulated' or not run.interrupted):
                     row, annotator.progress = todo.pop(), (len(kept), total)
                     ranks = scores = None
                     try:
                         if len(row['responses']) >= 2:
-                            ranks, scores = annotator.rank(row['prompt'], row['responses'])
+                            ranks, scores = annotator.rank(row['prompt'], row['responses'], row.get('ended'))
+                            check_finite(scores or (), f"--annotator={cfg.annotator}: its scores of an answer")
                         keep(cfg, kept, row, ranks, scores)
                         bar.update()
                     except Undo:
                         todo.append(row)
                         take_back(cfg, kept, todo)
-                if run.stop_requested():
-                    raise KeyboardInterrupt
+                if number := run.stop_requested():
+                    raise KeyboardInterrupt(number)
+        ranked = write_rankings(cfg, kept) if run.is_master else [] # before the page's server closes
     except KeyboardInterrupt:
         note(f"kept {cfg.out}.partial; --resume=True continues from there")
         raise
@@ -299,9 +333,11 @@ def main(cfg):
     stop(run)
     if not run.is_master:
         return
-    ranked = write_rankings(cfg, kept)
     if said:
         print(said)
+    if not ranked:
+        print(f"error: --out={cfg.out}: not written, no prompt has ranks", file=sys.stderr)
+        raise SystemExit(1)
     if cfg.repeat:
         print(f"with themself: {agreement.with_oneself(ranked)}")
     if others:

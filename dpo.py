@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from common.batches import Batches, by_length, collate_answers, load_rankings, split_by_tokens
 from common.checkpoints import load_checkpoint, load_policy, log, prepare_out_dir, save_checkpoint
 from common.options import TrainOptions, launch, require
+from common.rollout import beats
 from common.run import progress, start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, finish_step, make_optimizer, take_step, training_bar
@@ -153,7 +154,7 @@ def pair_loss(logp, ref_logp, answers, cfg):
     else:
         out = orpo_loss(pi[w], pi[l], cfg.beta)
     loss, chosen_rewards, rejected_rewards = out
-    metrics = dict(accuracy=(chosen_rewards > rejected_rewards).float().mean(),
+    metrics = dict(accuracy=beats(chosen_rewards, rejected_rewards).mean(),
                    margin=(chosen_rewards - rejected_rewards).mean(), chosen_reward=chosen_rewards.mean(),
                    rejected_reward=rejected_rewards.mean(), chosen_logp=logp.detach()[w].mean(),
                    rejected_logp=logp.detach()[l].mean())
@@ -205,14 +206,15 @@ def update(model, optimizer, rows, ref, cfg, run, step):
 
 def main(cfg):
     run = start(cfg)
-    tok = load_tokenizer(cfg.init_from)
+    tok = load_tokenizer(cfg.init_from, 'init_from')
     model = load_policy(cfg.init_from, 'init_from').to(run.device)
     rows = load_rankings(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val')
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
     cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
     prepare_out_dir(run, cfg)
-    ref = reference_logp(model, rows, cfg, run, 'train') # before the first update the model is the reference
+    used = sorted({i for step in range(min(cfg.max_steps, batches.epoch_steps)) for i in batches.at(step)})
+    ref = dict(zip(used, reference_logp(model, [rows[i] for i in used], cfg, run, 'train'))) # not yet trained
     val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
 
     run.prepare(model, cfg)

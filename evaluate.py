@@ -5,14 +5,14 @@
     python evaluate.py --figure_runs="beta 0=out/a,beta 0.1=out/b"
 
 Every model answers every prompt twice, sampled at temperature 1 and greedily. The first two print tables and write
-results.json (docs/log.md lists its keys), samples.jsonl (all answers) and figures to out_dir. The last draws one figure
-alone: reward-model score and gold score against the KL along PPO runs, from their logs.
+results.json (docs/log.md lists its keys), samples.jsonl (all answers) and figures to out_dir. Results that are there
+already are replaced with --overwrite=True alone. The last draws one figure alone: reward-model score and gold score
+against the KL along PPO runs, from their logs.
 """
 
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections import Counter, defaultdict, namedtuple
@@ -22,16 +22,19 @@ from itertools import chain, permutations
 from common.batches import collate, encode_prompts, load_training_set
 from common.checkpoints import load_policy, load_reward_model
 from common.options import RunOptions, fail, launch, require
-from common.records import read_preferences, read_records, write_atomic, write_records
-from common.rollout import (check_same_vocabulary, frozen_rewards, in_chunks, load_gold, pack, sample_answers,
+from common.records import lock, read_preferences, read_records, write_atomic, write_records
+from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chunks, load_gold, pack, sample_answers,
                             score_answers, score_records)
-from common.run import progress, start, stop
+from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
 from lab import figures
 
 import torch
 
 DECODINGS = {'sampled': 1.0, 'greedy': 0.0} # and their temperatures
+# The KL at each token, summed along an answer: a mean over sampled answers estimates the KL between the distributions
+# of answers; along the greedy answer it is that of one path
+KL = {'sampled': 'kl', 'greedy': 'path_kl'}
 TOKENS = 2048 # so many tokens' logits (N, V) are in memory at once
 # One model's answers to all prompts, their rewards, and the row of results. parts: a dict for each answer, with `gold`
 # and, if the gold score's module has a function `explain`, whatever that returns (kind, category, content, …)
@@ -52,6 +55,7 @@ class Config(RunOptions):
     rankings: str = '' # held-out rankings or comparisons, for the reward model; empty = none
     comparisons: str = '' # controlled pairs with a key `category`, for the reward model; empty = none
     gold: str = '' # a gold score, MODULE:FUNCTION, as in data.toy.world:gold; empty = none
+    overwrite: bool = False # replace the results in out_dir
     figures: bool = True # draw them (needs matplotlib)
     figure_runs: str = '' # label=folder,… of PPO runs: also draw overoptimisation.png from their logs
 
@@ -120,7 +124,7 @@ def self_bleu(texts, at_most=200):
 
 def win_rate(scores, baseline_scores):
     """Return how often scores (N,) beat baseline_scores (N,). A tie is half a win."""
-    return mean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, baseline_scores))
+    return mean(map(beats, scores, baseline_scores))
 
 def wilson(p, n, z=1.959964):
     """Return the 95 % interval of a share p in n trials.
@@ -140,7 +144,7 @@ def calibration(pairs, bins=10):
     """
     groups = {}
     for difference, preferred in pairs:
-        preferred = 0.5 if difference == 0 else preferred if difference > 0 else 1 - preferred
+        preferred = {1.0: preferred, 0.5: 0.5, 0.0: 1 - preferred}[beats(difference, 0.0)]
         p = 1 / (1 + math.exp(-abs(difference)))
         groups.setdefault(min(bins - 1, int((p - 0.5) * 2 * bins)), []).append((p, preferred))
     table = [[mean(p for p, _ in g), mean(x for _, x in g), len(g)] for _, g in sorted(groups.items())]
@@ -167,29 +171,41 @@ def perplexity(model, batches, device):
     for batch in batches:
         idx, mask = (x.to(device) for x in collate(batch)) # (B, T), (B, T-1)
         total, counted = total + (model.logp(idx, mask) * mask).sum().item(), counted + mask.sum().item()
-    return math.exp(-total / counted)
+    loss = -total / counted
+    return math.exp(loss) if loss < 700 else math.inf # also of NaN
 
-def measure_reward_model(model, tok, cfg, block_size, device):
+def check_finite(values, model, what):
+    """End the program where numbers of a model are not finite: answers and ranks made of them would look sound."""
+    if not all(map(math.isfinite, values)):
+        print(f"\nerror: {model}: its {what} are not finite; wanted sound weights, or --dtype=float32", file=sys.stderr)
+        raise SystemExit(1)
+
+def measure_reward_model(model, tok, cfg, preferences, block_size, device):
     """Measure how often a reward model orders pairs as preferred.
 
-    `ceiling` says how often the annotator's own scores without noise agree with the ranks, and `shorter_wins` how often
-    the shorter answer is preferred.
+    preferences: {'rankings' or 'comparisons': records}. `ceiling` says how often the annotator's own scores without
+    noise agree with the ranks, and `shorter_wins` how often the shorter answer is preferred. `pairs` says of how many
+    pairs each is a share.
     """
-    score = lambda path, name: score_records(model, tok, read_preferences(path), block_size, name, device)
     pairs = lambda scored: [(a, b) for record, scores in scored # better answer, worse answer
                             for (a, i), (b, j) in permutations(zip(scores, record['ranks']), 2) if i < j]
-    share = lambda scored: win_rate([a for a, _ in pairs(scored)], [b for _, b in pairs(scored)])
-    out = {}
-    if cfg.rankings:
-        scored = score(cfg.rankings, 'rankings')
-        out = dict(accuracy=share(scored), ceiling=share([(r, r['scores']) for r, _ in scored if r.get('scores')]),
-                   shorter_wins=share([(r, [-len(text) for text in r['responses']]) for r, _ in scored]))
-        out['calibration'], out['calibration_error'] = calibration([(a - b, 1.0) for a, b in pairs(scored)])
-    if cfg.comparisons:
-        groups = defaultdict(list)
-        for record, scores in score(cfg.comparisons, 'comparisons'):
-            groups[record.get('category', 'all')].append((record, scores))
-        out['by_category'] = {category: share(scored) for category, scored in groups.items()}
+    share = lambda found: win_rate([a for a, _ in found], [b for _, b in found])
+    out, groups = {}, defaultdict(list)
+    for option, records in preferences.items():
+        scored = score_records(model, tok, records, block_size, option, device)
+        check_finite([x for _, scores in scored for x in scores], f"--reward_model={cfg.reward_model}", 'scores')
+        if option == 'rankings':
+            found = dict(
+                accuracy=pairs(scored), ceiling=pairs([(r, r['scores']) for r, _ in scored if r.get('scores')]),
+                shorter_wins=pairs([(r, [-len(text) for text in r['responses']]) for r, _ in scored]))
+            out |= {name: share(these) for name, these in found.items()}
+            out['calibration'], out['calibration_error'] = calibration([(a - b, 1.0) for a, b in found['accuracy']])
+        else:
+            for record, scores in scored:
+                groups[str(record.get('category', 'all'))].append((record, scores))
+            found = {category: pairs(scored) for category, scored in groups.items()}
+            out['by_category'] = {category: share(these) for category, these in found.items()}
+        out['pairs'] = out.get('pairs', {}) | {name: len(these) for name, these in found.items()}
     return out
 
 def describe(r, written):
@@ -230,16 +246,15 @@ def print_results(results, samples, baseline):
                 [c] + [show(table[name]['by_category'][c]) for name in names] for c in table[baseline]['by_category']])
     quality = results['reward_model']
     if quality:
-        shares = {k: quality[k] for k in ('accuracy', 'ceiling', 'shorter_wins') if k in quality}
-        shares |= quality.get('by_category', {})
-        rows = [[name, show(share)] for name, share in shares.items()]
-        print_table("reward model: pairs ordered as preferred", ['pairs', 'share'], rows)
+        shares = quality | quality.get('by_category', {})
+        rows = [[name, show(shares[name]), str(n)] for name, n in quality['pairs'].items()]
+        print_table("reward model: pairs ordered as preferred", ['pairs', 'share', 'n'], rows)
     first = {} # one prompt of each kind, or without kinds the first three
     for i in range(0, len(samples), len(names)):
-        first.setdefault(samples[i].get('kind', i), i)
+        first.setdefault(str(samples[i].get('kind', i)), i)
     for i in list(first.values())[:3]:
         prompt = samples[i]['prompt']
-        print('\n' + (prompt if isinstance(prompt, str) else ' / '.join(m['content'] for m in prompt)))
+        print(f"\n{prompt if isinstance(prompt, str) else ' / '.join(m['content'] for m in prompt)!r}")
         for sample in samples[i:i + len(names)]:
             gold = f"  (gold {sample['sampled_gold']:.1f})" if 'sampled_gold' in sample else ''
             print(f"  {sample['model'].ljust(max(map(len, names)))}  {sample['sampled']!r}{gold}")
@@ -259,7 +274,7 @@ def load_models(cfg, run):
     reward_model = None
     if cfg.reward_model:
         reward_model = run.freeze(load_reward_model(cfg.reward_model).eval()).to(run.device)
-    tok = load_tokenizer(folders[cfg.baseline])
+    tok = load_tokenizer(folders[cfg.baseline], 'models')
     for model, folder in zip([*models.values(), reward_model], [*folders.values(), cfg.reward_model]):
         if model:
             check_same_vocabulary(models[cfg.baseline], model, 'models', folder, tok)
@@ -278,6 +293,9 @@ def evaluate(cfg, run):
     if cfg.text:
         data, _ = load_training_set(cfg.text, tok, block_size, max(1, TOKENS // block_size), cfg.seed, name='text')
         held_out = data.in_order(0) # every token is predicted once
+    options = ('rankings', 'comparisons') if reward_model else ()
+    preferences = {option: read_preferences(path) for option in options if (path := getattr(cfg, option))}
+    prepare_out_dir(cfg) # all input was read
     answered = {decoding: dict.fromkeys(models) for decoding in DECODINGS} # decoding -> name -> Written
     scores = lambda w: [p['gold'] for p in w.parts] or w.rewards
 
@@ -286,6 +304,7 @@ def evaluate(cfg, run):
         r = pack(prompts, answers, [[0.0] * len(a) for a in answers], tok.eos).to(run.device)
         texts = [tok.decode(a).removeprefix(' ') for a in answers]
         rewards = frozen_rewards(reward_model, r.idx, r.lengths).tolist() if reward_model else []
+        check_finite(rewards, f"--reward_model={cfg.reward_model}", 'scores')
         asked = zip((record['prompt'] for record in records), texts)
         parts = [explain(*pair) | {'gold': gold(*pair)} for pair in asked] if gold else []
         row = {}
@@ -295,7 +314,9 @@ def evaluate(cfg, run):
             row['kl'] = math.log(K) - (K - 1) / K if reference is models[baseline] else None
         else:
             rows = max(1, TOKENS // cfg.max_new_tokens) # answers per forward pass
-            row['kl'] = 0.0 if model is reference else answer_kl(model, reference, r, rows).mean().item()
+            kl = 0.0 if model is reference else answer_kl(model, reference, r, rows).mean().item()
+            check_finite([kl, ppl or 0.0], f"--models: {name}", 'KL and perplexity')
+            row[KL[decoding]] = kl
         if held_out:
             row['perplexity'] = ppl
         if scores(written): # the baseline against itself is a half by definition
@@ -306,7 +327,9 @@ def evaluate(cfg, run):
 
     bar = progress(total=2 * len(models) + (K > 0), desc='evaluate', unit='passes')
     with run.autocast():
-        quality = measure_reward_model(reward_model, tok, cfg, block_size, run.device) if reward_model else {}
+        quality = {}
+        if reward_model:
+            quality = measure_reward_model(reward_model, tok, cfg, preferences, block_size, run.device)
         for name, model in sorted(models.items(), key=lambda item: item[0] != baseline): # the baseline first
             model.to(run.device)
             ppl = perplexity(model, held_out, run.device) if held_out else None
@@ -314,7 +337,8 @@ def evaluate(cfg, run):
                 # one seed for all, so that no model's answers depend on which others are in the list; another for the
                 # baseline, so that the answers compared with its own are independent of them
                 torch.manual_seed(3 * cfg.seed + (name != baseline))
-                answers, _ = sample_answers(model, prompts, tok, cfg.max_new_tokens, temperature)
+                answers, logps = sample_answers(model, prompts, tok, cfg.max_new_tokens, temperature)
+                check_finite(chain.from_iterable(logps), f"--models: {name}", 'log-probabilities')
                 study(decoding, name, answers, model, ppl)
             if model is not reference:
                 model.to('cpu') # room for the next one
@@ -322,7 +346,9 @@ def evaluate(cfg, run):
             torch.manual_seed(3 * cfg.seed + 2)
             repeated = [p for p in prompts for _ in range(K)]
             answers, _ = sample_answers(models[baseline].to(run.device), repeated, tok, cfg.max_new_tokens)
-            best = score_answers(reward_model, repeated, answers, run.device).view(-1, K).argmax(1).tolist() # (B,)
+            scored = score_answers(reward_model, repeated, answers, run.device) # (B K,)
+            check_finite(scored.tolist(), f"--reward_model={cfg.reward_model}", 'scores')
+            best = scored.view(-1, K).argmax(1).tolist() # (B,)
             study('sampled', 'best_of_n', [answers[b * K + k] for b, k in enumerate(best)])
             answered['greedy']['best_of_n'] = answered['greedy'][baseline] # the best of n equal answers
     bar.close()
@@ -343,13 +369,23 @@ def samples_of(records, answered):
                 samples[-1] |= {decoding + '_reward': round(w.rewards[i], 6)} if w.rewards else {}
     return samples
 
-def main(cfg):
-    started = time.time()
-    run = start(cfg)
-    signal.signal(signal.SIGINT, signal.default_int_handler) # there is nothing to save: the first Ctrl-C ends
+def prepare_out_dir(cfg):
+    """Make the folder of the results, for this process alone."""
     os.makedirs(cfg.out_dir, exist_ok=True)
     if not os.access(cfg.out_dir, os.W_OK):
         fail(f"--out_dir={cfg.out_dir}: no permission; wanted a folder that can be written to")
+    if cfg.models:
+        lock(os.path.join(cfg.out_dir, '.lock'))
+
+def main(cfg):
+    started, path = time.time(), os.path.join(cfg.out_dir, 'results.json')
+    if place_among_processes()[1] > 1:
+        fail("evaluate.py measures in one process; wanted it started without torchrun")
+    if cfg.models and os.path.exists(path) and not cfg.overwrite:
+        fail(f"--out_dir={cfg.out_dir}: holds results; replace them by --overwrite=True, or choose another folder")
+    runs = figures.read_runs(named_folders(cfg.figure_runs, 'figure_runs')) if cfg.figure_runs else {}
+    run = start(cfg)
+    default_signals() # there is nothing to save: the first Ctrl-C ends
     if cfg.models:
         results, samples = evaluate(cfg, run)
         print_results(results, samples, cfg.baseline)
@@ -357,7 +393,6 @@ def main(cfg):
         results['seconds']['evaluate'] = round(time.time() - started, 2)
         # six digits; NaN and infinity become null: JSON has no word for them
         six = json.loads(json.dumps(results), parse_float=lambda x: round(float(x), 6), parse_constant=lambda x: None)
-        path = os.path.join(cfg.out_dir, 'results.json')
         write_atomic(path, json.dumps(six, indent=2) + '\n')
         print(f"wrote {path}")
         if cfg.figures:
@@ -368,8 +403,9 @@ def main(cfg):
                 intervals = [wilson(share, n) for _, share, n in quality['calibration']]
                 figures.calibration(quality['calibration'], intervals, quality['calibration_error'], cfg.out_dir)
             figures.reward_kl(results['models'], cfg.out_dir)
-    if cfg.figure_runs:
-        figures.over_optimisation(named_folders(cfg.figure_runs, 'figure_runs'), cfg.out_dir)
+    if runs:
+        prepare_out_dir(cfg)
+        figures.over_optimisation(runs, cfg.out_dir)
     stop(run)
 
 if __name__ == '__main__':

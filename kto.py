@@ -80,8 +80,14 @@ def kl_estimate(pi, ref):
     return (pi - ref).mean().clamp(min=0).detach()
 
 def mismatched(rows):
-    """Pair each prompt with the next row's answer, in a circle."""
-    return [Row(row.prompt, other.answers, {}) for row, other in zip(rows, rows[1:] + rows[:1])]
+    """Pair each prompt with the next answer to another, in a circle.
+
+    A batch may hold several answers to a prompt, and a row twice. Where all prompts are equal it is the next answer.
+    """
+    circle = rows + rows
+    others = (next((other for other in circle[i:i + len(rows)] if other.prompt != row.prompt), circle[i])
+              for i, row in enumerate(rows, 1))
+    return [Row(row.prompt, other.answers, {}) for row, other in zip(rows, others)]
 
 def tensors(rows, block_size):
     """Stack rows of one answer as idx (B, T), mask (B, T-1), lengths (B,); a mismatched prompt may be cut."""
@@ -109,21 +115,25 @@ def estimate_kl(model, reference, rows, run, at_once):
 
 def load_data(path, tok, block_size, name):
     """Load rows of one answer each in random order; a file keeps a prompt's answers together."""
-    records = read_unpaired(path)
+    records = read_unpaired(path, name)
     if not records:
         fail(f"{path}: all answers of every prompt tie; wanted some that are ranked above others")
-    rows = encode_rankings(tok, [r | {'responses': [r['response']]} for r in records], block_size, name)
+    rows = encode_rankings(tok, [r | {'responses': [r['response']], 'ended': [r.get('ended', True)]} for r in records],
+                           block_size, name)
     good = sum(row.record['label'] for row in rows)
     note(f"{name}: {good} good answers, {len(rows) - good} bad ones")
     random.Random(0).shuffle(rows)
     return rows
 
 def describe(rewards, labels, run):
-    """Return metrics of this process's implicit rewards and labels: means over all processes."""
+    """Return metrics of this process's implicit rewards and labels: means over all processes.
+
+    What there is no answer for is left out: a mean of nothing is not 0.
+    """
     everything = [pair for part in run.gather(list(zip(rewards, labels))) for pair in part]
     good, bad = ([reward for reward, label in everything if label == kind] for kind in (1.0, 0.0))
-    good, bad = (sum(x) / max(1, len(x)) for x in (good, bad))
-    return dict(desirable_reward=good, undesirable_reward=bad, margin=good - bad)
+    means = {name: sum(x) / len(x) for name, x in (('desirable_reward', good), ('undesirable_reward', bad)) if x}
+    return means | (dict(margin=means['desirable_reward'] - means['undesirable_reward']) if good and bad else {})
 
 def evaluate(model, reference, rows, cfg, run):
     """Measure the loss and its metrics on held-out rows; one z0 for all of them."""
@@ -161,7 +171,7 @@ def update(model, reference, optimizer, rows, cfg, run, step):
 
 def main(cfg):
     run = start(cfg)
-    tok = load_tokenizer(cfg.init_from)
+    tok = load_tokenizer(cfg.init_from, 'init_from')
     model = load_policy(cfg.init_from, 'init_from').to(run.device)
     reference = run.freeze(load_policy(cfg.init_from, 'init_from').to(run.device).eval())
     rows = load_data(cfg.train_data, tok, model.config.block_size, 'train')

@@ -21,6 +21,7 @@ Two conventions hold in the whole code base:
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 from common import weights
@@ -152,11 +153,22 @@ class KVCache:
         if not self.static:
             self.longest = int(self.lengths.max())
 
+def check_size(config):
+    """End the program where a model outgrows this machine's memory."""
+    n = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.block_size) * config.n_embd # less biases
+    known = 'SC_PHYS_PAGES' in getattr(os, 'sysconf_names', ()) # not on Windows
+    holds = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4 if known else 2**40
+    if n > holds or config.n_layer > 1000: # so many layers take minutes to make
+        fail(f"n_layer={config.n_layer}, n_embd={config.n_embd}, block_size={config.block_size}, a vocabulary of "
+             f"{config.vocab_size}: {n:.3g} parameters; wanted at most 1000 layers and the {holds:.3g} parameters that "
+             "fit this machine's memory")
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
             fail(f"n_embd must be a multiple of n_head, got n_embd={config.n_embd}, n_head={config.n_head}")
+        check_size(config)
         self.config = config
         self.checkpointing = False # read by `through`, set by Run.prepare
         self.compiled = None # the decoding step, see compile_decoding
@@ -361,9 +373,9 @@ class GPT(nn.Module):
         model.was_reward_model = fields['reward_head'] # in the checkpoint, before the overrides
         return model
 
-    def save_pretrained(self, folder, eos=None):
-        """Write the model's files into a folder; eos: as for common.weights.save_pretrained."""
-        weights.save_pretrained(self, folder, eos)
+    def save_pretrained(self, folder, eos=None, pad=None):
+        """Write the model's files into a folder; eos, pad: as for common.weights.save_pretrained."""
+        weights.save_pretrained(self, folder, eos, pad)
 
 def token_logp(logits, idx, mask):
     """Return log-probabilities (B, T-1) of the tokens counted by mask, 0 elsewhere.

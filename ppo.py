@@ -245,12 +245,13 @@ def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
         norms.append(optimizer_step(run, cfg, step, models.policy, optimizers['policy'], lr, last))
         if 'critic' in optimizers:
             optimizer_step(run, cfg, step, models.critic, optimizers['critic'], lr_at(step, cfg, cfg.critic_lr))
-    return {k: sum(line[k] for line in updates) / len(updates) for k in updates[0]} | dict(
-        grad_norm=sum(norms) / max(1, len(norms)), first_ratio=max(run.gather(first_ratio)), updates=len(norms), lr=lr)
+    measured = {k: sum(line[k] for line in updates) / len(updates) for k in updates[0]}
+    measured |= dict(grad_norm=sum(norms) / len(norms)) if norms else {} # none where the first one goes too far
+    return measured | dict(first_ratio=max(run.gather(first_ratio)), updates=len(norms), lr=lr)
 
 def main(cfg):
     run = start(cfg)
-    tok = load_tokenizer(cfg.policy)
+    tok = load_tokenizer(cfg.policy, 'policy')
     if cfg.ptx_coef and cfg.ptx_batch_size < (least := run.world_size * cfg.grad_accum):
         fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {least}, processes x grad_accum")
     models = load_models(cfg, run, tok)

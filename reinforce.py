@@ -169,7 +169,7 @@ def main(cfg):
     if n_prompts % run.world_size: # all answers to a prompt are sampled by one process
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {run.world_size * cfg.n_answers}, "
              "processes x n_answers")
-    tok = load_tokenizer(cfg.policy)
+    tok = load_tokenizer(cfg.policy, 'policy')
     models = policy, *_ = load_actors(cfg, run, tok) # policy, reward model, reference
     records = read_records(cfg.prompts, 'prompts')
     gold = load_gold(cfg.gold, records, cfg.prompts)

@@ -14,13 +14,14 @@ Differs from InstructGPT: ties make no pair. The final shift and gain are folded
 deviation 1 on training answers; Ziegler et al. 2019).
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
 from common.batches import Batches, collate_answers, load_rankings, split, split_by_tokens, to_table
 from common.checkpoints import load_checkpoint, load_policy, load_weights, log, prepare_out_dir, save_checkpoint
 from common.options import TrainOptions, launch, require
-from common.rollout import pair_agreement, score_packed
+from common.rollout import beats, pair_agreement, score_packed
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, finish_step, make_optimizer, take_step, training_bar
@@ -94,6 +95,14 @@ def normalise_rewards(model, mean, std):
     w /= std
     model.ln_f.bias -= (mean / std) * w / w.dot(w)
 
+def preference_loss(scores, rows, margins):
+    """Return the loss () of scores (N,), of all answers of rows: a mean over prompts; margins: as in update."""
+    ranks = torch.tensor([rank for row in rows for rank in row.ranks], device=scores.device) # (N,)
+    if margins: # of comparisons, a pair each
+        margin = torch.tensor([margin_of(row) for row in rows], device=scores.device) # (B,)
+        return bradley_terry_loss(scores[ranks == 0], scores[ranks == 1], margin)
+    return ranking_loss(to_table(scores, rows, 0.0), to_table(ranks, rows, -1)) # (B, K) each
+
 def score_rows(model, rows, run):
     """Score all answers of rows, a flat list in their order; each process scores its share of the rows."""
     parts = split(rows, max(1, len(rows) // 32))
@@ -102,13 +111,15 @@ def score_rows(model, rows, run):
     model.train()
     return [score for i in range(len(parts)) for score in scores[i]]
 
-def evaluate(model, rows, run):
-    """Measure the share of held-out pairs that are ordered as preferred.
+def evaluate(model, rows, run, margins=False):
+    """Measure the loss and the share of held-out pairs ordered as preferred.
 
-    val_accuracy: by the model. val_ceiling: by the annotator's own noise-free scores, where the records have them.
-    val_shorter_wins: by length, the shorter one first.
+    val_loss: as in update, without the part of lm_coef. val_accuracy: by the model. val_ceiling: by the annotator's own
+    noise-free scores, where the records have them. val_shorter_wins: by length, the shorter one first. val_pairs: their
+    number. margins: as in update.
     """
     flat, points, start = score_rows(run.whole(model), rows, run), {}, 0
+    loss = preference_loss(torch.tensor(flat), rows, margins).item()
     for row in rows:
         guesses = dict(val_accuracy=flat[start:start + len(row.answers)], val_ceiling=row.record.get('scores'),
                        val_shorter_wins=[-len(text) for text in row.record['responses']])
@@ -118,7 +129,8 @@ def evaluate(model, rows, run):
                 right, n = pair_agreement(scores, row.ranks)
                 total = points.setdefault(name, [0, 0])
                 total[0], total[1] = total[0] + right, total[1] + n
-    return {name: right / max(1, n) for name, (right, n) in points.items()}
+    shares = {name: right / n for name, (right, n) in points.items()}
+    return dict(val_loss=loss) | shares | dict(val_pairs=points['val_accuracy'][1])
 
 def margin_of(row):
     """Return how much better chosen was found than rejected, 0 for rankings."""
@@ -143,24 +155,18 @@ def update(model, optimizer, rows, cfg, run, step, margins=False):
         with run.autocast():
             logp, scores = model.answers(answers) # (N,) each, logp of the best answers alone
         better, worse = scores[answers.pairs].unbind(1) # one entry per pair
-        if margins:
-            margin = torch.tensor([margin_of(row) for row in part], device=run.device) # (B,), one pair each
-            loss = bradley_terry_loss(better, worse, margin)
-        else:
-            ranks = torch.tensor([rank for row in part for rank in row.ranks], device=run.device) # (N,)
-            loss = ranking_loss(to_table(scores, part, 0.0), to_table(ranks, part, -1)) # (B, K) each
-        loss = loss * len(part) / len(rows)
+        loss = preference_loss(scores, part, margins) * len(part) / len(rows)
         if cfg.lm_coef:
             loss = loss - cfg.lm_coef * logp.sum() / n_best
         run.backward(loss)
         means.add(dict(loss=loss), 1.0)
-        right, n_pairs = right + (better > worse).sum(), n_pairs + len(better)
+        right, n_pairs = right + beats(better, worse).sum(), n_pairs + len(better)
     measured = means.sum(run) | dict(accuracy=(run.sum(right) / run.sum(n_pairs)).item())
     return take_step(run, cfg, step, model, optimizer, measured)
 
 def main(cfg):
     run = start(cfg)
-    tok = load_tokenizer(cfg.init_from)
+    tok = load_tokenizer(cfg.init_from, 'init_from')
     model = load_policy(cfg.init_from, 'init_from', reward_head=True, dropout=cfg.dropout).to(run.device)
     rows = load_rankings(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val')
@@ -172,28 +178,28 @@ def main(cfg):
     run.prepare(model, cfg)
     optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
-    if state and state['before_normalising']: # the run had ended: resume from its scores before normalising
+    if state: # its weights are normalised
         load_weights(model, state['before_normalising'])
 
-    measure = lambda: evaluate(model, val, run)
+    measure = lambda: evaluate(model, val, run, margins)
 
     def save(step):
-        whole, before = run.whole(model), {}
-        if step == cfg.max_steps:
-            changed = ('reward_head.weight', 'ln_f.bias')
-            before = {k: v.clone() for k, v in whole.state_dict().items() if k in changed}
-            scores = torch.tensor(score_rows(whole, rows[:cfg.normalise_on], run))
-            if not scores.std() > 1e-6: # only one text, or a model that scores all alike
-                print(f"error: the scores of the training answers do not differ, they cannot be normalised; nothing "
-                      f"was saved since the last checkpoint in {cfg.out_dir}", file=sys.stderr)
-                raise SystemExit(1)
+        whole = run.whole(model)
+        before = {k: whole.state_dict()[k].clone() for k in ('reward_head.weight', 'ln_f.bias')}
+        scores = torch.tensor(score_rows(whole, rows[:cfg.normalise_on], run))
+        if 1e-6 < scores.std() < math.inf:
             normalise_rewards(whole, scores.mean(), scores.std())
+        elif step == cfg.max_steps: # only one text, or a model that scores all alike
+            print(f"error: the scores of the training answers do not differ, they cannot be normalised; nothing "
+                  f"was saved since the last checkpoint in {cfg.out_dir}", file=sys.stderr)
+            raise SystemExit(1)
         save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
+        load_weights(whole, before) # training goes on with these
 
     bar = training_bar(run, cfg, state)
     for step in bar:
         if val and cfg.eval_every and step % cfg.eval_every == 0:
-            log(run, cfg, step, val_accuracy=measure()['val_accuracy'])
+            log(run, cfg, step, **measure())
         measured = update(model, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step, margins)
         finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure if val else None)
     stop(run)

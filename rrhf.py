@@ -17,6 +17,7 @@ from common.batches import Batches, by_length, collate_answers, load_rankings, s
 from common.checkpoints import load_checkpoint, load_policy, log, prepare_out_dir, save_checkpoint
 from common.options import TrainOptions, launch, require
 from common.records import goodness
+from common.rollout import beats
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, finish_step, make_optimizer, take_step, training_bar
@@ -73,7 +74,7 @@ def batch_loss(logp, rows, answers, cfg):
     rank_loss = rrhf_loss(mean_logp, scores)
     sft_loss = -mean_logp.gather(1, best[:, None]).mean()
     pairs = scores[:, :, None] > scores[:, None, :] # (B, K, K)
-    right = pairs & (mean_logp[:, :, None] > mean_logp[:, None, :]) # (B, K, K)
+    right = pairs * beats(mean_logp[:, :, None], mean_logp[:, None, :]) # (B, K, K)
     return cfg.rank_coef * rank_loss + sft_loss, dict(
         rank_loss=rank_loss, sft_loss=sft_loss,
         accuracy=(right.sum((1, 2)) / pairs.sum((1, 2))).mean()) # share of each prompt's pairs in order
@@ -108,7 +109,7 @@ def update(model, optimizer, rows, cfg, run, step):
 
 def main(cfg):
     run = start(cfg)
-    tok = load_tokenizer(cfg.init_from)
+    tok = load_tokenizer(cfg.init_from, 'init_from')
     model = load_policy(cfg.init_from, 'init_from').to(run.device)
     rows = load_rankings(cfg.train_data, tok, model.config.block_size, 'train', cfg.use_scores)
     val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val', cfg.use_scores)

@@ -10,15 +10,15 @@ forgets all; an empty line, Ctrl-D or Ctrl-C ends. An answer ends with the end-o
 
 import codecs
 import contextlib
-import signal
 import sys
 from dataclasses import dataclass
 
 from common.checkpoints import load_policy, load_reward_model
 from common.options import RunOptions, fail, launch, require
 from common.rollout import check_context, check_same_vocabulary, score_answers
-from common.run import start, stop
+from common.run import default_signals, start, stop
 from common.tokens import SPEAKER, load_tokenizer, prompt_ids, response_ids
+from feedback.annotators import check_finite, visible
 
 STOP = SPEAKER['user'].rstrip() # "### Human:"
 
@@ -56,12 +56,12 @@ def until_next_turn(pieces):
 
     A possible beginning of either is held back until the next piece decides, so that none of it is ever printed.
     """
-    beginnings = [stop[:n] for stop in (STOP, '\n' + STOP) for n in range(len(stop))] # '' is one of them
+    beginnings = [stop[:n] for stop in (STOP, '\n' + STOP, '\r\n' + STOP) for n in range(len(stop))] # '' is one
     held = ''
     for piece in pieces:
         said, stop, _ = (held + piece).partition(STOP)
         if stop:
-            yield said.removesuffix('\n')
+            yield said.removesuffix('\n').removesuffix('\r')
             return
         n = max(len(b) for b in beginnings if said.endswith(b))
         yield said[:len(said) - n]
@@ -83,9 +83,9 @@ def fit(tok, messages, room):
 
 def main(cfg):
     run = start(cfg)
-    signal.signal(signal.SIGINT, signal.default_int_handler) # there is nothing to save: the first Ctrl-C ends
+    default_signals() # there is nothing to save: the first Ctrl-C ends
     sys.stdout.reconfigure(errors='replace') # a character that the terminal does not know is no reason to stop
-    tok = load_tokenizer(cfg.policy)
+    tok = load_tokenizer(cfg.policy, 'policy')
     model = load_policy(cfg.policy).to(run.device).eval()
     if cfg.reward_model:
         reward_model = load_reward_model(cfg.reward_model).to(run.device).eval()
@@ -100,7 +100,8 @@ def main(cfg):
         tokens, text = [], ''
 
         def heard():
-            for _, new, _ in model.stream([ids], longest, cfg.temperature, cfg.top_k, cfg.top_p, tok.eos):
+            for _, new, logp in model.stream([ids], longest, cfg.temperature, cfg.top_k, cfg.top_p, tok.eos):
+                check_finite(logp.tolist(), f"--policy={cfg.policy}: its probabilities")
                 tokens.append(new.item())
                 yield tokens[-1]
 
@@ -108,13 +109,14 @@ def main(cfg):
             try:
                 for piece in until_next_turn(stream_text(tok, heard())):
                     text += piece
-                    print(piece, end='', flush=True)
+                    print(visible(piece), end='', flush=True)
             except KeyboardInterrupt:
                 if cfg.prompt:
                     raise
             if cfg.reward_model:
                 said = response_ids(tok, text) if STOP in tok.decode(tokens) else tokens # score what was printed
                 score = score_answers(reward_model, [ids], [said], run.device).item()
+                check_finite([score], f"--reward_model={cfg.reward_model}: its scores")
                 print(f"   [score {score:.2f}]", end='')
         print()
         return text

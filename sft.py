@@ -38,7 +38,7 @@ class Config(TrainOptions):
     dropout: float = 0.0
     train_data: str = '' # demonstrations (.jsonl), or text (.jsonl or .txt)
     val_data: str = '' # the same, held out
-    val_fraction: float = 0.0 # without val_data: hold out this last part of train_data
+    val_fraction: float = 0.0 # without val_data: hold out this share of train_data's prompts, of packed text the end
     loss_on: str = 'response' # response, or all tokens; text always counts all
     packed: bool = True # text: windows of block_size tokens, across documents; False: one document a row
     teacher: str = '' # a checkpoint folder: learn its token distributions in place of the tokens; empty = none
@@ -137,7 +137,7 @@ def main(cfg):
         tok = load_tokenizer(cfg.tokenizer)
         model = GPT(GPTConfig(cfg.block_size, tok.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout))
     else:
-        tok = load_tokenizer(cfg.init_from)
+        tok = load_tokenizer(cfg.init_from, 'init_from')
         model = load_policy(cfg.init_from, 'init_from', dropout=cfg.dropout)
     model.to(run.device)
     teacher = load_teacher(cfg, model, tok)

@@ -4,6 +4,7 @@ Rows are right-padded. Masks come from lengths, never from token ids. A row carr
 """
 
 import bisect
+import hashlib
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from common.tokens import dialogue, prompt_ids, response_ids
 class Row(NamedTuple):
     """Hold a prompt and its answers as ids, and their record."""
     prompt: list # ids (P,)
-    answers: list # K lists of ids, each with its EOS
+    answers: list # K lists of ids, each with its EOS unless it was cut off
     record: dict
 
     @property
@@ -40,10 +41,14 @@ def truncate(prompt, n_response, block_size):
     room = block_size - n_response
     return prompt[-room:] if room > 0 else None
 
-def report(name, rows, cut, left_out, block_size):
-    """Print how many records were kept, cut and left out; return the rows. Without any the program ends."""
+def report(name, rows, cut, left_out, block_size, open_ended=0):
+    """Print how many records were kept, cut and left out; return the rows. Without any the program ends.
+
+    open_ended: answers that were cut off while they were written. They have no EOS.
+    """
     note(f'{name}: {len(rows)} rows, {cut} prompts cut, {left_out} left out'
-         + (f' (a response alone fills {block_size} tokens)' if left_out else ''))
+         + (f' (a response alone fills {block_size} tokens)' if left_out else '')
+         + (f', {open_ended} answers without an end' if open_ended else ''))
     if not rows:
         fail(f'{name}: no row is left: every response alone fills block_size={block_size} tokens')
     return rows
@@ -54,10 +59,11 @@ def encode_text(tok, records):
 
 def encode_demonstrations(tok, records, block_size, loss_on='response', name='demonstrations'):
     """Encode to a list of (ids (T,), mask (T,)); loss_on="all" learns every token. A cut takes the oldest turns."""
-    rows, cut, left_out = [], 0, 0
+    rows, cut, left_out, open_ended = [], 0, 0, 0
     for record in records:
         ids, mask = dialogue(tok, record)
         start = len(mask) - mask[::-1].index(0) # where the last response begins; a prompt token always precedes it
+        open_ended += not record.get('ended', True)
         prompt = truncate(ids[:start], len(ids) - start, block_size)
         if prompt is None:
             left_out += 1
@@ -65,25 +71,26 @@ def encode_demonstrations(tok, records, block_size, loss_on='response', name='de
         cut += len(prompt) < start
         ids, mask = prompt + ids[start:], mask[start - len(prompt):]
         rows.append((ids, [1] * len(ids) if loss_on == 'all' else mask))
-    return report(name, rows, cut, left_out, block_size)
+    return report(name, rows, cut, left_out, block_size, open_ended)
 
 def encode_rankings(tok, records, block_size, name='rankings'):
     """Encode records with `prompt` and `responses` as Rows; a prompt is cut to fit its longest response."""
-    rows, cut, left_out = [], 0, 0
+    rows, cut, left_out, open_ended = [], 0, 0, 0
     for record in records:
-        whole = prompt_ids(tok, record['prompt'])
-        answers = [response_ids(tok, text) for text in record['responses']]
+        whole, ended = prompt_ids(tok, record['prompt']), record.get('ended') or [True] * len(record['responses'])
+        answers = [response_ids(tok, *answer) for answer in zip(record['responses'], ended)]
+        open_ended += ended.count(False)
         prompt = truncate(whole, max(map(len, answers)), block_size)
         if prompt is None:
             left_out += 1
             continue
         cut += len(prompt) < len(whole)
         rows.append(Row(prompt, answers, record))
-    return report(name, rows, cut, left_out, block_size)
+    return report(name, rows, cut, left_out, block_size, open_ended)
 
 def load_rankings(path, tok, block_size, name, use_scores=False):
     """Load rankings or comparisons as rows, without ties and too long answers."""
-    return encode_rankings(tok, read_ranked(path, use_scores), block_size, name) if path else None
+    return encode_rankings(tok, read_ranked(path, use_scores, name), block_size, name) if path else None
 
 def encode_prompts(tok, records, room, name='prompts'):
     """Encode prompts to lists of ids, cut to `room` = block_size - max_new_tokens."""
@@ -260,27 +267,46 @@ class Windows:
         rows = rows[:n_batches * self.batch_size or None]
         return [rows[i:i + size] for i in range(0, len(rows), size)]
 
+def hold_out(records, fraction):
+    """Split records into two parts, of which no prompt is in both.
+
+    A hash of the prompts chooses the second part: this fraction of the different prompts.
+    """
+    def key(record): # of a conversation its first question, of plain text all of it
+        first = next((m['content'] for m in record.get('messages', ()) if m['role'] == 'user'), record.get('text'))
+        return hashlib.sha256(str(record.get('prompt', first)).encode()).digest()
+
+    keys = sorted({key(record) for record in records})
+    held = {*keys[:round(fraction * len(keys))]}
+    return [r for r in records if key(r) not in held], [r for r in records if key(r) in held]
+
 def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response', packed=True, name='train',
                       val_fraction=0.0):
     """Load a file of demonstrations or of text for cross-entropy.
 
-    Returns Demonstrations, or Windows for packed text. A second one holds the last val_fraction of the data, else None.
+    Returns Demonstrations, or Windows for packed text. A second one holds val_fraction of the prompts, of packed text
+    the end, else None.
     """
-    if is_text_file(path) and not packed: # a text a row, its beginning where it is too long
-        data = [(ids[:block_size], [1] * min(len(ids), block_size))
-                for ids in (tok.encode(r['text']) + [tok.eos] for r in read_records(path, 'text'))]
-        cut = sum(ids[-1] != tok.eos for ids, _ in data)
-        note(f'{name}: {len(data)} texts, {cut} cut to {block_size} tokens')
-        wrap = lambda part: Demonstrations(part, batch_size, seed)
-    elif is_text_file(path):
-        data = encode_text(tok, read_records(path, 'text')) # (N,)
-        note(f'{name}: {len(data)} tokens of text')
+    text = is_text_file(path)
+    records = read_records(path, 'text' if text else 'demonstrations')
+    if text and packed:
+        stream = encode_text(tok, records) # (N,)
+        note(f'{name}: {len(stream)} tokens of text')
+        cut = math.ceil(len(stream) * (1 - val_fraction))
+        parts, least = [stream[:cut], stream[cut:]], 2 # a stream of one token predicts nothing
         wrap = lambda part: Windows(part, block_size, batch_size, seed)
     else:
-        data = encode_demonstrations(tok, read_records(path, 'demonstrations'), block_size, loss_on, name)
+        parts, least = hold_out(records, val_fraction), 1
         wrap = lambda part: Demonstrations(part, batch_size, seed)
-    cut = math.ceil(len(data) * (1 - val_fraction))
-    least = 2 if isinstance(data, np.ndarray) else 1 # a stream of one token predicts nothing
-    if cut < least or val_fraction and len(data) - cut < least:
-        fail(f'{path}: {len(data)} rows or tokens are too few with val_fraction={val_fraction}')
-    return wrap(data[:cut]), wrap(data[cut:]) if cut < len(data) else None
+    if len(parts[0]) < least or val_fraction and len(parts[1]) < least:
+        n = sum(map(len, parts))
+        fail(f'{path}: {n} rows or tokens are too few with val_fraction={val_fraction}')
+    if not text:
+        parts = [part and encode_demonstrations(tok, part, block_size, loss_on, of)
+                 for part, of in zip(parts, (name, 'val'))]
+    elif not packed: # a text a row, its beginning where it is too long
+        parts = [[tok.encode(r['text']) + [tok.eos] for r in part] for part in parts]
+        cut = sum(len(ids) > block_size for part in parts for ids in part)
+        note(f'{name}: {len(records)} texts, {cut} cut to {block_size} tokens')
+        parts = [[(ids[:block_size], [1] * min(len(ids), block_size)) for ids in part] for part in parts]
+    return wrap(parts[0]), wrap(parts[1]) if len(parts[1]) else None

@@ -1,11 +1,13 @@
 """Save and load checkpoints that survive a kill, and write the log.
 
-A checkpoint is a folder: config.json and model.safetensors in the Hugging Face layout, the tokenizer, log.jsonl, and
-state.pt to resume from. state.pt is loaded as plain tensors and values only.
+A checkpoint is a folder: config.json and model.safetensors in the Hugging Face layout, the tokenizer, log.jsonl,
+state.pt to resume from (loaded as plain tensors and values only), and options.json: every option, whether the run has
+finished, the digests of its inputs and files.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -13,48 +15,83 @@ import sys
 import time
 
 import torch
-import torch.distributed as dist
 
 from common import weights
 from common.options import fail, note
-from common.records import write_atomic
+from common.records import lock, read_json, write_atomic
 from common.run import is_spread, spread_like
 from model import GPT
+
+MODELS = ('init_from', 'policy', 'reward_model', 'teacher') # options that name what a run reads
+DATA = ('train_data', 'val_data', 'prompts', 'ptx_data')
+# files of an older checkpoint that a newer one may not have
+OPTIONAL = ('tokenizer.tiktoken', 'tokenizer_name', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json')
+
+def digest(*paths):
+    """Return the sha256 of files, one after the other, in hex."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, 'rb') as f:
+            total.update(hashlib.file_digest(f, 'sha256').digest())
+    return total.hexdigest()
+
+def inputs_of(cfg):
+    """Return {option: digest} of the models and data that a run reads."""
+    given = lambda names: {name: getattr(cfg, name) for name in names if getattr(cfg, name, '') not in ('', 'scratch')}
+    return ({name: digest(*weights.weight_files(folder)) for name, folder in given(MODELS).items()}
+            | {name: digest(*(paths if os.path.exists(paths[0]) else [path])) for name, path in given(DATA).items()
+               if (paths := path.split(','))})
 
 def prepare_out_dir(run, cfg):
     """Check and make the checkpoint's folder, after all input was read.
 
-    So bad input costs no old checkpoint. One that is in the folder is replaced only with --overwrite=True. Starts an
-    empty log unless the run is resumed.
+    An old checkpoint in it is replaced only with --overwrite=True, and stays whole until the new run's first save.
+    Until then that run logs to log.new.jsonl. --resume=auto becomes True or False.
     """
-    for key in ('init_from', 'policy', 'reward_model', 'teacher'):
+    cfg.resume, run.inputs = run.first(lambda: check_out_dir(cfg)), inputs_of(cfg)
+    mine = dataclasses.asdict(cfg) | run.inputs
+    for rank, theirs in enumerate(run.gather(mine)):
+        for key in mine:
+            if theirs[key] != mine[key]: # or the processes would wait for one another in vain, some steps later
+                fail(f"--{key}: process {rank} has another one than process {run.rank}; wanted the same in all")
+
+def check_out_dir(cfg):
+    """Prepare out_dir in the first process; return whether to resume."""
+    for key in MODELS:
         folder = getattr(cfg, key, '')
         if folder not in ('', 'scratch') and os.path.realpath(folder) == os.path.realpath(cfg.out_dir):
             fail(f"--out_dir={cfg.out_dir}: is --{key} too; wanted another folder: a run needs what it began from")
-    if run.is_master:
-        try:
-            os.makedirs(cfg.out_dir, exist_ok=True)
-            finish_save(cfg.out_dir)
-            if cfg.resume and not os.path.exists(os.path.join(cfg.out_dir, 'state.pt')):
-                fail(f"--resume=True: {cfg.out_dir}/state.pt is missing, there is no checkpoint to resume from")
-            here = os.path.exists(os.path.join(cfg.out_dir, 'config.json'))
-            if here and not cfg.resume and not cfg.overwrite:
-                fail(f"--out_dir={cfg.out_dir}: holds a checkpoint; continue it by --resume=True, replace it by "
-                     "--overwrite=True, or choose another folder")
-            if not os.access(cfg.out_dir, os.W_OK):
-                fail(f"--out_dir={cfg.out_dir}: no permission; wanted a folder that can be written to")
-            if not cfg.resume:
-                for name in ('state.pt', 'config.json', 'model.safetensors', 'tokenizer.tiktoken', 'tokenizer_name'):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.remove(os.path.join(cfg.out_dir, name))
-                open(os.path.join(cfg.out_dir, 'log.jsonl'), 'w').close()
-        except OSError as e:
-            fail(f"--out_dir={cfg.out_dir}: {e.strerror}; wanted a folder that can be written to")
-    if run.world_size > 1:
-        dist.barrier()
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        if not os.access(cfg.out_dir, os.W_OK):
+            fail(f"--out_dir={cfg.out_dir}: no permission; wanted a folder that can be written to")
+        lock(os.path.join(cfg.out_dir, '.lock'))
+        finish_save(cfg.out_dir)
+        state, here = (os.path.exists(os.path.join(cfg.out_dir, name)) for name in ('state.pt', 'config.json'))
+        resume = state if cfg.resume == 'auto' else cfg.resume
+        if resume and not state:
+            fail(f"--resume=True: {cfg.out_dir}/state.pt is missing, there is no checkpoint to resume from")
+        if here and not resume and not cfg.overwrite:
+            fail(f"--out_dir={cfg.out_dir}: holds a checkpoint; continue it by --resume=True, replace it by "
+                 "--overwrite=True, or choose another folder")
+        log, new = (os.path.join(cfg.out_dir, name) for name in ('log.jsonl', 'log.new.jsonl'))
+        for unsaved in (new, *([] if here else [log])): # of a run that ended before its first save
+            if os.path.exists(unsaved):
+                kept = os.path.join(cfg.out_dir, 'log.unsaved.jsonl')
+                os.replace(unsaved, kept) if read_log(unsaved) else os.remove(unsaved)
+        if not resume:
+            open(new if here else log, 'w').close()
+    except OSError as e:
+        fail(f"--out_dir={cfg.out_dir}: {e.strerror}; wanted a folder that can be written to")
+    return resume
+
+def log_of(out_dir):
+    """Return the path of the log of the run at work."""
+    new = os.path.join(out_dir, 'log.new.jsonl')
+    return new if os.path.exists(new) else os.path.join(out_dir, 'log.jsonl')
 
 def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
-    """Write a checkpoint folder: weights, tokenizer, and state.pt to resume from.
+    """Write a checkpoint folder: weights, tokenizer, options.json, and state.pt to resume from.
 
     step: the number of finished steps. optimizers: {name: optimizer}. more: further state, tensors and plain values.
     All files are first written to out_dir/.saving. The rename to .saved makes the new checkpoint count. If a kill
@@ -76,16 +113,27 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
         state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
     if not run.is_master:
         return
+    for name, p in model.named_parameters():
+        if not torch.stack(p.aminmax()).isfinite().all(): # of all that is NaN both are NaN
+            print(f"error: {name} is not finite after step {step}; nothing was saved since the last checkpoint in "
+                  f"{cfg.out_dir}; a lower --lr usually helps", file=sys.stderr)
+            raise SystemExit(1)
     new = os.path.join(cfg.out_dir, '.saving')
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
-        model.save_pretrained(new, tokenizer.eos)
-        tokenizer.save(new)
-        log_lines = len(read_log(os.path.join(cfg.out_dir, 'log.jsonl'))) # a resumed run drops later lines
-        state = dict(step=step, script=script_of(cfg), options=dataclasses.asdict(cfg), log_lines=log_lines, rng=rng,
-                     scaler=run.scaler.state_dict(), optimizers=states, **more)
-        torch.save(state, os.path.join(new, 'state.pt'))
+        model.save_pretrained(new, tokenizer.eos, tokenizer.pad)
+        tokenizer.save(new, 'left' if model.reward_head is None else 'right')
+        log_lines = len(read_log(log_of(cfg.out_dir))) # a resumed run drops later lines
+        about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step)
+        more |= dict(log_lines=log_lines, rng=rng, scaler=run.scaler.state_dict(), optimizers=states)
+        torch.save(about | more, os.path.join(new, 'state.pt'))
+        files = {name: digest(os.path.join(new, name)) for name in ('model.safetensors', 'state.pt')}
+        about |= dict(finished=step >= cfg.max_steps, inputs=run.inputs, files=files, torch=torch.__version__)
+        write_atomic(os.path.join(new, 'options.json'), json.dumps(about, indent=1))
+        for name in os.listdir(new): # on the disk before the rename is
+            with open(os.path.join(new, name), 'rb') as f:
+                os.fsync(f.fileno())
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
     except (OSError, RuntimeError) as e: # torch.save reports a full disk as RuntimeError
@@ -102,19 +150,35 @@ def save_if_due(run, cfg, step, save):
     if stopping:
         if run.is_master:
             print(f"saved {cfg.out_dir} at step {step}; --resume=True continues from there", file=sys.stderr)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(stopping)
 
 def finish_save(out_dir):
     """Move the files of a completely written checkpoint into place; a start after a kill calls it too."""
-    done = os.path.join(out_dir, '.saved')
+    done, log = os.path.join(out_dir, '.saved'), os.path.join(out_dir, 'log.new.jsonl')
     if os.path.isdir(done):
-        for name in sorted(os.listdir(done)):
+        names = sorted(os.listdir(done))
+        for name in OPTIONAL if 'config.json' in names else (): # the first to move: none has moved yet
+            if name not in names and os.path.exists(os.path.join(out_dir, name)):
+                os.remove(os.path.join(out_dir, name))
+        if os.path.exists(log):
+            os.replace(log, os.path.join(out_dir, 'log.jsonl'))
+        for name in names:
             os.replace(os.path.join(done, name), os.path.join(out_dir, name))
         os.rmdir(done)
 
 def script_of(cfg):
     """Return the name of the script whose Config this is."""
     return os.path.basename(sys.modules[type(cfg).__module__].__file__)
+
+def read_about(out_dir):
+    """Read options.json; fail where the files beside it have changed."""
+    about = read_json(os.path.join(out_dir, 'options.json'), 'what save_checkpoint writes')
+    for name, expected in about.get('files', {}).items():
+        path = os.path.join(out_dir, name)
+        if digest(path) != expected:
+            fail(f"{path}: not a state to resume from (it changed since it was saved: its sha256 is not the one in "
+                 "options.json)")
+    return about
 
 def load_weights(model, tensors):
     """Fill named parameters of a model, fsdp or not, from whole tensors."""
@@ -132,11 +196,16 @@ def load_checkpoint(run, cfg, model, optimizers):
     path = os.path.join(cfg.out_dir, 'state.pt')
     if not os.path.exists(path):
         fail(f"--resume=True: {path} is missing, there is no checkpoint to resume from")
+    began = run.first(lambda: read_about(cfg.out_dir)).get('inputs', {}) # {option: digest}
     fields, *tensors = weights.open_pretrained(cfg.out_dir)
     for name, old in fields.items():
         new = getattr(model.config, name)
         if old != new:
             fail(f"--resume=True: {name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
+    for name, value in run.inputs.items():
+        if value != began.get(name, value):
+            told = f"--{name}={getattr(cfg, name)}: is not what the run in {cfg.out_dir} began with"
+            fail(f"{told}; wanted the same model") if name in MODELS else note(f"{told}; going on with it")
     if any(map(is_spread, model.parameters())): # they cannot be filled in place
         whole = GPT(model.config)
         weights.load_tensors(whole, *tensors)
@@ -176,24 +245,34 @@ def log(run, cfg, step, **metrics):
     """Append a line to out_dir/log.jsonl; step counts finished optimizer steps (iterations in the RL scripts)."""
     if run.is_master:
         line = dict(step=step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}, time=round(time.time(), 2))
-        with open(os.path.join(cfg.out_dir, 'log.jsonl'), 'a', encoding='utf-8') as f:
+        os.makedirs(cfg.out_dir, exist_ok=True) # somebody may have removed it
+        with open(log_of(cfg.out_dir), 'a', encoding='utf-8') as f:
             f.write(json.dumps(line) + '\n')
 
 def read_log(path):
     """Return the lines of a log.jsonl; a last one that a kill cut short is dropped."""
     lines = []
     if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8', errors='replace') as f:
             for text in f:
                 with contextlib.suppress(json.JSONDecodeError):
                     lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
+
+def note_unfinished(folder, option):
+    """Note that a checkpoint was saved before its run's end."""
+    path = os.path.join(folder, 'options.json')
+    about = read_json(path) if os.path.exists(path) else {}
+    if about.get('finished') is False:
+        steps = about.get('options', {}).get('max_steps', '?')
+        note(f"--{option}={folder}: unfinished, saved at step {about.get('step', '?')} of {steps}")
 
 def load_policy(folder, option='policy', **overrides):
     """Load a language model; a reward model is refused, naming the option that gave it."""
     model = GPT.from_pretrained(folder, **dict(value_head=False) | overrides) # a PPO checkpoint may hold its critic
     if model.was_reward_model:
         fail(f"--{option}={folder}: is a reward model, wanted a language model")
+    note_unfinished(folder, option)
     return model
 
 def load_reward_model(folder, option='reward_model', **overrides):
@@ -201,4 +280,5 @@ def load_reward_model(folder, option='reward_model', **overrides):
     model = GPT.from_pretrained(folder, **overrides)
     if not model.was_reward_model:
         fail(f"--{option}={folder}: is a language model, wanted a reward model (made by reward.py)")
+    note_unfinished(folder, option)
     return model

@@ -9,20 +9,32 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import math
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
+from typing import get_args
 
 def fail(message):
     """Print the user's error in one line; exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    escape = lambda found: found[0].encode('unicode_escape').decode() # a text in it may hold line ends or worse
+    print('error: ' + re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]', escape, message), file=sys.stderr)
     raise SystemExit(2)
 
 def note(text):
     """Print a line for the user, from the first process alone."""
     if os.environ.get('RANK', '0') == '0':
         print(text, flush=True)
+
+def leave_closed_terminal():
+    """Send the output nowhere where the terminal is closed: to write to it is an error."""
+    for file in (1, 2):
+        try:
+            os.write(file, b'')
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file)
 
 def require(cfg, **wishes):
     """Raise ValueError where a wish does not hold, as in require(self, lr=(self.lr > 0, 'above 0'))."""
@@ -33,7 +45,7 @@ def require(cfg, **wishes):
 # ---- options that scripts share ---------------------------------------------------------------------------------
 
 AT_LEAST = dict( # checked in every script that has the option
-    max_steps=0, epochs=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0, weight_decay=0, eval_every=0,
+    max_steps=0, epochs=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0, weight_decay=0, beta2=0, eval_every=0,
     eval_batches=0, save_every=0, log_every=1, n_layer=1, n_head=1, n_embd=1, block_size=2, max_new_tokens=1, seed=0,
     # of the reinforcement learning scripts
     minibatches=1, kl_coef=0, kl_target=0, missing_eos_penalty=0, clip=0, value_clip=0, value_coef=0, entropy_coef=0,
@@ -51,6 +63,8 @@ class RunOptions:
         for key, low in AT_LEAST.items():
             if hasattr(self, key):
                 require(self, **{key: (getattr(self, key) >= low, f"at least {low}")})
+        if hasattr(self, 'beta2'):
+            require(self, beta2=(self.beta2 < 1, 'below 1'))
         for key, choices in ONE_OF.items():
             if hasattr(self, key):
                 require(self, **{key: (getattr(self, key) in choices, f"one of {', '.join(choices)}")})
@@ -67,12 +81,13 @@ class TrainOptions(RunOptions):
     out_dir: str = 'out/run' # the checkpoint
     save_every: int = 500 # steps between checkpoints; 0 = only at the end
     log_every: int = 10 # steps between lines of log.jsonl
-    resume: bool = False # resume from the checkpoint in out_dir
+    resume: bool | str = False # resume from the checkpoint in out_dir; auto: if there is one
     overwrite: bool = False # replace the checkpoint in out_dir
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, compile=(not (self.fsdp and self.compile), 'False with fsdp=True'),
+        require(self, resume=(self.resume in (True, False, 'auto'), 'True, False or auto'),
+                compile=(not (self.fsdp and self.compile), 'False with fsdp=True'),
                 batch_size=(getattr(self, 'batch_size', 1) >= 1, 'at least 1'))
 
 # ---- the command line -------------------------------------------------------------------------------------------
@@ -82,35 +97,40 @@ def parse_config(cls, argv=None):
 
         python dpo.py config/toy/dpo.py --beta=0.2 --resume=True
 
-    Defaults < config files, left to right < --key=value flags. A config file is `name = literal` lines and comments. It
-    is parsed, never executed. Fields are str, int, float or bool. An unknown key, a wrong type or an impossible value
-    (__post_init__) ends the program with one line and exit code 2.
+    Defaults < config files, left to right < --key=value flags; `--key value`, and `--key` for True, are read too. A
+    config file is `name = literal` lines and comments. It is parsed, never executed. Fields are str, int, float or
+    bool. An unknown key, a wrong type, an impossible value (__post_init__) or an infinite one ends the program with one
+    line and exit code 2.
     """
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     values, origin = {}, {}
+    kinds = lambda key: get_args(types[key]) or (types[key],) # bool | str has two
 
     def put(key, value, where):
         if key not in types:
             near = difflib.get_close_matches(key, types, n=1)
-            hint = f", did you mean {near[0]}?" if near else f"; the options are {', '.join(types)}"
+            hint = f", did you mean {near[0]}?" if near else '; --help lists the options'
             fail(f"{where}: unknown option {key}{hint}")
         if types[key] is float and type(value) is int:
-            value = float(value) # --lr=1 means 1.0
-        if type(value) is not types[key]: # exact, so True is no int and 1 is no bool
-            fail(f"{where}: {key} must be {types[key].__name__}, got {value!r}")
+            value = float(value) if abs(value) < 2**63 else math.inf # --lr=1 means 1.0
+        if type(value) not in kinds(key): # exact, so True is no int and 1 is no bool
+            fail(f"{where}: {key} must be {' or '.join(kind.__name__ for kind in kinds(key))}, got {value!r}")
+        if type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2**63:
+            fail(f"{where}: {key} must be {'finite' if type(value) is float else 'below 2^63'}, got {value}")
         values[key], origin[key] = value, where
 
     args = sys.argv[1:] if argv is None else argv
-    for arg in sorted(args, key=lambda arg: arg.startswith('--')): # files first: a flag wins wherever it stands
-        if arg in ('-h', '--help'):
-            print_help(cls)
-            raise SystemExit(0)
+    if {'-h', '--help'} & {*args}:
+        print_help(cls)
+        raise SystemExit(0)
+    for arg in sorted(joined(args, types), key=lambda arg: arg.startswith('--')): # a flag wins wherever it stands
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=') # split at the first '=' only
-            if not equals:
+            key = key.replace('-', '_')
+            if not equals and key in types:
                 fail(f"{arg}: expected --key=value")
             try:
-                value = text if types.get(key, str) is str else ast.literal_eval(text)
+                value = text if types.get(key, str) is str else ast.literal_eval(SAID.get(text, text))
             except (ValueError, SyntaxError, TypeError):
                 value = text # reported by put as a value of the wrong type
             put(key, value, arg)
@@ -137,6 +157,22 @@ def parse_config(cls, argv=None):
         where = origin.get(str(e).split()[0])
         fail(f"{where}: {e}" if where else str(e))
 
+SAID = {'true': 'True', 'false': 'False', 'True': 'True', 'False': 'False'} # what people type
+
+def joined(args, types):
+    """Join `--key value` to `--key=value`; a bare switch is True."""
+    args, out = list(args), []
+    while args:
+        arg = args.pop(0)
+        if arg.startswith('--') and '=' not in arg:
+            kind = types.get(arg[2:].replace('-', '_'))
+            if bool in (get_args(kind) or [kind]) and (not args or args[0] not in (*SAID, 'auto')):
+                arg += '=True'
+            elif args and not args[0].startswith('--'):
+                arg += '=' + args.pop(0)
+        out.append(arg)
+    return out
+
 def print_help(cls):
     """Print a script's docstring and its options: its own first, then those that it shares."""
     print((inspect.getmodule(cls).__doc__ or '').strip())
@@ -152,15 +188,29 @@ def print_help(cls):
                 print(f"  --{name}={defaults[name]!r}" + (f"    # {rest.partition(' # ')[2]}" if ' # ' in rest else ''))
 
 def launch(main, Config):
-    """Run a script: parse its options, call main, turn errors into one line and an exit code.
+    """Run a script; errors become one line and an exit code.
 
-    Ctrl-C is exit code 130, a full disk or too little memory 1, a file that cannot be opened or made 2.
+    Ctrl-C is exit code 130, SIGTERM 143, a full disk or too little memory 1, a file that cannot be opened or made 2.
     """
+    code = 1
+    try:
+        run_guarded(main, Config)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+        raise
+    finally:
+        if os.environ.get('WORLD_SIZE', '1') != '1' and sys.exc_info()[0] in (None, SystemExit):
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code) # at a usual exit a thread of torch.distributed now and then aborts the process
+
+def run_guarded(main, Config):
+    """Call main with its options; errors end with one line."""
     try:
         main(parse_config(Config))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e: # its argument: the signal's number (common/run.py)
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(128 + (e.args or (signal.SIGINT,))[0])
     except BrokenPipeError: # of `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # the rest of the output is dropped
         raise SystemExit(141)

@@ -192,11 +192,15 @@ def describe(rolls, ref_logp, reward, scores, run):
         ended=rolls.ended.mean(), length=rolls.mask.sum(1).mean())
 
 def describe_critic(values, returns, mask, run):
-    """Return metrics of a critic, () each: how well values (B, T-1) predict returns (B, T-1)."""
+    """Return metrics of a critic, () each: how well values (B, T-1) predict returns (B, T-1).
+
+    Returns that do not differ have no variance to explain.
+    """
     mean = lambda x: masked_mean(x, mask, run)
     variance = lambda x: mean((x - mean(x)) ** 2)
-    return dict(values=mean(values), returns=mean(returns), returns_std=variance(returns).sqrt(),
-                explained_variance=1 - variance(returns - values) / variance(returns).clamp(min=1e-8))
+    spread = variance(returns)
+    explained = dict(explained_variance=1 - variance(returns - values) / spread) if spread > 1e-8 else {}
+    return dict(values=mean(values), returns=mean(returns), returns_std=spread.sqrt()) | explained
 
 # ---- measuring --------------------------------------------------------------------------------------------------
 
@@ -225,17 +229,28 @@ def mean_gold(gold, questions, answers, tok):
     texts = [tok.decode(answer).removeprefix(' ') for answer in answers]
     return torch.tensor([float(gold(question, text)) for question, text in zip(questions, texts)]).mean()
 
+def beats(a, b):
+    """Return 1 where a is above b, 0 where below, 1/2 where equal within rounding.
+
+        equal: |a - b| <= 1e-5 (1 + |a| + |b|)          numbers, or tensors of one shape
+
+    Float32 has seven digits, and sums over an answer's tokens lose two of them. bfloat16 has hardly three, but there a
+    tolerance would hide what models tell apart: where rounding decides, it tosses a coin, which is a half on average.
+    """
+    slack = 1e-5 * (1 + abs(a) + abs(b))
+    return 0.5 * (a - b > slack) + 0.5 * (a - b >= -slack)
+
 def pair_agreement(scores, ranks):
     """Count the pairs of one prompt that scores (K,) order as ranks (K,).
 
-    Returns (points, pairs). Only pairs of different rank count (0 = best); equal scores are half a point.
+    Returns (points, pairs). Only pairs of different rank count (0 = best); points: see beats.
     """
     points = pairs = 0
     for i in range(len(ranks)):
         for j in range(len(ranks)):
             if ranks[i] < ranks[j]:
                 pairs += 1
-                points += 1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+                points += beats(scores[i], scores[j])
     return points, pairs
 
 def check_same_vocabulary(model, other, option, folder, tok):
@@ -243,7 +258,7 @@ def check_same_vocabulary(model, other, option, folder, tok):
     a, b = model.config.vocab_size, other.config.vocab_size
     if a != b:
         fail(f"--{option}={folder}: its vocabulary has {b} tokens, the policy's has {a}; wanted the same tokenizer")
-    theirs = load_tokenizer(folder)
+    theirs = load_tokenizer(folder, option)
     if (theirs.name, theirs.ranks) != (tok.name, tok.ranks):
         fail(f"--{option}={folder}: has a tokenizer of its own; wanted the one of the policy")
 

@@ -10,13 +10,13 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.options import fail
+from common.options import fail, leave_closed_terminal
 
 @dataclass
 class Run:
@@ -25,7 +25,8 @@ class Run:
     dtype: str
     rank: int = 0
     world_size: int = 1
-    interrupted: bool = False # set by the first Ctrl-C, read by `stop_requested` between two steps
+    inputs: dict = field(default_factory=dict) # {option: digest} of the models and data that the run reads
+    interrupted: int = 0 # the first signal to end, as Ctrl-C; read by `stop_requested` between two steps
 
     def __post_init__(self):
         # float16 ends at 6e-8: the loss is scaled up so that small gradients survive (Micikevicius et al. 2018,
@@ -71,6 +72,19 @@ class Run:
         everybody = [None] * self.world_size
         dist.all_gather_object(everybody, x)
         return everybody
+
+    def first(self, work):
+        """Return what work() returns in the first process; where it ends the program, every process ends."""
+        value = code = None
+        if self.is_master:
+            try:
+                value = work()
+            except SystemExit as ended:
+                code = ended.code
+        value, code = self.gather((value, code))[0]
+        if code is not None:
+            raise SystemExit(code)
+        return value
 
     def merge(self, mine):
         """Return the entries of every process's dict, in one dict."""
@@ -134,8 +148,11 @@ class Run:
         return copy
 
     def stop_requested(self):
-        """Tell whether any process was sent Ctrl-C."""
-        return bool(self.sum(float(self.interrupted)) > 0) if self.world_size > 1 else self.interrupted
+        """Return the signal that told any process to end, or 0."""
+        number = torch.tensor(float(self.interrupted), device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
 def is_spread(x):
     """Tell whether fsdp has spread a tensor over the processes (torch calls it a DTensor)."""
@@ -159,6 +176,25 @@ def keep_freed_memory():
         libc.mallopt(-3, 32 * 2**20) # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**30) # M_TRIM_THRESHOLD
 
+def place_among_processes():
+    """Return this process's rank and their number, as torchrun says."""
+    told = [os.environ.get(name) for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')]
+    if told[0] is None and told[1] in (None, '1'):
+        return 0, 1
+    if None in told or not told[0].isdecimal() or not told[1].isdecimal() or int(told[0]) >= int(told[1]):
+        fail(f"RANK={told[0]}, WORLD_SIZE={told[1]} in the environment: not what torchrun sets for several processes; "
+             "wanted neither, or this started by torchrun --nproc_per_node=N")
+    return int(told[0]), int(told[1])
+
+# Slurm and Docker end a job by SIGTERM, a closed terminal does by SIGHUP, which Windows lacks
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
+def default_signals():
+    """Let Ctrl-C, SIGTERM and SIGHUP end the program at once: there is nothing to save."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN: # as nohup sets it
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
 def start(cfg):
     """Choose the device, join the other processes, seed the generators; return the Run."""
     keep_freed_memory()
@@ -174,7 +210,7 @@ def start(cfg):
         dtype = 'float32'
         if device.startswith('cuda'): # GPUs before Ampere only emulate bfloat16, slowly
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    run = Run(device, dtype, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))
+    run = Run(device, dtype, *place_among_processes())
     pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
     if getattr(cfg, 'batch_size', pieces) % pieces:
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
@@ -196,19 +232,24 @@ def start(cfg):
         torch.set_float32_matmul_precision('high') # TF32 where a product stays in float32
     torch.manual_seed(cfg.seed + run.rank) # each process samples its own answers; Run.prepare shares the weights
 
-    def on_interrupt(signum, frame):
-        if run.interrupted:
-            raise KeyboardInterrupt # the second Ctrl-C does not wait for the end of the step
-        run.interrupted = True
+    def on_signal(number, frame):
+        if run.interrupted: # Ctrl-C again does not wait for the end of the step; a closed terminal often hangs up twice
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt(number)
+            return
+        run.interrupted = number
+        leave_closed_terminal() # SIGHUP: its saving must not end in an error
         if run.is_master:
             print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
     return run
 
 def stop(run):
     """Leave the other processes, and give Ctrl-C its usual meaning back."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    default_signals()
     if run.world_size > 1:
         dist.barrier() # a process that leaves early can abort another one that is still at work
         dist.destroy_process_group()

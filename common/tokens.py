@@ -7,7 +7,8 @@ stored in tiktoken's own file format. The template of one turn, and how further 
     `---------- prompt ----------´`---- response ----´`------------ prompt -----------´`----- response -----´
 
 Prompt and response are encoded apart, so that the prompt's ids are always a prefix of the whole. Only the response's
-end is the real <|endoftext|>; the same characters typed by a user are ordinary text.
+end is the real <|endoftext|>; the same characters typed by a user are ordinary text. Tokenizer and template are saved
+for transformers too.
 """
 
 import base64
@@ -15,19 +16,21 @@ import binascii
 import json
 import math
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 
 import regex # comes with tiktoken
 import tiktoken
 
 from common.options import fail
-from common.records import read_lines, write_atomic
+from common.records import read_json, read_lines, write_atomic
 from common.weights import HUB_NAMES, checkpoint_file, on_hub
 
 EOS = '<|endoftext|>'
 # how GPT-2 splits text into words before any merge: a word takes the space before it, merges never cross words
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 BYTES = {bytes([i]): i for i in range(256)} # where every byte-pair encoding starts
+PAD = b'\xff' # no UTF-8 text holds this byte, so other tools can pad with its token
 
 class Tokenizer:
     """Wrap a tiktoken.Encoding and its end-of-text id; name: "gpt2", "bytes" or "tiktoken" (one of our own)."""
@@ -41,6 +44,7 @@ class Tokenizer:
                                               special_tokens={EOS: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
         self.n_vocab = self.encoding.n_vocab
         self.eos = self.encoding.eot_token
+        self.pad = self.encoding.encode_single_token(PAD)
 
     def encode(self, text):
         """Return the ids of ordinary text: nothing in `text` becomes the end-of-text id."""
@@ -56,9 +60,17 @@ class Tokenizer:
     def decode(self, ids):
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
-    def save(self, folder):
-        """Write the file that `load_tokenizer(folder)` needs."""
+    def save(self, folder, padding_side='left'):
+        """Write the file that `load_tokenizer(folder)` needs, and two for transformers.
+
+        padding_side: where transformers pads a batch. Left to generate; right to score, where its positions count pads.
+        """
         folder = Path(folder)
+        write_atomic(str(folder / 'tokenizer.json'), tokenizer_json(self))
+        write_atomic(str(folder / 'tokenizer_config.json'), json.dumps(dict(
+            tokenizer_class='PreTrainedTokenizerFast', # takes tokenizer.json as it is
+            model_input_names=['input_ids', 'attention_mask'], clean_up_tokenization_spaces=False, # for 4.x
+            eos_token=EOS, pad_token=PAD_NAME, padding_side=padding_side, chat_template=CHAT_TEMPLATE), indent=2))
         if self.name == 'tiktoken':
             save_bpe(self.ranks, folder / 'tokenizer.tiktoken')
             (folder / 'tokenizer_name').unlink(missing_ok=True)
@@ -66,22 +78,35 @@ class Tokenizer:
             write_atomic(str(folder / 'tokenizer_name'), self.name + '\n')
             (folder / 'tokenizer.tiktoken').unlink(missing_ok=True)
 
-def load_tokenizer(name):
-    """Load a tokenizer; name: "gpt2", "bytes", a FILE.tiktoken, or a checkpoint.
+def load_tokenizer(name, option='tokenizer'):
+    """Load a tokenizer; name: a checkpoint, or for --tokenizer also "bytes" or a FILE.tiktoken.
 
-    A checkpoint is a folder or a model on the hub, ours or another with GPT-2's vocabulary. Anything else ends the
-    program with one line.
+    A checkpoint is a folder or a model on the hub ("gpt2" is one), ours or another with GPT-2's vocabulary. Anything
+    else ends the program with one line that names the option.
     """
     name = str(name)
     if not Path(name).is_dir():
-        if name == 'bytes' or name in HUB_NAMES:
-            return named_tokenizer('bytes' if name == 'bytes' else 'gpt2')
-        if name.endswith('.tiktoken'):
+        if name in HUB_NAMES:
+            return named_tokenizer('gpt2')
+        if option == 'tokenizer' and name == 'bytes':
+            return named_tokenizer('bytes')
+        if option == 'tokenizer' and name.endswith('.tiktoken'):
             return Tokenizer('tiktoken', load_bpe(name))
-        if not on_hub(name):
+        if not on_hub(name) and option == 'tokenizer':
             fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {name!r}, which is '
                  'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
+        if not on_hub(name):
+            fail(f'--{option}={name}: no such folder, and no model on the hub (OWNER/NAME, with no folder OWNER here); '
+                 'wanted a checkpoint made by an earlier stage, such as sft.py')
         checkpoint_file(name, 'config.json') # fails here if the hub cannot be reached; the files below may be absent
+    tok, config = stored_tokenizer(name, option), checkpoint_file(name, 'config.json', absent_ok=True)
+    size = read_json(config).get('vocab_size') if config else None
+    if type(size) is int and tok.n_vocab > size:
+        fail(f'{config}: vocab_size is {size}, the tokenizer beside it has {tok.n_vocab} tokens; wanted one that fits')
+    return tok
+
+def stored_tokenizer(name, option):
+    """Load the tokenizer of a checkpoint: our own file, or GPT-2's where the vocabulary is GPT-2's."""
     if path := checkpoint_file(name, 'tokenizer.tiktoken', absent_ok=True):
         return Tokenizer('tiktoken', load_bpe(path))
     if path := checkpoint_file(name, 'tokenizer_name', absent_ok=True):
@@ -90,7 +115,8 @@ def load_tokenizer(name):
             fail(f'{path}: wanted gpt2 or bytes, got {stored[:40]!r}')
         return named_tokenizer(stored)
     if not has_gpt2_vocabulary(name):
-        fail(f'{name}: wanted a checkpoint with tokenizer.tiktoken or tokenizer_name, or with the vocabulary of GPT-2')
+        where = name if option == 'tokenizer' else f'--{option}={name}'
+        fail(f'{where}: wanted a checkpoint with tokenizer.tiktoken or tokenizer_name, or with the vocabulary of GPT-2')
     return named_tokenizer('gpt2')
 
 def named_tokenizer(name):
@@ -121,9 +147,9 @@ def has_gpt2_vocabulary(name):
     except (OSError, ValueError, KeyError, AttributeError, TypeError): # not a vocabulary
         return False
 
-def merge(parts, ranks):
-    """Encode one word in place: join the neighbours of lowest rank until no two make a token."""
-    while len(parts) > 1:
+def merge(parts, ranks, until=1):
+    """Encode one word in place: join the neighbours of lowest rank until no two make a token, or `until` are left."""
+    while len(parts) > until:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], math.inf), i) for i in range(len(parts) - 1))
         if rank == math.inf:
             break
@@ -214,16 +240,59 @@ def prompt_ids(tok, prompt):
     """Encode a prompt (a user's turn, or messages that end in one) to ids (P,), up to "### Assistant:"."""
     return render(tok, as_messages(prompt) + [{'role': 'assistant', 'content': None}])[0]
 
-def response_ids(tok, response):
-    """Encode an answer's text to ids (R,): a space, the text, the real end-of-text id."""
-    return tok.encode(' ' + response) + [tok.eos]
+def response_ids(tok, response, ended=True):
+    """Encode an answer's text to ids (R,): a space, the text, and, if it ended, the real end-of-text id."""
+    return tok.encode(' ' + response) + [tok.eos] * ended
 
 def dialogue(tok, record):
     """Encode a demonstration to (ids, mask), both (T,), mask 1 = learnt.
 
-    Of `prompt` and `response` the response is learnt, of `messages` every assistant turn, each with its EOS.
+    Of `prompt` and `response` the response is learnt, of `messages` every assistant turn, each with its EOS. A response
+    that was cut off, `ended` false, has none.
     """
     if 'messages' in record:
         return render(tok, record['messages'])
-    prompt, response = prompt_ids(tok, record['prompt']), response_ids(tok, record['response'])
+    prompt = prompt_ids(tok, record['prompt'])
+    response = response_ids(tok, record['response'], record.get('ended', True))
     return prompt + response, [0] * len(prompt) + [1] * len(response)
+
+# ---- the same for transformers ----------------------------------------------------------------------------------
+
+# It encodes a dialogue in one piece, which is the same: GPT-2's words never cross a response's beginning. But there a
+# typed <|endoftext|> would be the token. So the template parts every '<|', and the normaliser joins it once tokens are
+# found. Outside of the template transformers' split_special_tokens=True keeps it text.
+PARTED = '<\ue000|'
+PAD_NAME = '<|pad|>'
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '' if loop.first else '\\n' }}"
+    "{% set text = m.content | replace('<|', '" + PARTED + "') %}"
+    "{{ '### Assistant: ' + text + eos_token if m.role == 'assistant' else " + repr(SPEAKER) + "[m.role] + text }}"
+    "{% endfor %}{{ '\\n### Assistant:' if add_generation_prompt }}")
+UNPRINTABLE = {b: 256 + n for n, b in enumerate([*range(33), *range(127, 161), 173])}
+
+def printable(token):
+    """Write bytes as GPT-2's files do, a character each: those that do not print are U+0100 and on, in order."""
+    return token.decode('latin-1').translate(UNPRINTABLE)
+
+@cache # GPT-2's takes half a second
+def tokenizer_json(tok):
+    """Return the text of tokenizer.json, which gives the same ids in transformers."""
+    ranks = {tok.encoding.decode_single_token_bytes(i): i for i in range(tok.eos)}
+    merges = []
+    for token in ranks: # `merge` joins the same two parts last, wherever it makes the token
+        parts = [bytes([b]) for b in token]
+        merge(parts, ranks, until=2)
+        if len(parts) == 2 and PAD not in token:
+            merges.append(' '.join(map(printable, parts)))
+    special = {PAD_NAME: tok.pad, EOS: tok.eos}
+    vocab = {printable(token): i for token, i in ranks.items() if token != PAD} | special
+    byte_level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True) # GPT-2's split
+    return json.dumps(dict(
+        version='1.0', truncation=None, padding=None,
+        added_tokens=[dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                           special=True) for name, i in special.items()],
+        normalizer=dict(type='Replace', pattern=dict(String=PARTED), content='<|'),
+        pre_tokenizer=byte_level, post_processor=None, decoder=byte_level,
+        model=dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='',
+                   fuse_unk=False, byte_fallback=False, ignore_merges=True, # a word that is a token is that token
+                   vocab=vocab, merges=merges)), ensure_ascii=False)

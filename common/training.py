@@ -6,6 +6,7 @@ import sys
 import torch
 
 from common.checkpoints import log, save_if_due
+from common.options import note
 from common.run import is_spread, progress
 
 def lr_at(step, cfg, peak=None):
@@ -21,7 +22,10 @@ def lr_at(step, cfg, peak=None):
     return peak
 
 def make_optimizer(model, cfg, betas=(0.9, 0.999), eps=1e-8):
-    """Make AdamW with weight decay on matrices alone, heads included: gains and biases do not decay."""
+    """Make AdamW; matrices decay, embeddings and heads too; gains and biases do not.
+
+    A head is a matrix (1, C). The value head's bias does not decay, and the reward head has none.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
@@ -88,6 +92,12 @@ class Means:
 def training_bar(run, cfg, state):
     """Return the bar over the steps of a run; state: of the checkpoint that it resumes from, or None."""
     first = state['step'] if state else 0
+    if not run.is_master:
+        pass
+    elif first >= cfg.max_steps:
+        note(f"{cfg.out_dir}: all {cfg.max_steps} steps are done; a larger --max_steps trains on")
+    elif cfg.warmup_steps >= cfg.max_steps:
+        note(f"--warmup_steps={cfg.warmup_steps}: the run of {cfg.max_steps} steps ends before --lr is reached")
     return progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
                     disable=not run.is_master)
 
@@ -99,10 +109,13 @@ def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
     """
     if done % cfg.log_every == 0 or done == cfg.max_steps:
         log(run, cfg, done, **measured)
-        bar.set_postfix({key: f"{measured[key]:.3f}" for key in show})
+        bar.set_postfix({key: f"{measured[key]:.3f}" for key in show if key in measured})
     if evaluate and done == cfg.max_steps:
         held_out = evaluate()
         log(run, cfg, done, **held_out)
         if run.is_master:
-            bar.write('held-out: ' + ', '.join(f"{key.removeprefix('val_')} {v:.4f}" for key, v in held_out.items()))
+            bar.write('held-out: ' + ', '.join(f"{key.removeprefix('val_')} {v:{'.4f' if isinstance(v, float) else ''}}"
+                                               for key, v in held_out.items()))
     save_if_due(run, cfg, done, save)
+    if done == cfg.max_steps and run.is_master:
+        bar.write(f"saved {cfg.out_dir}")

@@ -92,22 +92,35 @@ def open_pretrained(name):
     if hf.get('model_type') != 'gpt2' or missing:
         fail(f"{path}: not a GPT-2 checkpoint (model_type {hf.get('model_type')!r}"
              + (f", without {', '.join(missing)})" if missing else ')'))
-    ours = dict(activation_function='gelu_new', layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                scale_attn_by_inverse_layer_idx=False)
-    for key, value in ours.items():
-        if hf.get(key, value) != value:
-            fail(f"{path}: a variant of GPT-2, {key} must be {value!r}, got {hf[key]!r}")
-    path, tensors = open_weights(name)
+    hf.setdefault('bias', True)
+    if type(hf['bias']) is not bool:
+        fail(f"{path}: bias must be true or false, got {hf['bias']!r}")
+    if hf.get('quantization_config'):
+        fail(f"{path}: quantised weights (quantization_config); wanted those it was made from, in floating point")
+    ours = dict(activation_function=('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'), layer_norm_epsilon=(1e-5,),
+                scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
+                n_inner=(None, 4 * hf['n_embd']))
+    for key, values in ours.items():
+        if hf.get(key, values[0]) not in values:
+            fail(f"{path}: a variant of GPT-2, {key} must be {' or '.join(map(repr, values))}, got {hf[key]!r}")
+    config, (path, tensors) = path, open_weights(name)
+    if 'wte.weight' not in tensors and 'lm_head.weight' in tensors: # the same tensor: some tools keep this name
+        tensors['wte.weight'] = tensors.pop('lm_head.weight')
+    # a size that is wrong may be huge: look before a model of that size is made
+    for key, rows in ('wte.weight', hf['vocab_size']), ('wpe.weight', hf['n_positions']):
+        read_tensor(path, tensors, key, (rows, hf['n_embd']))
+    layers = len({key.split('.')[1] for key in tensors if key.startswith('h.')})
+    if hf['n_layer'] != layers:
+        fail(f"{config}: n_layer is {hf['n_layer']}, {path} holds {layers} layers")
     fields = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'], n_head=hf['n_head'],
-                  n_embd=hf['n_embd'], bias=hf.get('bias', True), value_head='value_head.weight' in tensors,
+                  n_embd=hf['n_embd'], bias=hf['bias'], value_head='value_head.weight' in tensors,
                   reward_head='score.weight' in tensors)
     return fields, path, tensors
 
-def open_weights(name):
-    """Return the path of a checkpoint's weights and {tensor's name, less 'transformer.': function that reads it}.
+def weight_files(name):
+    """Return the paths of a checkpoint's weights: one file, or an index and its shards.
 
-    Weights are one file, or shards behind an index. safetensors come before torch's own format, of which only plain
-    tensors are read.
+    safetensors come before torch's own format.
     """
     wanted = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
     for filename in wanted:
@@ -116,14 +129,23 @@ def open_weights(name):
             break
     else:
         checkpoint_file(name, 'model.safetensors') # says what is missing
-    paths = [path]
-    if filename.endswith('.index.json'):
-        files = read_json(path, "a checkpoint's index").get('weight_map') # tensor's name: file
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            fail(f"{path}: wanted `weight_map`, the file of every tensor")
-        paths = [checkpoint_file(name, file) for file in sorted(set(files.values()))]
+    if not filename.endswith('.index.json'):
+        return [path]
+    files = read_json(path, "a checkpoint's index").get('weight_map') # tensor's name: file
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        fail(f"{path}: wanted `weight_map`, the file of every tensor")
+    if away := [file for file in files.values() if file != os.path.basename(file)]:
+        fail(f"{path}: wanted files beside this one, got {away[0]!r}")
+    return [path] + [checkpoint_file(name, file) for file in sorted(set(files.values()))]
+
+def open_weights(name):
+    """Return the path of a checkpoint's weights and {tensor's name, less 'transformer.': function that reads it}.
+
+    Of torch's own format only plain tensors are read.
+    """
+    path, *shards = weight_files(name)
     tensors = {}
-    for file in paths:
+    for file in shards or [path]:
         try:
             if file.endswith('.bin'):
                 weights = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -143,21 +165,28 @@ def named_parameters(model):
         transposed = name.startswith('h.') and name.endswith('weight') and p.dim() == 2
         yield name.replace('reward_head', 'score'), p.detach(), transposed
 
+def read_tensor(path, tensors, name, shape, transposed=False):
+    """Read the floating-point tensor of that name and shape; another ends the program with one line."""
+    if name not in tensors:
+        fail(f"{path}: tensor {name} is missing, not the weights of this config.json")
+    t = tensors[name]()
+    t = t.t() if transposed and t.dim() == 2 else t
+    if t.shape != shape:
+        fail(f"{path}: tensor {name} is {tuple(t.shape)}, config.json says {tuple(shape)}")
+    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64): # others need scales beside them
+        dtype = str(t.dtype).removeprefix('torch.')
+        fail(f"{path}: tensor {name} is {dtype}, wanted floating point of 16 bits or more")
+    return t
+
 @torch.no_grad()
 def load_tensors(model, path, tensors):
     """Fill a model's parameters from {name: function that reads it}, one by one; path: for error messages."""
-    if 'wte.weight' not in tensors and 'lm_head.weight' in tensors: # the same tensor: some tools keep this name
-        tensors['wte.weight'] = tensors.pop('lm_head.weight')
     for name, p, transposed in named_parameters(model):
-        if name not in tensors:
-            if name in FRESH or (name == 'ln_f.bias' and not model.config.bias):
-                continue
-            fail(f"{path}: tensor {name} is missing, not the weights of this config.json")
-        t = tensors[name]()
-        t = t.t() if transposed else t
-        if t.shape != p.shape:
-            fail(f"{path}: tensor {name} is {tuple(t.shape)}, config.json says {tuple(p.shape)}")
-        p.copy_(t)
+        if name not in tensors and (name in FRESH or name == 'ln_f.bias' and not model.config.bias):
+            continue
+        p.copy_(read_tensor(path, tensors, name, p.shape, transposed))
+        if not torch.stack(p.aminmax()).isfinite().all(): # of all that is NaN both are NaN
+            fail(f"{path}: tensor {name} holds a number that is not finite; wanted the weights of a run that went well")
     if 'lm_head.weight' in tensors: # in most files it is left out: the embedding's own weights
         head = tensors['lm_head.weight']()
         if not torch.equal(head.to(model.wte.weight), model.wte.weight):
@@ -165,13 +194,12 @@ def load_tensors(model, path, tensors):
 
 # ---- writing ----------------------------------------------------------------------------------------------------
 
-def save_pretrained(model, folder, eos=None):
-    """Write config.json and model.safetensors into a folder.
+def save_pretrained(model, folder, eos=None, pad=None):
+    """Write config.json, model.safetensors and a language model's generation_config.json into a folder.
 
-    They hold a GPT2LMHeadModel, or with a reward head a GPT2ForSequenceClassification with one label. A reward model's
-    config.json names no pad token: GPT-2 has none, and a pad equal to the end-of-text token would move the score off
-    the last real token. Other tools then score one row at a time. eos: the end-of-text id that config.json names; None:
-    the vocabulary's last.
+    They hold a GPT2LMHeadModel, or with a reward head a GPT2ForSequenceClassification with one label. eos: the
+    end-of-text id that config.json names; None: the vocabulary's last. pad: the id that other tools pad with. They read
+    a reward off the last token that is no pad, so it must not be eos; None: they score one row at a time.
     """
     os.makedirs(folder, exist_ok=True)
     c, tensors = model.config, {}
@@ -189,11 +217,17 @@ def save_pretrained(model, folder, eos=None):
         vocab_size=c.vocab_size, n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, activation_function='gelu_new', layer_norm_epsilon=1e-5, resid_pdrop=c.dropout,
         embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=True, bias=c.bias,
-        bos_token_id=eos, eos_token_id=eos)
-    if c.reward_head:
-        hf.update(id2label={'0': 'reward'}, label2id={'reward': 0}, pad_token_id=None)
-    with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump(hf, f, indent=2)
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)
+    files = {'config.json': hf}
+    if c.reward_head: # of a regression the score is shown as it is, else its sigmoid
+        hf.update(id2label={'0': 'reward'}, label2id={'reward': 0}, problem_type='regression')
+    else: # sampling from the model's own distribution, as here; transformers would take the 50 likeliest tokens
+        files['generation_config.json'] = dict(
+            bos_token_id=eos, eos_token_id=eos, pad_token_id=eos if pad is None else pad, do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=min(64, max(1, c.block_size // 2)))
+    for filename, content in files.items():
+        with open(os.path.join(folder, filename), 'w', encoding='utf-8') as f:
+            json.dump(content, f, indent=2)
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} in the safetensors format, tensor by tensor.

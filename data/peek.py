@@ -2,6 +2,7 @@
 
     python -m data.peek data/oasst1/demonstrations_val.jsonl
     python -m data.peek rankings.jsonl --tokenizer=out/sft --rows=10
+    python data/peek.py rankings.jsonl                                       # the same
 
 In a terminal, tokens that are learnt are bold green, or red in a rejected or bad answer. The rest is dim, and the
 end-of-text token is inverse. Elsewhere, or with NO_COLOR set, learnt tokens are between ⟦ and ⟧.
@@ -11,6 +12,9 @@ import os
 import sys
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's root
 
 from common.options import fail, launch, require
 from common.records import kind_of, read_records
@@ -54,7 +58,9 @@ def parts_of(tok, record, kind):
         answers = [(f'rank {rank}', text) for rank, text in zip(record['ranks'], record['responses'])]
     elif kind == 'unpaired':
         answers = [('good' if record['label'] else 'bad', record['response'])]
-    answers = [(name, response_ids(tok, text)) for name, text in answers]
+    ended = record.get('ended', True)
+    ended = ended if isinstance(ended, list) else [ended] * len(answers)
+    answers = [(name, response_ids(tok, text, end)) for (name, text), end in zip(answers, ended)]
     return [('prompt', prompt, [0] * len(prompt))] + [(name, ids, [1] * len(ids)) for name, ids in answers]
 
 def main(cfg):

@@ -9,16 +9,16 @@ from itertools import combinations
 
 from common.records import read_preferences, write_records
 from common.rollout import pair_agreement
-from feedback.annotators import to_ranks
+from feedback.annotators import answers_of, to_ranks
 
 def key(row):
     """Return what rows of the same task share: the prompt and the set of answers, in any order."""
-    return json.dumps([row['prompt'], sorted(set(row['responses']))])
+    return json.dumps([row['prompt'], sorted(set(answers_of(row)))])
 
 def by_text(row, ranks='ranks'):
-    """Return the ranks of the distinct texts. Rows of the same key have one order."""
-    ranks = dict(zip(row['responses'], row[ranks]))
-    return [ranks[text] for text in sorted(ranks)]
+    """Return the ranks of the distinct answers. Rows of the same key have one order."""
+    ranks = dict(zip(answers_of(row), row[ranks]))
+    return [ranks[answer] for answer in sorted(ranks)]
 
 def kappa(ours, theirs):
     """Compute Cohen's kappa (Cohen 1960) of two annotators' ranks, lists of (K,):
@@ -83,9 +83,9 @@ def merge(files, out):
     merged = []
     for rows in (list(by_file.values()) for by_file in tasks.values()):
         row = {k: v for k, v in rows[0].items() if k not in ('scores', 'again', 'chosen', 'rejected', 'margin')}
-        opinions = [dict(zip(r['responses'], r['ranks'])) for r in rows] # text -> its rank
-        wins = [sum((o[text] < rank) + 0.5 * (o[text] == rank) for o in opinions for rank in o.values())
-                for text in row['responses']] # over itself: half
+        opinions = [dict(zip(answers_of(r), r['ranks'])) for r in rows] # answer -> its rank
+        wins = [sum((o[answer] < rank) + 0.5 * (o[answer] == rank) for o in opinions for rank in o.values())
+                for answer in answers_of(row)] # over itself: half
         row |= dict(ranks=to_ranks(wins), raters=len(rows))
         if names := dict.fromkeys(str(r['annotator']) for r in rows if 'annotator' in r):
             row['annotator'] = ', '.join(names)

@@ -18,9 +18,10 @@ class Undo(Exception):
     """Ask for the row ranked last again."""
 
 class Annotator:
-    """Rank answers: rank(prompt, responses) -> (ranks (K,), 0 = best, or None: left out; scores (K,) or None).
+    """Rank answers: rank(prompt, responses, ended) -> (ranks (K,), 0 = best, or None: left out; scores (K,) or None).
 
-    A person may raise Undo, to take back the last row, and KeyboardInterrupt, to stop.
+    ended (K,): False for an answer that was cut off while it was written; None: there is none. A person may raise Undo,
+    to take back the last row, and KeyboardInterrupt, to stop.
     """
 
     def __init__(self, cfg, run=None):
@@ -33,9 +34,27 @@ class Annotator:
     def close(self):
         return '' # or a line to print
 
-def distinct(texts):
-    """Return the texts without repetitions, in their order."""
-    return list(dict.fromkeys(texts))
+def distinct(answers):
+    """Return answers, or texts, without repetitions, in their order."""
+    return list(dict.fromkeys(answers))
+
+def with_ends(responses, ended=None):
+    """Return answers as (text, ended): a text that was cut off is another answer."""
+    return list(zip(responses, ended or [True] * len(responses)))
+
+def answers_of(row):
+    """Return the answers of a record as (text, ended)."""
+    return with_ends(row['responses'], row.get('ended'))
+
+def shown(text, ended):
+    """Return an answer as whoever reads it sees it."""
+    return text if ended else text + '…'
+
+def check_finite(numbers, whose):
+    """End the program, exit code 1, where a number is not finite."""
+    if not all(abs(x) < 1e38 for x in numbers): # as in common.records.is_number; NaN is not
+        print(f"error: {whose} are not finite: the model is broken", file=sys.stderr)
+        raise SystemExit(1)
 
 def to_ranks(values, tie=0.0):
     """Turn values (K,), larger = better, into ranks (K,), 0 = best; neighbours at most `tie` apart tie."""
@@ -57,7 +76,7 @@ class SimulatedPerson(Annotator):
         super().__init__(cfg)
         self.gold = gold
 
-    def rank(self, prompt, responses):
+    def rank(self, prompt, responses, ended=None):
         scores = [self.gold(prompt, r) for r in responses] # (K,)
         seems = {} # gold score -> how good it seems
         for score in scores:
@@ -71,32 +90,32 @@ class RewardModel(Annotator):
     def __init__(self, cfg, run):
         super().__init__(cfg, run)
         self.model = run.freeze(load_reward_model(cfg.reward_model).to(run.device).eval())
-        self.tok, self.left_out = load_tokenizer(cfg.reward_model), 0
-        self.scores = {} # (prompt, distinct texts) as a string -> their scores
+        self.tok, self.left_out = load_tokenizer(cfg.reward_model, 'reward_model'), 0
+        self.scores = {} # (prompt, distinct answers) as a string -> their scores
 
     def look_ahead(self, rows):
-        """Score each distinct text of a row once. Rows of like length share a batch."""
+        """Score each distinct answer of a row once. Rows of like length share a batch."""
         room, encoded = self.model.config.block_size, {} # name of a row -> its encoded form
         for row in rows:
-            texts = distinct(row['responses'])
-            answers = [response_ids(self.tok, text) for text in texts]
-            prompt = truncate(prompt_ids(self.tok, row['prompt']), max(map(len, answers), default=room), room)
+            answers = distinct(answers_of(row))
+            ids = [response_ids(self.tok, *answer) for answer in answers]
+            prompt = truncate(prompt_ids(self.tok, row['prompt']), max(map(len, ids), default=room), room)
             if prompt:
-                name = str((row['prompt'], texts))
-                encoded[name] = Row(prompt, answers, dict(name=name))
+                name = str((row['prompt'], answers))
+                encoded[name] = Row(prompt, ids, dict(name=name))
         rows, self.scores = list(encoded.values()), {}
         for part in by_length(rows, 32) if rows else []:
             part = [rows[i] for i in part]
             scores = iter(score_packed(self.model, part, self.run).tolist())
             self.scores |= {row.record['name']: [next(scores) for _ in row.answers] for row in part}
 
-    def rank(self, prompt, responses):
-        texts = distinct(responses)
-        found = self.scores.get(str((prompt, texts)))
+    def rank(self, prompt, responses, ended=None):
+        answers = with_ends(responses, ended)
+        found = self.scores.get(str((prompt, distinct(answers))))
         if found is None:
             self.left_out += 1
             return None, None
-        scores = [found[texts.index(r)] for r in responses] # (K,)
+        scores = [found[distinct(answers).index(answer)] for answer in answers] # (K,)
         return to_ranks(scores, self.cfg.tie), scores
 
     def close(self):
@@ -104,15 +123,19 @@ class RewardModel(Annotator):
                 if self.left_out else '')
 
 class Person(Annotator):
-    """Show a person the distinct answers in random order. Nobody sees who wrote them; equal texts share their rank."""
+    """Show a person the distinct answers in random order, another one for each rater's file.
 
-    def rank(self, prompt, responses):
-        texts = distinct(responses)
-        if len(texts) == 1:
-            return [0] * len(responses), None
-        self.rng.shuffle(texts)
-        ranks = self.ask(as_messages(prompt), texts)
-        return ranks and [ranks[texts.index(r)] for r in responses], None
+    Nobody sees who wrote them; equal ones share their rank.
+    """
+
+    def rank(self, prompt, responses, ended=None):
+        answers = with_ends(responses, ended)
+        order = distinct(answers)
+        if len(order) == 1:
+            return [0] * len(answers), None
+        self.rng.shuffle(order)
+        ranks = self.ask(as_messages(prompt), [shown(*answer) for answer in order])
+        return ranks and [ranks[order.index(answer)] for answer in answers], None
 
 def read_order(text, K):
     """Turn what a person types into ranks (K,); ValueError says what was wanted.

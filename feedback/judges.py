@@ -7,6 +7,8 @@ import json
 import os
 import random
 import re
+import socket
+import ssl
 import threading
 import urllib.error
 import urllib.parse
@@ -23,7 +25,7 @@ from common.options import fail
 from common.records import parse_line, read_lines, to_lines, write_records
 from common.rollout import in_chunks
 from common.tokens import as_messages, load_tokenizer, prompt_ids
-from feedback.annotators import Annotator, distinct, to_ranks
+from feedback.annotators import Annotator, answers_of, distinct, shown, to_ranks, visible, with_ends
 from model import last_places
 
 def read_instruction(path, option='judge_instruction'):
@@ -57,30 +59,31 @@ class Judge(Annotator):
         self.asked = {} # question -> verdict
         self.seen = [] # of each row {(i, j): the probability that i, shown first, is better than j, or None}
 
-    def questions(self, prompt, texts):
-        """Return {(i, j): what is asked with text i first} of all ordered pairs of distinct texts."""
-        return {(i, j): comparison(self.instruction, prompt, texts[i], texts[j])
-                for i, j in permutations(range(len(texts)), 2)}
+    def questions(self, prompt, answers):
+        """Return {(i, j): what is asked with answer i first} of all ordered pairs of distinct answers."""
+        return {(i, j): comparison(self.instruction, prompt, shown(*answers[i]), shown(*answers[j]))
+                for i, j in permutations(range(len(answers)), 2)}
 
     def look_ahead(self, rows):
-        questions = [q for row in rows for q in self.questions(row['prompt'], distinct(row['responses'])).values()]
+        questions = [q for row in rows for q in self.questions(row['prompt'], distinct(answers_of(row))).values()]
         self.asked = self.ask(distinct(questions)) if questions else {} # none where all answers are equal
 
     def verdict(self, question):
         return self.asked[question] # the probability that A is better; None: cannot be read
 
-    def rank(self, prompt, responses):
-        texts = distinct(responses) # equal ones need no judge
-        if len(texts) == 1:
-            return [0] * len(responses), [0.5] * len(responses)
-        p = {ij: self.verdict(q) for ij, q in self.questions(prompt, texts).items()}
+    def rank(self, prompt, responses, ended=None):
+        answers = with_ends(responses, ended)
+        once = distinct(answers) # equal ones need no judge
+        if len(once) == 1:
+            return [0] * len(answers), [0.5] * len(answers)
+        p = {ij: self.verdict(q) for ij, q in self.questions(prompt, once).items()}
         self.seen.append(p)
         if None in p.values():
             return None, None
-        wins = [0.0] * len(texts)
+        wins = [0.0] * len(once)
         for i, j in p:
             wins[i] += (p[i, j] + 1 - p[j, i]) / 2
-        scores = [wins[texts.index(r)] / (len(texts) - 1) for r in responses] # (K,)
+        scores = [wins[once.index(answer)] / (len(once) - 1) for answer in answers] # (K,)
         return to_ranks(scores, self.cfg.tie), scores
 
     def close(self):
@@ -98,7 +101,7 @@ class GPTJudge(Judge):
 
     def __init__(self, cfg, run):
         super().__init__(cfg, run)
-        self.tok, self.cut = load_tokenizer(cfg.judge), 0
+        self.tok, self.cut = load_tokenizer(cfg.judge, 'judge'), 0
         self.model = load_policy(cfg.judge, 'judge').to(run.device).eval()
         a, b = self.tok.encode(' A'), self.tok.encode(' B') # as a response begins, with a space
         if a[:-1] != b[:-1]:
@@ -127,6 +130,18 @@ class GPTJudge(Judge):
     def close(self):
         return super().close() + (f"; {self.cut} comparisons cut to the judge's context" if self.cut else '')
 
+URL = r'https?://([^\s/:@?#\\\[\]]+|\[[0-9a-f:.]+\])(:[0-9]+)?(/[!-~]*)?'
+LOCAL = '127.0.0.1', 'localhost', '::1' # a key may go there without encryption
+
+def is_url(url):
+    """Tell whether this is http://HOST or https://HOST. A port and a path may follow."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        known = parts.port != 0 and parts.hostname.encode('idna') # as it is looked up
+        return bool(known and re.fullmatch(URL, url, re.IGNORECASE))
+    except (ValueError, AttributeError): # no such port, no such name; no host at all
+        return False
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args):
         return None # a redirect is an error: the key is for judge_url alone
@@ -146,6 +161,7 @@ class ApiJudge(Judge):
     Too many requests (429), server errors and broken connections are tried again. The cache file keeps the replies.
     """
     pause = 1.0 # seconds before the second try; doubles from then on, up to a minute
+    longest = 10**6 # bytes of a reply
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -153,12 +169,13 @@ class ApiJudge(Judge):
         self.key = os.environ.get('JUDGE_API_KEY', '').strip()
         if not (self.key.isascii() and self.key.isprintable()):
             fail("JUDGE_API_KEY: wanted printable ASCII characters alone")
-        host = urllib.parse.urlsplit(self.url).hostname
-        if self.key and self.url.startswith('http:') and host not in ('127.0.0.1', 'localhost', '::1'):
+        parts = urllib.parse.urlsplit(self.url)
+        if self.key and parts.scheme != 'https' and parts.hostname not in LOCAL:
             fail(f"--judge_url={cfg.judge_url}: JUDGE_API_KEY would cross the network in the clear; wanted https://")
         self.cache = read_cache(cfg.judge_cache) if cfg.judge_cache else {}
         self.requests = self.retries = 0
-        self.opener = urllib.request.build_opener(NoRedirect)
+        proxies = [urllib.request.ProxyHandler({})] * (parts.hostname in LOCAL) # or it would see the key
+        self.opener = urllib.request.build_opener(NoRedirect, *proxies)
         self.pool, self.lock, self.closed = ThreadPoolExecutor(cfg.judge_requests), threading.Lock(), threading.Event()
 
     def ask(self, questions):
@@ -183,6 +200,14 @@ class ApiJudge(Judge):
                     f.write(to_lines([dict(key=key, reply=text)]))
         return text
 
+    def hide(self, text):
+        """Return what a server says without the key, which it may repeat."""
+        return text.replace(self.key, '***') if self.key else text
+
+    def one_line(self, text):
+        """Return what a server says as it may be printed."""
+        return visible(' '.join(self.hide(text).split()))[:300]
+
     def request(self, body):
         headers = {'Content-Type': 'application/json'} | ({'Authorization': f'Bearer {self.key}'} if self.key else {})
         for attempt in range(self.cfg.judge_tries):
@@ -190,25 +215,32 @@ class ApiJudge(Judge):
             try:
                 request = urllib.request.Request(self.url, body, headers)
                 with self.opener.open(request, timeout=self.cfg.judge_timeout) as answer:
-                    text = json.loads(answer.read())['choices'][0]['message']['content']
-                return (text or '').encode(errors='replace').decode() # half a surrogate pair cannot be stored
+                    reply = answer.read(self.longest + 1)
+                if len(reply) > self.longest:
+                    raise JudgeError(f"a reply of more than {self.longest:,} bytes", 1)
+                text = json.loads(reply)['choices'][0]['message']['content']
+                return self.hide((text or '').encode(errors='replace').decode()) # half a surrogate pair is not stored
             except urllib.error.HTTPError as e:
                 problem = f"HTTP {e.code} {e.reason}"
                 if e.code != 429 and e.code < 500:
                     with contextlib.suppress(OSError, http.client.HTTPException): # its reasons may not come through
-                        problem += ': ' + ' '.join(e.read(300).decode(errors='replace').split())
-                    raise JudgeError(problem.replace(self.key or '\0', '***'), 2)
+                        problem += ': ' + e.read(10_000).decode(errors='replace')
+                    raise JudgeError(self.one_line(problem), 2)
                 seconds = e.headers.get('Retry-After', '')
                 pause = max(pause, float(seconds) if seconds.isdecimal() else 0.0)
             except (OSError, http.client.HTTPException) as e:
-                problem = str(getattr(e, 'reason', e)) or type(e).__name__
+                reason = getattr(e, 'reason', e)
+                problem = str(reason) or type(reason).__name__
+                if isinstance(reason, ssl.SSLCertVerificationError) or isinstance(
+                        reason, socket.gaierror) and not self.requests: # no such host: it was never there
+                    raise JudgeError(self.one_line(problem), 2)
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 problem = "the reply is not one of the chat API"
             with self.lock:
                 self.retries += 1
             if attempt + 1 < self.cfg.judge_tries and self.closed.wait(min(60.0, pause)):
                 break
-        raise JudgeError(f"no reply in {self.cfg.judge_tries} tries, at last: {problem}", 1)
+        raise JudgeError(f"no reply in {self.cfg.judge_tries} tries, at last: {self.one_line(problem)}", 1)
 
     def close(self):
         self.closed.set() # nobody waits any longer

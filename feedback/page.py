@@ -45,12 +45,12 @@ class Page(Person):
         super().__init__(cfg)
         self.token, self.changed = secrets.token_urlsafe(16), threading.Condition()
         self.task = self.said = None # what is shown, None while there is nothing; what was said to the one before
-        self.n_tasks = 0
+        self.n_tasks, self.waiting = 0, set() # the handlers that have let a request in and not replied yet
         try:
-            self.server = ThreadingHTTPServer(('127.0.0.1', cfg.port), Handler)
+            self.server = Server(('127.0.0.1', cfg.port), Handler)
         except OSError as e:
             fail(f"--port={cfg.port}: {e.strerror}; wanted a free port of this machine, 0 = any")
-        self.server.page, self.server.daemon_threads = self, False # closing waits until the last replies are out
+        self.server.page = self
         threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
         print(f"open http://127.0.0.1:{self.server.server_port}/#{self.token}", flush=True)
 
@@ -62,7 +62,8 @@ class Page(Person):
         with self.changed:
             self.n_tasks += 1
             self.show(id=self.n_tasks, messages=messages, texts=texts)
-            self.changed.wait_for(lambda: self.task is None)
+            while self.task is not None: # a Ctrl-C that another thread was given does not wake this one
+                self.changed.wait(0.2)
         if self.said == 'undo':
             raise Undo
         if self.said == 'quit':
@@ -72,9 +73,14 @@ class Page(Person):
     def close(self):
         with self.changed:
             self.show(over=True)
+            self.changed.wait_for(lambda: not self.waiting, 5) # until the last replies are out
         self.server.shutdown()
         self.server.server_close()
         return ''
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True # nobody's open connection keeps the program from ending
+    request_queue_size = 128 # connections that wait to be taken
 
 class Handler(BaseHTTPRequestHandler):
     timeout = 2 # seconds: a browser opens connections that it does not use
@@ -84,8 +90,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self):
-        with contextlib.suppress(OSError): # a closed tab
-            super().handle()
+        page = self.server.page
+        try:
+            with contextlib.suppress(OSError): # a closed tab
+                super().handle()
+        finally:
+            with page.changed:
+                page.waiting.discard(self)
+                page.changed.notify_all()
 
     def reply(self, status, content, kind='application/json'):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -112,6 +124,9 @@ class Handler(BaseHTTPRequestHandler):
             wrong = 'token'
         if wrong:
             self.reply(403, dict(error=f'wrong {wrong}'))
+        else:
+            with self.server.page.changed:
+                self.server.page.waiting.add(self)
         return not wrong
 
     def next_task(self, status=200):
@@ -131,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         length, page = self.headers.get('Content-Length', ''), self.server.page
-        if self.path != '/said' or not length.isdecimal() or int(length) > 10_000:
+        if self.path != '/said' or not re.fullmatch('[0-9]{1,5}', length) or int(length) > 10_000:
             return self.reply(400, dict(error='wanted a small POST to /said'))
         try:
             row = json.loads(self.rfile.read(int(length)))

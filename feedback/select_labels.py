@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from common.checkpoints import load_reward_model
-from common.rollout import score_records
+from common.rollout import check_context, check_same_vocabulary, score_records
 from common.tokens import load_tokenizer
+from feedback.annotators import check_finite
 
 def disagreement(scores):
     """Measure how far M reward models disagree on K answers; scores: (M, K).
@@ -55,15 +56,29 @@ def farthest_first(table, n):
         chosen.append(i)
     return chosen
 
-def choose(rows, cfg, run):
-    """Choose cfg.budget of the rows with two answers, the most worthwhile first."""
+def load_ensemble(cfg, run, writers):
+    """Load the reward models of select=uncertain as (name, model, tokenizer); writers: see collect.load_writer.
+
+    This comes before any answer is sampled: one that does not fit ends the program.
+    """
+    ensemble = []
+    for name in cfg.ensemble.split(',') if cfg.ensemble else []:
+        tok, model = load_tokenizer(name, 'ensemble'), load_reward_model(name, 'ensemble').to(run.device).eval()
+        for _, policy, its_tok, _ in writers:
+            check_same_vocabulary(policy, model, 'ensemble', name, its_tok)
+            check_context(policy, model, 'ensemble', name)
+        ensemble.append((name, model, tok))
+    return ensemble
+
+def choose(rows, cfg, run, ensemble=()):
+    """Choose cfg.budget of the rows with two answers, the most worthwhile first; ensemble: see load_ensemble."""
     rows = [row for row in rows if len(row['responses']) >= 2]
     if cfg.select == 'uncertain':
         by_model = [] # per reward model: id of a row -> scores of its answers
-        for name in cfg.ensemble.split(','):
-            model, tok = load_reward_model(name, 'ensemble').to(run.device).eval(), load_tokenizer(name)
+        for name, model, tok in ensemble:
             with run.autocast():
                 scored = score_records(model, tok, rows, model.config.block_size, name, run.device)
+            check_finite([x for _, scores in scored for x in scores], f"--ensemble={name}: its scores")
             by_model.append({id(row): scores for row, scores in scored})
         rows = [row for row in rows if all(id(row) in scores for scores in by_model)] # others are too long: reported
         chosen = most_uncertain([[scores[id(row)] for scores in by_model] for row in rows], cfg.budget)

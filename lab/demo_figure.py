@@ -4,7 +4,10 @@
 """
 
 import os
+import sys
 from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
 from common.checkpoints import read_log
 from common.options import fail, launch
@@ -25,7 +28,11 @@ def curve(ax, folder, key, label, colour):
 
 def main(cfg):
     results = read_json(os.path.join(cfg.run, 'evaluate', 'results.json'), "the results of demo.py")
-    names = [name for name in ('base', 'sft', 'dpo', 'ppo') if name in results['models']]
+    try:
+        gold = {key: {name: row['gold'] for name, row in results[key].items()} for key in ('models', 'greedy')}
+    except KeyError as e:
+        fail(f"{cfg.run}/evaluate/results.json: wanted the results of demo.py, got none with {e}")
+    names = [name for name in ('base', 'sft', 'dpo', 'ppo') if name in gold['models']]
     at = lambda stage: os.path.join(cfg.run, stage)
     with panels(cfg.out or os.path.join(cfg.run, 'evaluate', 'demo.png'), 4, 3.2, 2.8) as axes:
         curve(axes[0], at('base'), 'loss', None, COLOURS[0])
@@ -37,7 +44,7 @@ def main(cfg):
         axes[2].set(title='3. PPO improves the answers', xlabel='iteration', ylabel='mean of the answers')
         axes[2].legend(fontsize=8)
         for shift, key, label in ((-0.2, 'models', 'sampled'), (0.2, 'greedy', 'greedy')):
-            axes[3].bar([i + shift for i in range(len(names))], [results[key][name]['gold'] for name in names], 0.38,
+            axes[3].bar([i + shift for i in range(len(names))], [gold[key][name] for name in names], 0.38,
                         label=label, color=COLOURS[0 if key == 'models' else 5])
         axes[3].set_xticks(range(len(names)), [name.upper() if name != 'base' else name for name in names])
         axes[3].set(title='4. held-out prompts', ylabel='mean gold score', ylim=(0, 1.15))

@@ -12,7 +12,10 @@ rest. It prints each command, reuses finished stages, and writes results.json an
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
 import demo
 from common.checkpoints import read_log
@@ -33,6 +36,7 @@ class Config:
 
     def __post_init__(self):
         seeds, budgets = numbers(self.seeds), numbers(self.budgets)
+        demo.Config(out_dir=self.out_dir) # checks it
         require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'),
                 budgets=([] != budgets == sorted({*budgets} - {0}), 'rising numbers above 0, separated by commas'),
                 steps=(self.steps >= 1, 'at least 1'))
@@ -83,6 +87,7 @@ def main(cfg):
     results = {how: {n: [] for n in budgets} for how in HOW}
     for seed in numbers(cfg.seeds):
         at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}')
+        demo.claim(at)
         demo.run_stages(stages(cfg, at), at)
         for how in HOW:
             for n in budgets:

@@ -96,17 +96,23 @@ def reward_kl(table, out_dir):
             ax.set(xlabel='KL to the reference [nats per answer]', ylabel=f"mean {key} score",
                    title='reward model' if key == 'reward' else 'gold')
 
-def over_optimisation(folders, out_dir, smooth=5):
-    """Draw reward-model score and gold score against sqrt(KL) along PPO runs.
-
-    folders: {label: folder}. As in Gao et al. 2022, https://arxiv.org/abs/2210.10760, figure 1. The line is the mean of
-    `smooth` iterations.
-    """
+def read_runs(folders):
+    """Read the logs of PPO runs, {label: folder}; return {label: lines}."""
     logs = {}
     for label, folder in folders.items():
-        logs[label] = [line for line in read_log(f'{folder}/log.jsonl') if 'kl' in line and 'reward' in line]
+        path = os.path.join(folder, 'log.jsonl')
+        logs[label] = [line for line in read_log(path) if 'kl' in line and 'reward' in line]
         if not logs[label]:
-            fail(f"--figure_runs: {folder}/log.jsonl: wanted lines with `kl` and `reward`, as ppo.py logs them")
+            fail(f"--figure_runs: {path}: {'' if os.path.exists(path) else 'no such file; '}wanted lines with `kl` and "
+                 "`reward`, as ppo.py logs them")
+    return logs
+
+def over_optimisation(logs, out_dir, smooth=5):
+    """Draw reward-model score and gold score against sqrt(KL) along PPO runs.
+
+    logs: as `read_runs` returns them. As in Gao et al. 2022, https://arxiv.org/abs/2210.10760, figure 1. The line is
+    the mean of `smooth` iterations.
+    """
     keys = [k for k in ('reward', 'gold') if any(k in line for log in logs.values() for line in log)]
     with panels(os.path.join(out_dir, 'overoptimisation.png'), len(keys), 4.4, 3.6) as axes:
         for ax, key in zip(axes, keys):

@@ -7,8 +7,11 @@ method's own stage, for rejection also of collecting the best answers. The lowes
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from statistics import fmean
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
 from common.options import fail, launch, require
 from common.records import read_json
@@ -19,8 +22,9 @@ MODELS = { # in memory at once while training
     **dict.fromkeys(('reinforce', 'rloo', 'grpo'), 'policy, reward model, reference'),
     'ppo': 'policy, critic, reward model, reference', 'kto': 'policy, reference', 'distill': 'student, teacher',
     'rejection': 'policy (with the reward model beforehand)'}
-COLUMNS = dict(gold='gold', helpful='helpful', honest='honest', harmless='harmless', win_rate_vs_sft='wins against SFT',
-               kl='KL')
+COLUMNS = dict(gold='gold', helpful='helpful', honest='honest', harmless='harmless', win_rate_vs_sft='wins against SFT')
+DECODINGS = { # key in results.json -> title, and the columns of its table
+    'models': ('sampled', COLUMNS | dict(kl='KL')), 'greedy': ('greedy', COLUMNS | dict(path_kl='path KL'))}
 
 @dataclass
 class Config:
@@ -46,24 +50,19 @@ def table(header, rows):
     """Print lists of strings as a table in Markdown."""
     print('\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows]))
 
-def main(cfg):
-    runs = [read_json(os.path.join(folder, 'evaluate', 'results.json')) for folder in cfg.runs.split(',')]
-    if not all('gold' in run.get('models', {}).get('sft', {}) and 'seconds' in run for run in runs):
-        fail(f"--runs={cfg.runs}: wanted the results of demo.py, with gold scores and a model named sft")
-    names = [name for name in runs[0]['models'] if all(name in run['models'] for run in runs)]
-
-    decodings = {'models': 'sampled', 'greedy': 'greedy'}
-    for decoding, title in decodings.items():
-        rows = [[name, *(show([run[decoding][name][key] for run in runs]) for key in COLUMNS)] for name in names]
+def print_tables(runs, names):
+    """Print the tables of runs for these models. runs: the contents of results.json."""
+    for decoding, (title, columns) in DECODINGS.items():
+        rows = [[name, *(show([run[decoding][name][key] for run in runs]) for key in columns)] for name in names]
         if decoding == 'models':
             rows = [[*row, seconds(row[0], runs), MODELS.get(row[0], '')] for row in rows]
-        table([title, *COLUMNS.values(), *(['seconds', 'models in memory'] if decoding == 'models' else [])], rows)
+        table([title, *columns.values(), *(['seconds', 'models in memory'] if decoding == 'models' else [])], rows)
 
     categories = list(runs[0]['models']['sft']['by_category'])
     table(['content right', *categories],
           [[f'{name}, {title}', *(f"{fmean(run[decoding][name]['by_category'][c] for run in runs):.2f}"
                                   for c in categories)]
-           for decoding, title in decodings.items() for name in names if name in ('sft', 'ppo', 'dpo')])
+           for decoding, (title, _) in DECODINGS.items() for name in names if name in ('sft', 'ppo', 'dpo')])
 
     measured, shares = [run['reward_model'] for run in runs], ('accuracy', 'ceiling', 'shorter_wins')
     table(['reward model', *shares], [['pairs in order', *(show([m[key] for m in measured], 3) for key in shares)]])
@@ -72,6 +71,16 @@ def main(cfg):
     if all('rounds' in run for run in runs):
         rounds = list(zip(*(run['rounds'] for run in runs)))
         table(['round', *(str(n) for n in range(1, len(rounds) + 1))], [['gold', *(show(gold) for gold in rounds)]])
+
+def main(cfg):
+    runs = [read_json(os.path.join(folder, 'evaluate', 'results.json')) for folder in cfg.runs.split(',')]
+    if not all('gold' in run.get('models', {}).get('sft', {}) and 'seconds' in run for run in runs):
+        fail(f"--runs={cfg.runs}: wanted the results of demo.py, with gold scores and a model named sft")
+    names = [name for name in runs[0]['models'] if all(name in run['models'] for run in runs)]
+    try:
+        print_tables(runs, names)
+    except KeyError as e:
+        fail(f"--runs={cfg.runs}: wanted the results of this version's demo.py; one of them lacks {e}")
 
 if __name__ == '__main__':
     launch(main, Config)

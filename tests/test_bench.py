@@ -1,6 +1,7 @@
 """bench.py: every workload times the scripts' own functions, prints its line and counts the right tokens."""
 import json
 import re
+import sys
 
 import pytest
 
@@ -111,6 +112,16 @@ def test_a_tokenizer_of_the_models_size(capsys, tmp_path):
     data = records(tmp_path / 'pairs.jsonl', [PAIR] * 4)
     line, = lines(capsys, workload='sft', init_from=folder, data=data)
     assert line['tokens'] < 2 * (56 + 30)
+
+def test_several_processes_are_refused(capsys, monkeypatch):
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    assert stops(capsys, bench, workload='lm') == (
+        'bench.py measures one process; wanted it started without torchrun')
+
+def test_windows_tells_no_peak(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'resource', None)
+    assert bench.peak_rss_mb() is None
 
 def test_bad_options(capsys, tmp_path):
     assert 'workload must be one of generate, lm, sft, rm, dpo, ppo, memory' in stops(capsys, bench, workload='train')

@@ -1,4 +1,5 @@
-"""collect.py: the records, resuming from OUT.partial, and what is refused."""
+"""collect.py: the records, answers that were cut off, resuming from OUT.partial, and what is refused."""
+import fcntl
 import json
 import os
 import random
@@ -10,10 +11,14 @@ import torch
 
 import collect
 import sft
+from common.batches import encode_rankings
+from common.options import parse_config
 from common.records import read_records
+from common.tokens import dialogue
 from data.toy import world
-from feedback.annotators import RewardModel
-from tiny import RUN, checkpoint, launch, records, run, stops
+from feedback.annotators import RewardModel, SimulatedPerson
+from model import GPT
+from tiny import RUN, TOK, checkpoint, launch, one_line, records, run, stops
 
 @pytest.fixture
 def given(tmp_path):
@@ -27,7 +32,7 @@ def test_the_records(tmp_path, given, capsys):
     rows = read_records(out, 'rankings')
     assert [row['number'] for row in rows] == sorted(row['number'] for row in rows) and rows[-1]['number'] < 7
     for row in rows:
-        assert set(row) == {'prompt', 'number', 'responses', 'ranks', 'scores', 'annotator'}
+        assert set(row) == {'prompt', 'number', 'responses', 'ended', 'ranks', 'scores', 'annotator'}
         assert row['annotator'] == 'simulated' and 2 <= len(row['responses']) == len(row['ranks']) == len(row['scores'])
         assert row['scores'] == [world.gold(row['prompt'], r) for r in row['responses']]
     assert len({tuple(row['responses']) for row in rows}) > 1 and any(len(set(row['responses'])) > 1 for row in rows)
@@ -44,26 +49,26 @@ def test_the_reward_model_as_annotator(tmp_path, given):
     someone = RewardModel(SimpleNamespace(reward_model=folder, tie=0.0, seed=1), RUN)
     for row in rows:
         someone.look_ahead([row]) # alone
-        ranks, scores = someone.rank(row['prompt'], row['responses'])
+        ranks, scores = someone.rank(row['prompt'], row['responses'], row['ended'])
         assert row['ranks'] == ranks and row['scores'] == pytest.approx(scores, abs=1e-6)
 
 def test_keep_best_writes_demonstrations(tmp_path, given, monkeypatch, capsys):
     """The later in the alphabet the better: of "a c b" the second, of "b a b" the first; the third prompt has one."""
     letters = [[32, 97], [32, 99], [32, 98], [32, 98], [32, 97], [32, 98], [32, 97], [32], [32]]
-    monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([x + [256] for x in letters], None))
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([x + [256] for x in letters], []))
     monkeypatch.setattr(world, 'gold', lambda prompt, response: float(ord(response or ' ')))
     out = str(tmp_path / 'best.jsonl')
     run(collect, out=out, keep='best', noise=0.0, max_prompts=3, **given)
     asked = [row['prompt'] for row in read_records(given['prompts'], 'prompts')]
-    assert read_records(out, 'demonstrations') == [dict(prompt=asked[0], response='c'),
-                                                   dict(prompt=asked[1], response='b')]
+    assert read_records(out, 'demonstrations') == [dict(prompt=asked[0], response='c', ended=True),
+                                                   dict(prompt=asked[1], response='b', ended=True)]
     assert 'the best answers kept, 1 prompts left out' in capsys.readouterr().out
     run(sft, out_dir=str(tmp_path / 'out'), init_from=given['policy'], train_data=out, max_steps=1, batch_size=2)
 
 def test_empty_answers_are_left_out(tmp_path, given, monkeypatch, capsys):
     """" a" and " b" remain of the first prompt; the second has one answer left, which cannot be ranked."""
     answers = [[32, 97, 256], [32, 256], [32, 98, 256], [256], [32, 99, 256], [32, 32, 256]]
-    monkeypatch.setattr(collect, 'sample_answers', lambda *a: (answers, None))
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: (answers, []))
     run(collect, out=str(tmp_path / 'r.jsonl'), max_prompts=2, **given)
     row, = read_records(tmp_path / 'r.jsonl', 'rankings')
     assert row['responses'] == ['a', 'b'] and '1 prompts left out' in capsys.readouterr().out
@@ -71,6 +76,7 @@ def test_empty_answers_are_left_out(tmp_path, given, monkeypatch, capsys):
 def test_every_prompt_is_answered_k_times_at_the_temperature(tmp_path, given, monkeypatch):
     asked, sample = [], collect.sample_answers
     monkeypatch.setattr(collect, 'sample_answers', lambda *a: (asked.append(a), sample(*a))[1])
+    given['policy'] = checkpoint(tmp_path / 'other', seed=3) # one that says something
     run(collect, out=str(tmp_path / 'r.jsonl'), temperature=0.7, **given)
     assert [len(a[1]) for a in asked] == [9, 9, 9, 3] and all(a[3:] == (5, 0.7) for a in asked)
     for _, prompts, *_ in asked:
@@ -84,7 +90,7 @@ def test_several_policies_answer_in_turn(tmp_path, given, monkeypatch, capsys):
     def sampling(model, prompts, tok, *_):
         given_to.append(len(prompts))
         text = [b'one', b'uno', b'eins', b''] if len(prompts) == 4 else [b'two', b'due']
-        return [list(t) + [256] for t in text], None
+        return [list(t) + [256] for t in text], []
 
     monkeypatch.setattr(collect, 'sample_answers', sampling)
     run(collect, out=str(tmp_path / 'r.jsonl'), max_prompts=2, **given | dict(policy=f"{given['policy']},{other}"))
@@ -93,14 +99,14 @@ def test_several_policies_answer_in_turn(tmp_path, given, monkeypatch, capsys):
     assert [row['responses'] for row in rows] == [['one', 'uno', 'two'], ['eins', 'due']]
     assert [row['policies'] for row in rows] == [[given['policy'], given['policy'], other], [given['policy'], other]]
 
-def interrupted(monkeypatch, stretch):
-    """Send Ctrl-C while the stretch of that number is sampled."""
+def interrupted(monkeypatch, stretch, number=signal.SIGINT):
+    """Send Ctrl-C, or another signal, while the stretch of that number is sampled."""
     sample, calls = collect.sample_answers, []
 
     def sampling(*args):
         calls.append(1)
         if len(calls) == stretch:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return sample(*args)
 
     monkeypatch.setattr(collect, 'sample_answers', sampling)
@@ -139,6 +145,181 @@ def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, cap
     assert read_records(out, 'rankings')[0]['number'] == 0
 
 # ---------------------------------------------------------------------------------------------------------------------
+# answers that were cut off
+
+CUT = [[*b' ab', 256], [*b' ab'], [*' x€'.encode()[:-1]], [*' €'.encode()[:-1]], [*b' \xe2', 256], [*b' c', 256]]
+
+@pytest.fixture
+def cut(tmp_path, given, monkeypatch):
+    """Sample "ab" with its end and without, "x" and half a character, half a character alone; a broken one, and "c"."""
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: (CUT, []))
+    return given | dict(max_prompts=2)
+
+def test_who_was_cut_off_is_recorded(tmp_path, cut, capsys):
+    """Half a character at the end of what was cut off is left out, and so is what holds nothing else."""
+    out = str(tmp_path / 'r.jsonl')
+    run(collect, out=out, **cut)
+    rows = read_records(out, 'rankings')
+    assert [(row['responses'], row['ended']) for row in rows] == [
+        (['ab', 'ab', 'x'], [True, False, False]), (['\ufffd', 'c'], [True, True])]
+    assert '2 of 5 answers did not end: --max_new_tokens=5 is small\n' in capsys.readouterr().out
+    for row, answers in zip(encode_rankings(TOK, rows, 64), ([[*b' ab', 256], [*b' ab'], [*b' x']], None)):
+        assert answers is None or row.answers == answers # no end is invented
+    again = str(tmp_path / 'again.jsonl')
+    run(collect, out=again, answers=out, annotator='reward_model',
+        reward_model=checkpoint(tmp_path / 'reward', reward_head=True))
+    assert [row['ended'] for row in read_records(again, 'rankings')] == [[True, False, False], [True, True]]
+    said = capsys.readouterr().out
+    assert '2 of 5 answers did not end\n' in said # max_new_tokens has no part in it
+    assert read_records(again, 'rankings')[0]['scores'][0] != read_records(again, 'rankings')[0]['scores'][1]
+
+def test_the_best_answer_may_be_one_that_was_cut_off(tmp_path, cut, monkeypatch):
+    monkeypatch.setattr(world, 'gold', lambda prompt, response: float(ord((response or ' ')[0])))
+    run(collect, out=str(tmp_path / 'best.jsonl'), keep='best', noise=0.0, **cut)
+    first, second = read_records(tmp_path / 'best.jsonl', 'demonstrations')
+    assert (first['response'], first['ended'], second['ended']) == ('x', False, True)
+    assert dialogue(TOK, first)[0][-2:] == [*b' x'] and dialogue(TOK, second)[0][-1] == 256
+
+def test_ends_stay_with_their_policies_and_survive_a_stop(tmp_path, cut, monkeypatch):
+    """The policies get two and one answer to each of two prompts; a kill after the first row."""
+    sampled = lambda model, prompts, *a: (CUT[:4] if len(prompts) == 4 else CUT[4:], [])
+    monkeypatch.setattr(collect, 'sample_answers', sampled)
+    options = cut | dict(policy=f"{cut['policy']},{checkpoint(tmp_path / 'other', seed=3)}")
+    at = lambda name: str(tmp_path / name)
+    run(collect, out=at('whole.jsonl'), **options)
+    row, _ = rows = read_records(at('whole.jsonl'), 'rankings')
+    assert (row['responses'], row['ended']) == (['ab', 'ab', '\ufffd'], [True, False, True])
+    assert len(row['policies']) == 3 and (rows[1]['responses'], rows[1]['ended']) == (['x', 'c'], [False, True])
+    records(at('halves.jsonl.partial'), rows[:1])
+    run(collect, out=at('halves.jsonl'), resume=True, **options)
+    assert read_records(at('halves.jsonl'), 'rankings') == rows
+
+def test_what_prompts_ended_in_is_nothing_to_a_new_answer(tmp_path, given):
+    """Prompts from demonstrations, which have one `ended`."""
+    rows = [row | dict(response='x', ended=False) for row in read_records(given['prompts'], 'prompts')]
+    run(collect, out=str(tmp_path / 'r.jsonl'), **given | dict(prompts=records(tmp_path / 'd.jsonl', rows)))
+    assert all(len(row['ended']) == len(row['responses']) for row in read_records(tmp_path / 'r.jsonl', 'rankings'))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ends without rankings
+
+def test_nothing_written_is_no_success(tmp_path, given, monkeypatch, capsys):
+    monkeypatch.setattr(collect, 'sample_answers', lambda model, prompts, *a: ([[32, 256]] * len(prompts), []))
+    out = str(tmp_path / 'r.jsonl')
+    for options in ({}, dict(select='diverse', budget=2)):
+        said = stops(capsys, collect, code=1, out=out, **given | options)
+        assert said == f"--out={out}: not written, no prompt has ranks"
+        assert sorted(os.listdir(tmp_path)) == ['prompts.jsonl', 'sft']
+    with pytest.raises(SystemExit):
+        run(collect, out=out, **given)
+    assert '0 prompts, 0 answers, 0 pairs, 10 prompts left out (skipped, without two answers' in capsys.readouterr().out
+
+def test_answers_beside_a_config_file_that_names_prompts(tmp_path, capsys):
+    config = tmp_path / 'config.py'
+    config.write_text("prompts = 'p.jsonl'\ngold = 'data.toy.world:gold'\n")
+    said = one_line(capsys, lambda: parse_config(collect.Config, [str(config), '--answers=a.jsonl']))
+    assert said == (f"{config}:1: prompts must be a file of prompts, unless answers is given (an empty --prompts= "
+                    "takes back what a config file says), got 'p.jsonl'")
+    assert parse_config(collect.Config, [str(config), '--answers=a.jsonl', '--prompts=']).answers == 'a.jsonl'
+
+def poisoned(folder, **more):
+    """Save a model of finite weights whose scores and probabilities are not finite."""
+    model = GPT.from_pretrained(checkpoint(folder, **more))
+    with torch.no_grad():
+        model.h[0].ln_1.weight.fill_(1e30)
+    model.save_pretrained(folder)
+    return str(folder)
+
+@pytest.mark.parametrize('options, whose', [
+    (dict(policy='{policy}', answers=''), '--policy={policy}: its probabilities'),
+    (dict(annotator='reward_model', reward_model='{reward}'), '--annotator=reward_model: its scores of an answer'),
+    (dict(annotator='ai', judge='{policy}', judge_instruction='{told}'), '--annotator=ai: its scores of an answer'),
+    (dict(select='uncertain', budget=1, ensemble='{reward},{reward}'), '--ensemble={reward}: its scores'),
+])
+def test_a_broken_model_ends_the_run(tmp_path, given, capsys, options, whose):
+    (tmp_path / 'told.txt').write_text('Which?')
+    at = dict(policy=poisoned(tmp_path / 'policy'), reward=poisoned(tmp_path / 'reward', reward_head=True),
+              told=tmp_path / 'told.txt')
+    rows = [row | dict(responses=['a', 'b'], ranks=[0, 1]) for row in read_records(given['prompts'], 'prompts')]
+    given |= dict(answers=records(tmp_path / 'a.jsonl', rows), out=str(tmp_path / 'r.jsonl'))
+    given |= {k: v.format(**at) if isinstance(v, str) else v for k, v in options.items()}
+    given |= dict(prompts='') if given['answers'] else {}
+    said = stops(capsys, collect, code=1, **given)
+    assert said == whose.format(**at) + ' are not finite: the model is broken'
+    assert not os.path.exists(given['out'])
+
+def test_what_was_ranked_before_a_score_of_nan_can_be_read(tmp_path, given, monkeypatch, capsys):
+    answers = records(tmp_path / 'a.jsonl', [dict(prompt=f'{n}', responses=['a', 'b'], ranks=[0, 1]) for n in range(4)])
+    monkeypatch.setattr(world, 'gold', lambda prompt, response: float('nan' if prompt == '2' else len(response)))
+    options = dict(gold=given['gold'], answers=answers, out=str(tmp_path / 'r.jsonl'))
+    assert '--annotator=simulated: its scores of an answer are not' in stops(capsys, collect, code=1, **options)
+    assert [row['prompt'] for row in read_lines_of(options['out'] + '.partial')] == ['0', '1']
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OUT.partial
+
+def test_resume_auto_goes_on_or_starts(tmp_path, given, monkeypatch):
+    whole, out = str(tmp_path / 'whole.jsonl'), str(tmp_path / 'r.jsonl')
+    run(collect, out=whole, resume='auto', **given)
+    with monkeypatch.context() as m:
+        interrupted(m, 2)
+        assert launch(m, collect, out=out, resume='auto', **given) == 130
+    run(collect, out=out, resume='auto', **given)
+    with open(whole, 'rb') as a, open(out, 'rb') as b:
+        assert a.read() == b.read()
+
+def test_an_empty_partial_does_not_block(tmp_path, given):
+    out = str(tmp_path / 'r.jsonl')
+    open(out + '.partial', 'w').close() # of a run that ended before its first row
+    run(collect, out=out, **given)
+    assert len(read_records(out, 'rankings')) > 0 and not os.path.exists(out + '.lock')
+
+def test_two_at_once_do_not_mix(tmp_path, given, capsys):
+    out = str(tmp_path / 'r.jsonl')
+    with open(out + '.lock', 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX) # as another process holds it
+        assert 'r.jsonl.lock is locked' in stops(capsys, collect, out=out, **given)
+        assert not os.path.exists(out + '.partial')
+    run(collect, out=out, **given)
+    assert sorted(os.listdir(tmp_path)) == ['prompts.jsonl', 'r.jsonl', 'sft']
+
+@pytest.mark.parametrize('change, expected', [
+    (dict(prompt='Another'), 'holds other prompts than those of this run'),
+    (dict(prompt=7), ':1: wanted `prompt` to be text'),
+    (dict(responses=['a', 7, 'c']), ':1: wanted `responses` to be a'),
+    (dict(ranks=[0]), ':1: wanted `ranks` to be 3 integers'), (dict(ended=[True]), ':1: wanted `ended` to be 3 times'),
+    (dict(ranks=None), ':1: wanted `ranks` to be 3'), (dict(repeat=5), ':1: wanted `repeat` to be the number'),
+    (dict(repeat='x'), ':1: wanted `repeat` to be the number'),
+    (dict(scores=[1, 2, 1e300]), ':1: wanted `scores` to be'),
+])
+def test_other_rows_than_those_of_this_run(tmp_path, given, capsys, change, expected):
+    prompt = read_records(given['prompts'], 'prompts')[0]
+    row = prompt | dict(responses=['a', 'b', 'c'], ended=[True] * 3, ranks=[0, 1, 2], scores=[1.0, 2.0, 3.0]) | change
+    partial = records(tmp_path / 'r.jsonl.partial', [row])
+    assert expected in stops(capsys, collect, out=str(tmp_path / 'r.jsonl'), resume=True, **given)
+    assert read_lines_of(partial) == [row]
+
+def read_lines_of(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+def test_sigterm_keeps_what_is_ranked(tmp_path, given, monkeypatch):
+    out = str(tmp_path / 'r.jsonl')
+    with monkeypatch.context() as m:
+        interrupted(m, 2, signal.SIGTERM)
+        assert launch(m, collect, out=out, **given) == 143
+    assert len(read_lines_of(out + '.partial')) == 6
+    run(collect, out=out, resume=True, **given)
+    assert not os.path.exists(out + '.partial') and len(read_records(out, 'rankings')) > 0
+
+def test_out_is_written_before_the_annotator_closes(tmp_path, given, monkeypatch):
+    """A page's server may take its time."""
+    out, seen = str(tmp_path / 'r.jsonl'), []
+    monkeypatch.setattr(SimulatedPerson, 'close', lambda self: seen.append(os.path.exists(out)) or '')
+    run(collect, out=out, **given)
+    assert seen == [True]
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what is refused
 
 def test_what_comes_with_prompts_is_not_what_is_ranked(tmp_path, given, monkeypatch):
@@ -149,7 +330,8 @@ def test_what_comes_with_prompts_is_not_what_is_ranked(tmp_path, given, monkeypa
     out = str(tmp_path / 'r.jsonl')
     run(collect, out=out, **given | dict(prompts=records(tmp_path / 'old.jsonl', old)))
     rows = read_records(out, 'rankings')
-    assert len(rows) > 0 and all(row.keys() == {'prompt', 'number', 'responses', 'ranks', 'scores', 'annotator'}
+    keys = {'prompt', 'number', 'responses', 'ended', 'ranks', 'scores', 'annotator'}
+    assert len(rows) > 0 and all(row.keys() == keys
                                  and 'a' not in row['responses'] and row['annotator'] == 'simulated' for row in rows)
 
 @pytest.mark.parametrize('options, expected', [

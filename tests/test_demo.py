@@ -1,13 +1,19 @@
 """demo.py: which commands it runs, what it reuses, and how it goes on after a stop. The stages themselves are faked."""
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import demo
-from common.options import parse_config
+from common import run
+from common.options import RunOptions, parse_config, print_help
+from tiny import in_processes, one_line
 
 STAGES = ['data', 'pretrain', 'sft', 'collect train', 'collect test', 'reward', 'ppo', 'dpo', 'evaluate']
 
@@ -135,6 +141,7 @@ def test_results_that_are_not_its_own(cfg, monkeypatch):
     Path('out/two/evaluate/results.json').write_text(json.dumps(dict(models=dict(sft={}, rlaif={}))))
     demo.main(cfg)
     assert [c[1] for c in fake.commands[9:]] == ['evaluate.py']
+    assert fake.commands[9][-1] == '--overwrite=True' # it refuses to replace results unasked
 
 def test_fresh_removes_its_own_folders_alone(cfg, monkeypatch, capsys):
     fresh = demo.Config(out_dir='out/two', seed=7, fresh=True)
@@ -229,6 +236,20 @@ def test_a_stage_that_fails_stops_the_one_beside_it(cfg, monkeypatch, capsys):
     assert record['reward'][2] is None and record['dpo'][2] is not None # it had come to its end all the same
     assert 'ppo' not in record
 
+def test_a_stage_that_is_made_anew_does_not_resume_its_older_run(cfg, monkeypatch):
+    """It was killed before its first save: the state beside it is that of the run before."""
+    fake = Fake(monkeypatch, cfg)
+    demo.main(cfg)
+    Path('out/two/ppo/state.pt').touch()
+    os.remove('out/two/reward/model.safetensors')
+    fake.fail_at = 'ppo'
+    monkeypatch.setattr(Path, 'touch', lambda self: None) # nothing is saved
+    with pytest.raises(SystemExit):
+        demo.main(cfg)
+    fake.fail_at = None
+    demo.main(cfg)
+    assert [c[-1] for c in fake.commands if c[1] == 'ppo.py'] == ['--overwrite=True'] * 3
+
 def test_what_stands_on_a_changed_stage_is_made_anew(cfg, monkeypatch):
     fake = Fake(monkeypatch, cfg)
     demo.main(cfg)
@@ -237,5 +258,182 @@ def test_what_stands_on_a_changed_stage_is_made_anew(cfg, monkeypatch):
     assert [c[1] for c in fake.commands[9:]] == ['reward.py', 'ppo.py', 'evaluate.py'] # DPO does not need it
     assert all('--resume=True' not in c for c in fake.commands)
     fake.commands.clear()
-    demo.main(demo.Config(out_dir='out/two', seed=8)) # another seed: all but the data
-    assert len(fake.commands) == 8
+
+def test_a_folder_holds_one_seed(cfg, monkeypatch, capsys):
+    fake = Fake(monkeypatch, cfg)
+    demo.main(cfg)
+    before = Path('out/two/demo.json').read_text()
+    assert one_line(capsys, lambda: demo.main(demo.Config(out_dir='out/two', seed=8))) == (
+        '--seed=8: out/two was made with --seed=7; wanted that, another --out_dir, or --fresh=True, which removes it')
+    assert len(fake.commands) == 9 and Path('out/two/demo.json').read_text() == before
+    fake.cfg = demo.Config(out_dir='out/two', seed=8, fresh=True)
+    demo.main(fake.cfg)
+    assert len(fake.commands) == 18 and '--seed=8' in fake.commands[-1]
+
+def test_two_at_once_in_one_folder(cfg, monkeypatch, capsys):
+    fcntl = pytest.importorskip('fcntl', reason='Windows has no such locks')
+    fake = Fake(monkeypatch, cfg)
+    os.makedirs('out/two')
+    with open('out/two/.lock', 'w') as other: # as another process would hold it
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert 'another process is writing here' in one_line(capsys, lambda: demo.main(cfg))
+    assert fake.commands == [] and os.listdir('out/two') == ['.lock']
+    demo.main(cfg)
+    assert len(fake.commands) == 9
+
+def test_runs_in_the_repository_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = one_line(capsys, lambda: demo.main(demo.Config()))
+    assert line.endswith(f'wanted: cd {Path(demo.__file__).resolve().parent}') and os.listdir(tmp_path) == []
+
+@pytest.mark.parametrize('folder', ['', 'out/a,b', 'out/a=b'])
+def test_folders_that_no_list_can_hold(folder, capsys):
+    line = one_line(capsys, lambda: parse_config(demo.Config, [f'--out_dir={folder}']))
+    assert line.endswith(f'a folder with no comma and no = in its name, got {folder!r}')
+
+def test_help_names_the_methods(capsys):
+    print_help(demo.Config)
+    assert f"The methods: {', '.join(demo.METHODS)}." in capsys.readouterr().out
+
+@pytest.mark.parametrize('system, typed', [
+    ('posix', "$ OMP_NUM_THREADS=3 python sft.py '--out_dir=out/my toy'"),
+    ('nt', '$ set OMP_NUM_THREADS=3& python sft.py "--out_dir=out/my toy"')])
+def test_prints_what_one_can_type(system, typed, monkeypatch, capsys):
+    monkeypatch.setattr(demo, 'POSIX', system == 'posix')
+    monkeypatch.setattr(demo.subprocess, 'Popen', lambda words, env, **more: more)
+    monkeypatch.setenv('OMP_NUM_THREADS', '3')
+    more = demo.start(['python', 'sft.py', '--out_dir=out/my toy'], 0)
+    assert capsys.readouterr().out == f'\n{typed}\n'
+    assert ('process_group' in more) == (system == 'posix') # Windows has none of this
+
+def test_windows_ends_a_stage_without_a_signal(monkeypatch):
+    monkeypatch.setattr(demo, 'POSIX', False)
+    ended = []
+    class Stage:
+        def terminate(self):
+            ended.append(self)
+    stage = Stage() # it has no send_signal, which raises ValueError there
+    demo.tell({0: ('sft', stage)}, signal.SIGINT)
+    assert ended == [stage]
+
+# ----------------------------------------------------------------------------------------------------------------
+# signals: a real demo.py with one stage, which notes every signal and ends a moment after the first
+
+STAGE = """
+import os, signal, sys, time
+told = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: told.append(number))
+with open('pid.tmp', 'w') as f:
+    f.write(str(os.getpid()))
+os.rename('pid.tmp', 'pid')
+end = time.time() + 30
+while not told and time.time() < end: # a test that fails leaves no process
+    time.sleep(0.01)
+time.sleep(0.1)
+with open('told.tmp', 'w') as f:
+    f.write(' '.join(map(str, told)))
+os.rename('told.tmp', 'told')
+sys.exit(128 + sum(told[:1]))
+"""
+
+def wait_for(what, within=20):
+    """Return what() as soon as it is true."""
+    end = time.time() + within
+    while not (value := what()):
+        assert time.time() < end, 'nothing came'
+        time.sleep(0.01)
+    return value
+
+def start_demo(tmp_path, stdout, stderr):
+    """Start a demo.py; return it, and the pid of its stage, which is at work."""
+    (tmp_path / 'stage.py').write_text(STAGE)
+    code = ("import demo; cfg = demo.Config(out_dir='out/one'); demo.claim(cfg); "
+            "demo.run_stages([('one', 'stage.py', '', {}, 'out/one/product', [])], cfg)")
+    process = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, start_new_session=True, text=True,
+                               env=os.environ | dict(PYTHONPATH=str(Path(demo.__file__).parent)),
+                               stdout=stdout, stderr=stderr)
+    wait_for((tmp_path / 'pid').exists)
+    return process, int((tmp_path / 'pid').read_text())
+
+@pytest.fixture
+def running(cfg, tmp_path):
+    process, stage = start_demo(tmp_path, subprocess.DEVNULL, subprocess.PIPE)
+    yield process, stage
+    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(stage, signal.SIGKILL)
+    process.communicate()
+
+def told(tmp_path):
+    wait_for((tmp_path / 'told').exists)
+    return [int(number) for number in (tmp_path / 'told').read_text().split()]
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has no signals')
+@pytest.mark.parametrize('send', [os.kill, os.killpg]) # to its pid alone; to its group, as the terminal does
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+def test_a_signal_reaches_the_stage_once(running, tmp_path, send, name):
+    process, _ = running
+    number = getattr(signal, name)
+    send(process.pid, number)
+    assert process.wait(20) == 128 + number and told(tmp_path) == [number]
+    assert process.stderr.read() == (
+        f'one ended with exit code {128 + number}; the same command continues from here\n')
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has no signals')
+def test_a_closed_terminal_loses_nothing(cfg, tmp_path):
+    """Where the terminal is gone, a line for it is no error. The shell and the kernel both send SIGHUP."""
+    terminal, its_end = os.openpty()
+    process, _ = start_demo(tmp_path, its_end, its_end)
+    os.close(its_end)
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 128 + signal.SIGHUP and told(tmp_path) == [signal.SIGHUP]
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has no signals')
+def test_a_stage_saves_where_its_terminal_is_closed(tmp_path):
+    def work():
+        terminal, its_end = os.openpty()
+        for file in (1, 2):
+            os.dup2(its_end, file)
+        os.close(its_end)
+        os.close(terminal)
+        sys.stderr, code = os.fdopen(2, 'w'), 1
+        try:
+            process = run.start(RunOptions(device='cpu'))
+            os.kill(os.getpid(), signal.SIGHUP)
+            print('saved', file=sys.stderr, flush=True)
+            code = 10 + process.stop_requested()
+        finally:
+            os._exit(code) # without a line on the way
+
+    assert in_processes(1, work) == [10 + signal.SIGHUP]
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells a child that its parent is gone')
+def test_the_stage_ends_with_demo(running, tmp_path):
+    process, _ = running
+    process.kill()
+    assert process.wait(20) == -signal.SIGKILL and told(tmp_path) == [signal.SIGTERM]
+
+def test_a_stage_that_outlives_demo_keeps_the_lock(cfg, capsys):
+    pytest.importorskip('fcntl', reason='Windows has no such locks')
+    demo.claim(cfg)
+    stage = demo.start(['python', '-c', 'import time; time.sleep(60)'], 0)
+    demo.LOCKS.pop(os.path.realpath('out/two/.lock')).close() # as if this process had ended
+    assert 'another process is writing here' in one_line(capsys, lambda: demo.claim(cfg))
+    stage.kill()
+    stage.wait()
+    demo.claim(cfg)
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_ctrl_z_stops_the_stage_too(running, tmp_path):
+    process, stage = running
+    state = lambda pid: Path(f'/proc/{pid}/stat').read_text().split()[2]
+    process.send_signal(signal.SIGTSTP)
+    wait_for(lambda: state(process.pid) == state(stage) == 'T')
+    process.send_signal(signal.SIGCONT)
+    wait_for(lambda: state(process.pid) != 'T' and state(stage) != 'T')
+    process.terminate()
+    assert process.wait(20) == 143 and told(tmp_path) == [signal.SIGTERM]

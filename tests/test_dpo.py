@@ -142,6 +142,14 @@ def test_pair_metrics_by_hand():
     loss, metrics = pair_loss(logp, nothing, answers, SimpleNamespace(loss='orpo', beta=0.5))
     assert loss.item() == by_hand(3.195641) and metrics['margin'].item() == by_hand(-0.656631)
 
+def test_accuracy_of_ties_by_hand():
+    # rewards 0.5 * (0, 2, 2 + 4e-7): the first beats none, the last two are equal within rounding: 0, 1, ½
+    answers = SimpleNamespace(sizes=torch.tensor([1, 1, 1]), pairs=torch.tensor([[0, 1], [2, 0], [2, 1]]))
+    pi = torch.tensor([-1.0, 1.0, 1.0000004], dtype=torch.float64)
+    cfg = SimpleNamespace(loss='dpo', beta=0.5, label_smoothing=0.0)
+    _, metrics = pair_loss(pi, torch.full((3,), -1.0), answers, cfg)
+    assert metrics['accuracy'].item() == 0.5
+
 # ---------------------------------------------------------------------------------------------------------------------
 # runs
 
@@ -155,6 +163,7 @@ def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data, los
     assert set(log[1]) == {'step', 'time', 'lr', 'grad_norm'} | set(names)
     assert log[0]['val_loss'] == pytest.approx(first, abs=1e-5) and log[1]['loss'] == pytest.approx(first, abs=1e-5)
     assert log[1]['margin'] == pytest.approx(0.0, abs=1e-5)
+    assert log[0]['val_accuracy'] == log[1]['accuracy'] == 0.5 # all rewards are 0 within rounding: half a point each
     assert log[-1]['val_loss'] < first - 0.1 and log[-1]['val_accuracy'] > 0.9
 
 @pytest.mark.parametrize('loss, options', [('simpo', dict(beta=2.0, simpo_margin=0.5)), ('orpo', dict(beta=1.0))])
@@ -205,3 +214,10 @@ def test_all_pairs_of_a_prompt_weigh_the_same(tmp_path, sft_model, data, monkeyp
     assert len(pairs) == 17
     wins = [(pairs[:, 0] == n).sum().item() - (pairs[:, 1] == n).sum().item() for n in range(len(logp))]
     assert logp.grad.tolist() == by_hand([-0.05 * n for n in wins]) # 1.7 * 0.5 / 17
+
+def test_the_reference_reads_only_the_rows_that_are_trained_on(tmp_path, sft_model, data, monkeypatch):
+    read, answers = [], GPT.answers
+    monkeypatch.setattr(GPT, 'answers', lambda self, batch: (read.append(len(batch.idx)), answers(self, batch))[1])
+    run(dpo, init_from=sft_model, train_data=data, out_dir=str(tmp_path / 'out'), max_steps=1, batch_size=2)
+    assert sum(read) == 2 + 2 # once by the reference, once by the policy; the file has more
+    assert read.count(2) == 2 and len(open(data).readlines()) > 2

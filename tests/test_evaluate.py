@@ -11,6 +11,7 @@ from common.rollout import pack
 from common.tokens import load_tokenizer, response_ids, save_bpe, train_bpe
 from data.toy import world
 from model import GPT, GPTConfig
+from tiny import one_line, records
 
 import torch
 
@@ -48,6 +49,7 @@ def test_self_bleu_leaves_each_text_out_of_its_own_references():
 
 def test_win_rate_counts_a_tie_as_half():
     assert ev.win_rate([1.0, 0.2, 0.5, 0.9], [0.8, 0.8, 0.5, 0.1]) == 0.625 # win, loss, tie, win
+    assert ev.win_rate([0.5 + 4e-7, 0.5 + 3e-7], [0.5, 0.5]) == 0.5 # equal within rounding
 
 def test_wilson_interval_by_hand():
     # p = .8, n = 10, z^2 = 3.841459: centre (.8 + .192073) / 1.384146 = .716740,
@@ -63,6 +65,7 @@ def test_calibration_by_hand():
     assert [row[2] for row in table] == [1, 3]
     assert table[0][:2] == pytest.approx([0.5, 0.5]) and table[1][:2] == pytest.approx([0.75, 2 / 3])
     assert error == pytest.approx(0.0625) # 3/4 of .75 - 2/3
+    assert ev.calibration([(4e-7, 1.0)])[0] == [[pytest.approx(0.5), 0.5, 1]] # 0 within rounding
 
 # ----------------------------------------------------------------------------------------------------------------
 # models
@@ -155,11 +158,12 @@ def test_results_hold_what_was_asked_for(evaluated):
     results = read(evaluated)
     for decoding in ('models', 'greedy'):
         assert list(results[decoding]) == ['base', 'sft', 'ppo', 'best_of_n']
+        kl = 'kl' if decoding == 'models' else 'path_kl' # along one answer: no KL of distributions
         for name, row in results[decoding].items():
-            assert {'gold', 'helpful', 'honest', 'harmless', 'win_rate_vs_sft', 'win_rate_interval', 'kl', 'perplexity',
+            assert {'gold', 'helpful', 'honest', 'harmless', 'win_rate_vs_sft', 'win_rate_interval', kl, 'perplexity',
                     'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended', 'reward', 'by_category'} == set(row)
-        assert results[decoding]['sft']['kl'] == 0 and results[decoding]['sft']['win_rate_vs_sft'] == 0.5
-        assert results[decoding]['ppo']['kl'] > 0.1
+        assert results[decoding]['sft'][kl] == 0 and results[decoding]['sft']['win_rate_vs_sft'] == 0.5
+        assert results[decoding]['ppo'][kl] > 0.1
         assert results[decoding]['base']['perplexity'] == results['models']['base']['perplexity'] > 1
     best = results['models']['best_of_n']
     assert best['kl'] == pytest.approx(0.193147, abs=1e-6) and best['perplexity'] is None # ln 2 - 1/2
@@ -170,6 +174,7 @@ def test_results_hold_what_was_asked_for(evaluated):
     assert quality['ceiling'] == 1.0 # 0.9 beats both
     assert quality['shorter_wins'] == 0.5 # of the two worse, one is shorter
     assert sum(n for _, _, n in quality['calibration']) == 6 # three records, two pairs each
+    assert quality['pairs'] == dict(accuracy=6, ceiling=6, shorter_wins=6) | dict.fromkeys(world.PAIR_CATEGORIES, 2)
     assert results['seed'] == 1 and results['seconds']['evaluate'] > 0
 
 def test_samples_and_figures_are_written(evaluated):
@@ -184,7 +189,7 @@ def test_samples_and_figures_are_written(evaluated):
 def test_scripted_answers_are_scored_as_text(toy, tmp_path, monkeypatch):
     # whatever is asked, the fake says that it does not know, and forgets to end: right for the honest kind alone
     def say(model, prompts, tok, max_new_tokens, temperature=1.0):
-        return [response_ids(tok, "I don't know.")[:-1] for _ in prompts], None
+        return [response_ids(tok, "I don't know.")[:-1] for _ in prompts], []
     monkeypatch.setattr(ev, 'sample_answers', say)
     ev.main(options(toy, tmp_path, figures=False, best_of=0))
     for row in read(tmp_path)['models'].values():
@@ -202,13 +207,22 @@ def test_same_seed_same_numbers_whatever_else_is_in_the_list(toy, evaluated, tmp
         assert few[decoding] == {name: all_[decoding][name] for name in ('sft', 'ppo')}
     assert few['reward_model'] == all_['reward_model'] and not list(tmp_path.glob('*.png'))
 
+def test_the_baseline_has_random_numbers_of_its_own(toy, tmp_path):
+    """One model by three names: the baseline's answers are other ones than those that are compared with them."""
+    ev.main(options(toy, tmp_path, models=','.join(f"{name}={toy}/sft" for name in ('sft', 'a', 'b')), gold='', text='',
+                    reward_model='', best_of=0, comparisons='', rankings='', figures=False))
+    rows = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+    of = lambda name, decoding: [row[decoding] for row in rows if row['model'] == name]
+    assert of('a', 'sampled') == of('b', 'sampled') != of('sft', 'sampled')
+    assert of('a', 'greedy') == of('b', 'greedy') == of('sft', 'greedy')
+
 def test_wins_go_by_reward_without_gold_and_are_left_out_without_either(toy, tmp_path):
     ev.main(options(toy, tmp_path, gold='', max_prompts=5, comparisons='', rankings='', text=f"{toy}/text.jsonl",
                     figures=False))
     row = read(tmp_path)['models']['ppo']
     assert 'gold' not in row and 'win_rate_vs_sft' in row and read(tmp_path)['reward_model'] == {}
     ev.main(options(toy, tmp_path, gold='', max_prompts=5, comparisons='', rankings='', text='', reward_model='',
-                    best_of=0, baseline='base', reference='sft'))
+                    best_of=0, baseline='base', reference='sft', overwrite=True))
     results = read(tmp_path)
     assert set(results['models']['ppo']) == {'kl', 'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended'}
     assert results['models']['sft']['kl'] == 0 < results['models']['base']['kl']
@@ -242,6 +256,8 @@ def test_over_optimisation_alone(toy, tmp_path):
     (dict(models='sft=TOY/sft,best_of_n=TOY/ppo'), 'another name'),
     (dict(max_new_tokens=96), 'room'),
     (dict(figure_runs='a=TOY/nowhere', models=''), 'wanted lines with `kl`'),
+    (dict(figure_runs='a=TOY/nowhere'), 'nowhere/log.jsonl: no such file; wanted lines with `kl`'), # before it measures
+    (dict(rankings='TOY/nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(gold='data.toy.world:silver'), '--gold=data.toy.world:silver: cannot be imported'),
     (dict(prompts='TOY/others.jsonl'), "others.jsonl: prompt 1: not a prompt of the toy world: 'Hi'"),
 ])
@@ -253,9 +269,79 @@ def test_bad_input_is_one_line(toy, tmp_path, capsys, more, words):
         load_tokenizer('bytes').save(other)
     more = {k: v.replace('TOY', str(toy)) if isinstance(v, str) else v for k, v in more.items()}
     with pytest.raises(SystemExit) as stopped:
-        ev.main(options(toy, tmp_path, **more))
+        ev.main(options(toy, tmp_path / 'out', **more))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and words in lines[-1] and len(lines) == 1
+    assert not (tmp_path / 'out').exists()
+
+def test_results_are_never_lost(toy, tmp_path, capsys):
+    few = dict(models=f"sft={toy}/sft", max_prompts=2, best_of=0, reward_model='', text='', figures=False)
+    ev.main(options(toy, tmp_path, **few))
+    before = (tmp_path / 'results.json').read_bytes()
+    line = one_line(capsys, lambda: ev.main(options(toy, tmp_path, **few | dict(models='sft=no_such_folder'))))
+    assert line == (f'--out_dir={tmp_path}: holds results; replace them by --overwrite=True, or choose another folder')
+    assert (tmp_path / 'results.json').read_bytes() == before
+    ev.main(ev.Config(figure_runs=f"beta 0={toy}/ppo", out_dir=str(tmp_path))) # writes no results
+    ev.main(options(toy, tmp_path, **few | dict(seed=2), overwrite=True))
+    assert read(tmp_path)['seed'] == 2
+
+def test_two_at_once_in_one_folder(toy, tmp_path, capsys):
+    fcntl = pytest.importorskip('fcntl', reason='Windows has no such locks')
+    with open(tmp_path / '.lock', 'w') as other: # as another process would hold it
+        fcntl.flock(other, fcntl.LOCK_EX)
+        line = one_line(capsys, lambda: ev.main(options(toy, tmp_path, reward_model='', best_of=0)))
+    assert 'another process is writing here' in line and [p.name for p in tmp_path.iterdir()] == ['.lock']
+
+def test_several_processes_are_refused(toy, tmp_path, monkeypatch, capsys):
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    line = one_line(capsys, lambda: ev.main(options(toy, tmp_path / 'out')))
+    assert line == 'evaluate.py measures in one process; wanted it started without torchrun'
+    assert not (tmp_path / 'out').exists()
+
+def poison(monkeypatch, loader, name):
+    """Make the model of that folder give NaN at every token, though its file holds none."""
+    load = getattr(ev, loader)
+
+    def loading(folder, *args):
+        model = load(folder, *args)
+        if folder.endswith(name):
+            torch.nn.init.constant_(model.ln_f.weight, math.nan)
+        return model
+
+    monkeypatch.setattr(ev, loader, loading)
+
+@pytest.mark.parametrize('loader, name, more, words', [
+    ('load_policy', '/ppo', {}, '--models: ppo: its log-probabilities'),
+    ('load_reward_model', '/reward', {}, '/reward: its scores'),
+    ('load_reward_model', '/reward', dict(rankings='', comparisons='', best_of=0), '/reward: its scores')])
+def test_a_model_of_nan_has_no_row(toy, tmp_path, monkeypatch, capsys, loader, name, more, words):
+    poison(monkeypatch, loader, name)
+    with pytest.raises(SystemExit) as stopped:
+        ev.main(options(toy, tmp_path, **more))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 1 and line.startswith('error: ') and words in line and 'are not finite' in line
+    assert not (tmp_path / 'results.json').exists() and not (tmp_path / 'samples.jsonl').exists()
+
+def test_a_kl_of_nan_has_no_row(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ev, 'answer_kl', lambda *args: T([0.0, math.nan]))
+    with pytest.raises(SystemExit) as stopped:
+        ev.main(options(toy, tmp_path))
+    assert stopped.value.code == 1 and 'error: --models: base: its KL and perplexity' in capsys.readouterr().err
+    assert ev.perplexity(Fixed([.5, math.nan, .375]), [[([2, 1], [0, 1])]], 'cpu') == math.inf
+    assert ev.perplexity(Fixed([1.0, 0.0, 0.0]), [[([2, 1], [0, 1])]], 'cpu') == math.inf # e^710 has no float
+
+def test_what_the_tables_call_things(toy, tmp_path, capsys):
+    """The sum along the greedy answer is called no KL, shares tell of how many pairs, no prompt acts on the screen."""
+    prompts = records(tmp_path / 'p.jsonl', [dict(prompt='Hi \x1b[2J there'), dict(prompt='A\nb')])
+    ev.main(options(toy, tmp_path, prompts=prompts, gold='', models=f"sft={toy}/sft", figures=False))
+    said = capsys.readouterr().out
+    sampled, greedy = said.split('answers greedy')
+    assert ' kl ' in sampled and 'path_kl' not in sampled and ' path_kl ' in greedy and ' kl ' not in greedy
+    quality = [line.split() for line in said.split('ordered as preferred\n')[1].splitlines()]
+    assert quality[0] == ['pairs', 'share', 'n'] and [row[0::2] for row in quality[1:4]] == [
+        ['accuracy', '6'], ['ceiling', '6'], ['shorter_wins', '6']]
+    assert r"'Hi \x1b[2J there'" in said and r"'A\nb'" in said and '\x1b' not in said
 
 @pytest.mark.parametrize('flags', [['--best_of=2', '--models=a=b', '--prompts=p'], ['--best_of=1'], ['--models=a=b'],
                                    ['--gold=real', '--models=a=b', '--prompts=p'], []])

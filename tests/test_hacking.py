@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import test_layout
 from common.checkpoints import read_log
 from common.records import parse_line, read_json, read_lines
 from tiny import COMPARISONS, PROMPTS, RANKINGS, ROOT, by_hand, checkpoint, records
@@ -26,17 +27,25 @@ def sections():
     return {title: (''.join(blocks('diff', part)), ''.join(blocks('', part)).splitlines()) for title, _, part in parts}
 
 @pytest.fixture
-def copy(tmp_path, request):
+def copy(tmp_path, monkeypatch):
     """Copy the repository's source, and give tiny checkpoints and a way to change and to run it."""
     root = tmp_path / 'copy'
     shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns('.*', '__pycache__', 'out', 'tests', 'assets', 'venv',
                                                               '*.jsonl', '*.jsonl.gz'))
 
+    monkeypatch.setattr(test_layout, 'ROOT', str(root))
+
     def apply(title):
         diff, commands = sections()[title]
-        applied = subprocess.run(['git', 'apply', '-'], cwd=root, input=diff, text=True,
-                                 capture_output=True)
+        git_apply = lambda *options: subprocess.run(['git', 'apply', *options, '-'], cwd=root, input=diff, text=True,
+                                                    capture_output=True)
+        if git_apply('--check', '--reverse').returncode == 0:
+            pytest.skip('this checkout has the change already')
+        applied = git_apply()
         assert applied.returncode == 0, f"{applied.stderr}\nthe diff in docs/hacking.md has to follow the code"
+        for path in re.findall(r'^\+\+\+ b/(.*)', diff, re.MULTILINE):
+            test_layout.test_docstrings_begin_with_a_short_sentence(path)
+            test_layout.test_lines_are_at_most_120_columns_wide(path)
         return commands
 
     def run(command, **options):
@@ -111,3 +120,8 @@ def test_a_metric(copy):
     assert all(0 <= row['repeats'] <= 1 for row in results['models'].values())
     said = copy.run("python -c \"import evaluate; print(evaluate.repeats(['a b c d a b c d', 'a', 'b', '']))\"")
     assert float(said) == 0.25
+
+def test_a_change_that_is_there_already_is_skipped(copy):
+    copy.apply('A metric')
+    with pytest.raises(pytest.skip.Exception, match='has the change already'):
+        copy.apply('A metric')

@@ -55,6 +55,22 @@ def test_mismatched_rows():
         ([1], [[20, 21]]), ([2], [[30]]), ([3], [[10]])]
     assert labels_of(rows).tolist() == [1.0, 0.0, 1.0]
 
+def test_a_prompts_own_answers_are_no_mismatch():
+    rows = [Row([prompt], [[answer]], {}) for prompt, answer in ((1, 10), (1, 11), (2, 20), (1, 12), (1, 10))]
+    pairs = lambda rows: [(row.prompt[0], row.answers[0][0]) for row in mismatched(rows)]
+    assert pairs(rows) == [(1, 20), (1, 20), (2, 12), (1, 20), (1, 20)]
+    assert pairs(rows[:2]) == [(1, 11), (1, 10)] # there is no other prompt
+
+def test_no_row_is_its_own_neighbour_where_an_epoch_begins_again():
+    """The last batch of 33 rows holds 31 of them once more, next to themselves by their length."""
+    rows, met = [Row([i], [[100 + i] * (i + 1)], {}) for i in range(33)], 0
+    batches = Batches([row.length for row in rows], 32, 1)
+    for step in range(8):
+        batch = [rows[i] for i in batches.at(step)]
+        met += any(a.prompt == b.prompt for a, b in zip(batch, batch[1:]))
+        assert all(row.answers[0][0] != 100 + row.prompt[0] for row in mismatched(batch))
+    assert met > 0
+
 def test_only_the_answer_is_counted_and_a_prompt_that_does_not_fit_is_cut():
     idx, mask, lengths = tensors([Row([1, 2], [[3]], {}), Row([4, 5, 6, 7], [[8, 9]], {})], block_size=5)
     assert idx.tolist() == [[1, 2, 3, 0, 0], [5, 6, 7, 8, 9]] and lengths.tolist() == [3, 5]
@@ -77,7 +93,18 @@ def test_log_probs_are_those_of_each_row_alone(sft_model):
 def test_what_is_logged():
     assert describe([1.0, 0.5, -2.0], [1.0, 0.0, 1.0], CPU) == by_hand(dict(
         desirable_reward=-0.5, undesirable_reward=0.5, margin=-1.0))
-    assert describe([1.0], [1.0], CPU) == dict(desirable_reward=1.0, undesirable_reward=0.0, margin=1.0)
+    # what there is no answer for is not 0: it is not there
+    assert describe([1.0], [1.0], CPU) == dict(desirable_reward=1.0)
+    assert describe([1.0], [0.0], CPU) == dict(undesirable_reward=1.0) and describe([], [], CPU) == {}
+
+def test_a_run_without_bad_answers(tmp_path, sft_model, capsys):
+    data = records(tmp_path / 'good.jsonl', [dict(prompt=r['prompt'], response=r['chosen'], label=True)
+                                             for r in COMPARISONS])
+    log = run(kto, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, batch_size=4,
+              max_steps=1)
+    assert set(log[0]) == {'step', 'time', 'val_loss', 'val_kl', 'val_desirable_reward'}
+    assert set(log[1]) == {'step', 'time', 'loss', 'kl', 'desirable_reward', 'lr', 'grad_norm'}
+    assert 'loss=0.500' in capsys.readouterr().err # the bar, without a margin
 
 # ---------------------------------------------------------------------------------------------------------------------
 # records
@@ -92,6 +119,16 @@ def test_rankings_taken_apart(tmp_path):
     assert [(r['prompt'], r['response'], r['label']) for r in found] == [
         ('a', 'y', True), ('a', 'z', False), ('b', 'p', True), ('b', 'q', True), ('b', 'r', False), ('b', 's', False),
         ('c', 't', True), ('c', 'u', True), ('c', 'v', False)]
+
+def test_rows_are_shuffled(tmp_path):
+    """A file holds a prompt's good answer beside its bad one: in batches, those of other prompts lie between."""
+    rows = [dict(prompt=f"Say {i}", chosen=f"It is {i}.", rejected='No.') for i in range(16)]
+    path = records(tmp_path / 'c.jsonl', rows)
+    order = lambda: [(row.record['prompt'], row.record['label']) for row in kto.load_data(path, TOK, 64, 'train')]
+    in_file = [(row['prompt'], label) for row in rows for label in (True, False)]
+    assert sorted(order()) == sorted(in_file) and order() == order() != in_file
+    together = sum(a[0] == b[0] for a, b in zip(order(), order()[1:]))
+    assert together < 5 # of 16; about 1 by chance
 
 def test_a_file_of_labels_equals_the_comparisons_it_says(tmp_path, sft_model):
     labels = [dict(prompt=r['prompt'], response=r[key], label=key == 'chosen')
@@ -135,7 +172,10 @@ def test_z0_is_of_answers_to_other_prompts(tmp_path, sft_model, data, monkeypatc
 
     rows = kto.load_data(data, TOK, 64, 'train')
     batch = [rows[i] for i in Batches([len(p) + len(a) for p, (a,), _ in rows], 17, 1).at(5)]
-    mixed_up = [[(part[i].prompt, part[(i + 1) % 17].answers[0]) for i in range(17)] for part in (rows, batch)]
+    def answer_to_another(part, i):
+        return next(row.answers[0] for row in part[i + 1:] + part[:i] if row.prompt != part[i].prompt)
+
+    mixed_up = [[(part[i].prompt, answer_to_another(part, i)) for i in range(17)] for part in (rows, batch)]
     expected = [sum(alone(model, *row) - alone(reference, *row) for row in part) / 17 for part in mixed_up]
     assert min(expected) > 0.01 # not at the clamp
     assert used[:2] == pytest.approx(expected, abs=1e-4)
@@ -149,6 +189,7 @@ def test_the_weights_reach_the_loss(tmp_path, sft_model, data):
               max_steps=1, eval_every=1, desirable_weight=3.0, undesirable_weight=0.0)
     assert log[0]['val_loss'] == by_hand(0.794118) # 3 * 9 / 17 / 2
 
+@pytest.mark.slow
 def test_micro_batches_and_processes_share_one_z0(tmp_path, sft_model, data):
     """One more step from the same checkpoint, where z0 is above 0: whole, in four parts, by two processes."""
     options = dict(init_from=sft_model, train_data=data, batch_size=8, lr=0.01, beta=0.5, undesirable_weight=0.0)

@@ -14,7 +14,7 @@ import pytest
 from tiny import ROOT
 
 CORE_SCRIPTS = ['sft', 'reward', 'ppo', 'dpo', 'reinforce', 'rrhf', 'kto']
-MAY_IMPORT_SCRIPTS = ('lab', 'lessons', 'bench')
+MAY_IMPORT_SCRIPTS = ('lab', 'lessons', 'bench', 'microscope')
 
 def files():
     """Return the paths below ROOT that git tracks or would track, by '/'; without git, all that hold no output."""
@@ -111,8 +111,8 @@ def test_what_lies_at_the_top():
 def test_sizes():
     core = ['model.py', *(f"{script}.py" for script in CORE_SCRIPTS), *(p for p in source() if p.startswith('common/'))]
     sizes = {'model.py': lines('model.py'), 'ppo.py': lines('ppo.py'), 'the core': lines(*core),
-             'all source': lines(*source())}
-    limits = {'model.py': 430, 'ppo.py': 310, 'the core': 4000, 'all source': 7900}
+             'the rest': lines(*source()) - lines(*core) - lines(*(p for p in source() if p.startswith('lessons/')))}
+    limits = {'model.py': 430, 'ppo.py': 310, 'the core': 4300, 'the rest': 4900}
     assert all(sizes[name] <= limits[name] for name in limits), sizes
 
 def first_sentence(docstring):

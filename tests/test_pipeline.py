@@ -48,7 +48,7 @@ def test_the_toy_world_from_text_to_dpo(tmp_path, monkeypatch):
 
     preferences = dict(init_from=at('sft'), train_data=at('rankings_train.jsonl'), val_data=at('rankings_val.jsonl'))
     log = run(reward, out_dir=at('reward'), max_steps=4, batch_size=4, eval_every=2, **preferences)
-    assert set(log[-1]) == {'step', 'time', 'val_accuracy', 'val_ceiling', 'val_shorter_wins'}
+    assert set(log[-1]) == {'step', 'time', 'val_loss', 'val_accuracy', 'val_ceiling', 'val_shorter_wins', 'val_pairs'}
     assert [line['step'] for line in log if 'val_accuracy' in line] == [0, 2, 4]
     load_reward_model(at('reward'))
 
@@ -89,7 +89,7 @@ def test_an_option_has_one_type_everywhere():
         for key, field in options_of(name).items():
             types.setdefault(key, {}).setdefault(field.type, []).append(name)
     assert {key: found for key, found in types.items() if len(found) > 1} == {}
-    assert {t for found in types.values() for t in found} <= {str, int, float, bool}
+    assert {t for found in types.values() for t in found} <= {str, int, float, bool, bool | str}
 
 @pytest.mark.parametrize('key, default', [
     ('seed', 1), ('device', 'auto'), ('dtype', 'auto'), ('compile', False), ('checkpointing', False), ('fsdp', False),

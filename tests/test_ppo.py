@@ -14,7 +14,7 @@ from common.rollout import kl_k1, masked_mean, pack
 from common.training import make_optimizer
 from data.toy import world
 from model import GPT, GPTConfig
-from ppo import Models, adapt_kl_coef, gae, policy_loss, roll_out, token_rewards, update, value_loss
+from ppo import Models, adapt_kl_coef, gae, policy_loss, ppo_loss, roll_out, token_rewards, update, value_loss
 from tiny import (ANSWERS, BED_TOK, DEMONSTRATIONS, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes, bed,
                   by_hand, checkpoint, enumerated, gradients, records, run)
 
@@ -269,6 +269,55 @@ def test_early_stop_leaves_out_the_step_that_goes_too_far(monkeypatch):
     assert all_of_it['updates'] == 6 and len(seen) == 12
     seen, stopped = updated(monkeypatch, models, batch, lengths, epochs=6, early_stop_kl=1e-5)
     assert stopped['updates'] == 1 and len(seen) == 2 # one step, of policy and critic; then the ratio is off 1
+
+def trained(models, batch, lengths, step=0, **more):
+    """One call of update with optimizers of its own, on copies of the models; these, and what it measured."""
+    cfg, models = config(**more), copy.deepcopy(models)
+    optimizers = {name: make_optimizer(getattr(models, name), cfg) for name in ('policy', 'critic')}
+    return models, optimizers, update(models, optimizers, batch, lengths, cfg, RUN, step)
+
+def test_an_early_stop_leaves_no_gradient():
+    """The loss that went too far was taken back; the next iteration must not add it to its own."""
+    models, batch, lengths, _ = rolled()
+    for more in (dict(), dict(grad_accum=2)):
+        after, _, measured = trained(models, batch, lengths, epochs=6, early_stop_kl=1e-5, **more)
+        assert measured['updates'] == 1
+        for model in (after.policy, after.critic):
+            assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+@pytest.mark.parametrize('limit, updates', [(0.2, 1), (0.1, 0)])
+def test_early_stop_is_about_the_kl_per_token(monkeypatch, limit, updates):
+    """0.148721 per token, as in test_a_wrong_old_logp_shows: most answers have two, and a sum over them exceeds 0.2."""
+    models, batch, lengths, _ = rolled()
+    assert batch['mask'].sum(1).mean() > 1.5
+    batch['old_logp'] = batch['old_logp'] - 0.5 * batch['mask']
+    _, measured = updated(monkeypatch, models, batch, lengths, epochs=1, early_stop_kl=limit)
+    assert measured['updates'] == updates and measured['approx_kl'] == pytest.approx(0.148721, abs=1e-4)
+    assert ('grad_norm' in measured) == (updates > 0) # there is no mean of no norms
+
+def test_the_critic_has_a_learning_rate_of_its_own():
+    """Both follow the schedule: after two of four warmup steps they are at the half of their peaks."""
+    models, batch, lengths, _ = rolled()
+    options = dict(epochs=1, warmup_steps=4, lr_schedule='linear')
+    _, optimizers, measured = trained(models, batch, lengths, step=1, lr=0.02, critic_lr=0.005, **options)
+    assert measured['lr'] == optimizers['policy'].param_groups[0]['lr'] == by_hand(0.01)
+    assert optimizers['critic'].param_groups[0]['lr'] == by_hand(0.0025)
+    same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    for rates, moves in ((dict(lr=0.0), 'critic'), (dict(critic_lr=0.0), 'policy')):
+        after, _, _ = trained(models, batch, lengths, **options | rates)
+        moved = [name for name in ('policy', 'critic') if not same(getattr(after, name), getattr(models, name))]
+        assert moved == [moves]
+
+@pytest.mark.parametrize('shared, weight', [(False, 1.0), (True, 0.25)])
+def test_value_coef_is_for_a_shared_critic(shared, weight):
+    """A separate one has an optimizer, and a learning rate, of its own."""
+    models, batch, _, _ = rolled()
+    if shared:
+        models = models._replace(policy=models.critic)
+    loss, measured, _ = ppo_loss(models, batch, config(value_coef=0.25), RUN)
+    assert measured['value_loss'].item() > 0.01
+    assert loss.item() == by_hand(measured['policy_loss'].item() + weight * measured['value_loss'].item())
+    assert measured['loss'].item() == loss.item()
 
 def test_the_entropy_bonus_pulls_towards_the_uniform_policy(monkeypatch):
     """With nothing else to gain, a step along the gradient raises the entropy."""

@@ -1,4 +1,5 @@
 """Every stage in two processes, whole models or FSDP's parts in each, and what is left when a process dies."""
+import codecs
 import contextlib
 import importlib
 import json
@@ -15,13 +16,13 @@ from torch import tensor as T
 import collect
 from common.batches import encode_prompts
 from common.checkpoints import read_log
-from common.records import read_records
+from common.records import LOCKS, read_records
 from common.rollout import masked_mean, sample_answers, whiten
-from common.run import start, stop
+from common.run import Run, start, stop
 from common.tokens import load_tokenizer
 from model import GPT
 from stages import SAMPLING, die_after, sample_by_row, sample_with, stages
-from tiny import PROMPTS, ROOT, checkpoint, in_processes, losses, records, run, stops, weights
+from tiny import COMPARISONS, PROMPTS, ROOT, checkpoint, in_processes, losses, records, run, stops, weights
 
 STAGES = ('sft', 'reward', 'dpo', 'ipo', 'rrhf', 'kto', *SAMPLING)
 KINDS = ('sft', 'reward', 'dpo', 'rrhf', 'kto', 'ppo', 'rloo') # one of each script
@@ -30,7 +31,10 @@ WITH_FSDP = (*KINDS, 'ppo_shared')
 slow = pytest.mark.slow # all that waits for the torchrun of the fixture `folder`
 
 def one(script, **options):
-    return losses(run(importlib.import_module(script), **options))
+    lines = losses(run(importlib.import_module(script), **options))
+    while LOCKS: # as if the process had ended: another one may go on in its folder
+        LOCKS.popitem()[1].close()
+    return lines
 
 def log_of(folder):
     return losses(read_log(os.path.join(folder, 'log.jsonl')))
@@ -195,6 +199,40 @@ def test_gradients_are_summed_once_per_optimizer_step(tmp_path, name, steps, gra
             '(257, 16)': 1, '(64, 16)': 3, '(48, 16)': 2, '(16, 16)': 2, '(16, 64)': 2}.items()}
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what the torchrun above leaves out, in forks
+
+def test_processes_share_the_rows():
+    shares = [Run('cpu', 'float32', rank, 3).rows(list(range(7))) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]] # every row once
+
+def options_of(kind, folder):
+    """Return (script, options); half of the answers alone would decide on other early stops."""
+    made = stages(folder)
+    if kind == 'grpo':
+        return 'reinforce', made['rloo'][1] | dict(kind='grpo', kl_coef=0.5)
+    if kind == 'margins': # three rows for batches of four
+        return 'reward', made['reward'][1] | dict(
+            train_data=records(os.path.join(folder, 'margins.jsonl'), COMPARISONS[:3]), lm_coef=0.0,
+            val_data=records(os.path.join(folder, 'one_margin.jsonl'), COMPARISONS[3:]))
+    if kind == 'teacher':
+        return 'sft', made['sft'][1] | dict(teacher=os.path.join(folder, 'sft_model'), temperature=2.0)
+    return 'ppo', made['ppo'][1] | dict(early_stop_kl=0.1, lr=0.01, epochs=4)
+
+@pytest.mark.parametrize('kind', ['grpo', 'margins', 'teacher', 'early stop'])
+def test_two_forks_train_as_one(tmp_path, kind):
+    script, options = options_of(kind, str(tmp_path))
+    options |= dict(max_steps=4)
+    ONE, TWO = str(tmp_path / 'ONE'), str(tmp_path / 'TWO')
+    with sampling_by_row():
+        expected = one(script, out_dir=ONE, **options)
+        assert in_processes(2, lambda: one(script, out_dir=TWO, **options), within=30) == [0, 0]
+    assert_close(log_of(TWO), expected)
+    a, b = (GPT.from_pretrained(out).state_dict() for out in (ONE, TWO))
+    assert all((a[key] - b[key]).abs().median() < 1e-5 for key in a)
+    if kind == 'early stop': # in the midst of an iteration
+        assert {line['updates'] for line in expected} & {1, 2, 3}
+
+# ---------------------------------------------------------------------------------------------------------------------
 # statistics, collect.py
 
 def whitened():
@@ -230,7 +268,8 @@ def test_two_processes_share_the_prompts(tmp_path, prompts, monkeypatch):
         ids = encode_prompts(tok, [PROMPTS[i] for i in share for _ in (0, 1)], 59)
         answers, _ = sample_answers(model, ids, tok, 5)
         for n, i in enumerate(share):
-            expected[i] = [tok.decode(a).removeprefix(' ') for a in answers[2 * n:2 * n + 2]]
+            expected[i] = [codecs.utf_8_decode(tok.decode_bytes(a), 'replace', a[-1] == tok.eos)[0].removeprefix(' ')
+                           for a in answers[2 * n:2 * n + 2]] # cut off, less the half of a character
     assert [row['number'] for row in rows] == [0, 1, 2, 3, 4, 5, 6] # in their order, none left out
     assert {row['number']: row['responses'] for row in rows[3:6]} == expected
 
@@ -252,7 +291,8 @@ def test_what_several_processes_cannot_do(tmp_path, capsys, monkeypatch):
     assert refused('sft', fsdp=True) == (
         '--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2')
     assert 'compile must be False with fsdp=True' in refused('sft', fsdp=True, compile=True)
-    monkeypatch.setenv('WORLD_SIZE', '3') # before any of them waits for another
+    for name, value in dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='3', MASTER_ADDR='127.0.0.1', MASTER_PORT='1').items():
+        monkeypatch.setenv(name, value) # refused before any of them waits for another
     assert refused('sft') == '--batch_size=4: must be a multiple of 6, processes x grad_accum'
     assert refused('dpo') == '--batch_size=4: must be a multiple of 3, processes x grad_accum'
     assert not os.path.exists(tmp_path / 'out')

@@ -300,6 +300,20 @@ def test_two_iterations(tmp_path, given, options):
     assert log[0]['baseline'] == 0.0 and log[1]['baseline'] == by_hand(0.1 * log[0]['returns']) # 0.9 * 0 + 0.1 R
     assert weights(out) != weights(given['policy'])
 
+def test_the_baseline_is_a_mean_of_what_earlier_iterations_maximised(tmp_path, given, monkeypatch):
+    """Of scores less the KL's price, before this iteration's answers: else it would not be free of bias."""
+    used, roll = [], reinforce.roll_out
+    monkeypatch.setattr(reinforce, 'roll_out', lambda models, prompts, questions, tok, cfg, baseline, *a: (
+        used.append(baseline), roll(models, prompts, questions, tok, cfg, baseline, *a))[1])
+    log = run(reinforce, out_dir=str(tmp_path / 'out'), max_steps=4, kind='reinforce', baseline_decay=0.75, kl_coef=5.0,
+              **given | dict(lr=0.03))
+    expected = 0.0
+    for line, baseline in zip(log, used, strict=True):
+        assert (baseline, line['baseline']) == by_hand((expected, expected))
+        assert line['returns'] == pytest.approx(line['score'] - 5.0 * line['kl'], abs=1e-4)
+        expected = 0.75 * expected + 0.25 * line['returns']
+    assert all(abs(line['returns'] - line['score']) > 0.1 for line in log[1:3]) # which reach the last two baselines
+
 def test_the_answers_to_a_prompt_are_judged_together(tmp_path, given, monkeypatch):
     """Two prompts of four answers each an iteration: prompts and their answers stay in one row of the table."""
     seen, texts, tables, judge, sample = [], [], [], reinforce.advantages, reinforce.sample_answers

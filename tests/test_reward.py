@@ -1,6 +1,7 @@
 """reward.py: the losses by hand, what a run scores and logs, what normalising leaves. test_stages.py has the rest."""
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from common.batches import Row, encode_rankings, to_table
 from common.checkpoints import load_policy, load_reward_model
 from common.run import Run
 from common.tokens import prompt_ids, response_ids
-from model import GPT
+from common.training import make_optimizer
+from model import GPT, GPTConfig
 from models import signs
 from reward import bradley_terry_loss, evaluate, margin_of, normalise_rewards, ranking_loss, score_rows
 from tiny import COMPARISONS, RANKINGS, TOK, by_hand, records, run, stops
@@ -73,6 +75,20 @@ def test_margins_are_of_comparisons():
     rows = [dict(chosen='a', rejected='b', margin=0.5), dict(chosen='a', rejected='b'), dict(responses=[], margin='x')]
     assert [margin_of(Row([1], [[2], [3]], record)) for record in rows] == [0.5, 0.0, 0.0]
 
+def test_weight_decay_is_for_matrices_heads_included():
+    model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=4, value_head=True, reward_head=True))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+    make_optimizer(model, SimpleNamespace(lr=0.1, weight_decay=0.5)).step()
+    decayed = {name for name, p in model.named_parameters() if p.flatten()[0].item() == by_hand(0.95)} # 1 - .1 * .5
+    assert decayed == {'wte.weight', 'wpe.weight', 'value_head.weight', 'reward_head.weight', 'h.0.attn.c_attn.weight',
+                       'h.0.attn.c_proj.weight', 'h.0.mlp.c_fc.weight', 'h.0.mlp.c_proj.weight'}
+    still = {name: p for name, p in model.named_parameters() if name not in decayed} # the head of rewards has no bias
+    assert 'value_head.bias' in still and all(name.endswith('bias') or '.ln_' in f".{name}" for name in still)
+    assert all((p == 1).all() for p in still.values())
+
 # ---------------------------------------------------------------------------------------------------------------------
 # normalising
 
@@ -102,16 +118,16 @@ def scores_alone(model, rows):
     return T(out)
 
 def test_the_first_loss_is_that_of_the_scores(tmp_path, sft_model, data, monkeypatch):
-    """With a head of zeros every pair costs log 2."""
+    """With a head of next to nothing every pair costs log 2, and is a tie within rounding."""
     with monkeypatch.context() as m:
         def without_head(*args, **more):
             model = load_policy(*args, **more)
-            torch.nn.init.zeros_(model.reward_head.weight)
+            torch.nn.init.normal_(model.reward_head.weight, std=1e-8)
             return model
         m.setattr(reward, 'load_policy', without_head)
         log = run(reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, batch_size=8,
                   max_steps=2)
-    assert log[0]['loss'] == by_hand(0.693147) and log[0]['accuracy'] == 0.0
+    assert log[0]['loss'] == by_hand(0.693147) and log[0]['accuracy'] == 0.5
     assert log[1]['loss'] < log[0]['loss'] and set(log[0]) == {'step', 'loss', 'accuracy', 'lr', 'grad_norm', 'time'}
 
 def test_it_learns_and_is_normalised(tmp_path, sft_model, data):
@@ -137,8 +153,38 @@ def test_the_ceiling_is_the_annotators_own_score():
             Row([1], [[2], [3]], dict(responses=['a', 'b'], ranks=[1, 0]))]
     # model: 3 > 1 and 3 > 2 right, 1 > 2 wrong, 0 = 0 half: 2.5 of 4. The person's scores, for the first prompt alone:
     # 5 > 4 right, 5 > 6 and 4 > 6 wrong. Shorter: a, bb right; a, c half; bb, c wrong; b, a half
+    # the loss of 3 - 1, 3 - 2, 1 - 2 is (0.126928 + 0.313262 + 1.313262) / 3 = 0.584484, of 0 - 0 0.693147; their mean
     assert evaluate(Fixed(), rows, Run('cpu', 'float32')) == {
-        'val_accuracy': by_hand(0.625), 'val_ceiling': by_hand(1 / 3), 'val_shorter_wins': by_hand(0.5)}
+        'val_accuracy': by_hand(0.625), 'val_ceiling': by_hand(1 / 3), 'val_shorter_wins': by_hand(0.5),
+        'val_loss': by_hand(0.638815), 'val_pairs': 4}
+
+def test_margins_count_in_the_held_out_loss():
+    class Fixed(torch.nn.Module):
+        def answers(self, batch):
+            return None, T([2., 1., 0., 0.])
+
+    rows = [Row([1], [[2], [3]], dict(chosen='a', rejected='b', responses=['a', 'b'], ranks=[0, 1], margin=margin))
+            for margin in (1.0, 0.5)]
+    # as in test_a_margin_has_to_be_exceeded; where no training row has a margin, those held out do not count
+    for margins, expected in ((True, 0.833612), (False, 0.503204)):
+        found = evaluate(Fixed(), rows, Run('cpu', 'float32'), margins)
+        assert found['val_loss'] == by_hand(expected) and found['val_pairs'] == 2 and found['val_accuracy'] == 0.75
+
+@pytest.mark.parametrize('rows', [RANKINGS, COMPARISONS])
+def test_the_held_out_loss_is_the_training_loss(tmp_path, sft_model, rows):
+    """On the same rows, before the first step; lm_coef's part is not in it. At every measurement all is logged."""
+    path = records(tmp_path / 'rows.jsonl', rows)
+    log = run(reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path, val_data=path, eval_every=1,
+              batch_size=len(rows), max_steps=2)
+    held_out, steps = ([line for line in log if key in line] for key in ('val_loss', 'loss'))
+    assert [line['step'] for line in held_out] == [0, 1, 2] and [line['step'] for line in steps] == [1, 2]
+    for before, after in zip(held_out, steps):
+        assert before['val_loss'] == pytest.approx(after['loss'], abs=1e-5)
+        assert before['val_accuracy'] == by_hand(after['accuracy'])
+        assert before['val_pairs'] == (17 if rows is RANKINGS else 4)
+    other = run(reward, out_dir=str(tmp_path / 'lm'), init_from=sft_model, train_data=path, val_data=path, max_steps=1,
+                batch_size=len(rows), lm_coef=0.5)
+    assert other[0]['val_loss'] == held_out[0]['val_loss'] and other[1]['loss'] > steps[0]['loss'] + 0.1
 
 def test_score_rows_keeps_the_order(sft_model):
     torch.manual_seed(0)
@@ -196,8 +242,32 @@ def test_a_margin_in_rankings_is_an_extra_key(tmp_path, sft_model, data):
             for name, path in (('a', data), ('b', other))]
     assert logs[0][0]['loss'] == logs[1][0]['loss']
 
+def test_every_save_is_normalised_and_training_does_not_notice(tmp_path, sft_model, data):
+    """A checkpoint on the way is a usable reward model; the weights that train are the others."""
+    options = dict(init_from=sft_model, train_data=data, max_steps=3)
+    run(reward, out_dir=str(tmp_path / 'once'), save_every=0, **options)
+    run(reward, out_dir=str(tmp_path / 'often'), save_every=1, **options)
+    read = lambda name: (tmp_path / name / 'model.safetensors').read_bytes()
+    assert read('once') == read('often')
+    seen, save = [], reward.save_checkpoint
+
+    def saving(run, cfg, model, tok, step, optimizers, **more):
+        rows = encode_rankings(TOK, RANKINGS, model.config.block_size)
+        rows = [row for row in rows if len(set(row.ranks)) > 1]
+        scores = T(score_rows(model, rows, run))
+        seen.append((step, scores.mean().item(), scores.std().item()))
+        save(run, cfg, model, tok, step, optimizers, **more)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(reward, 'save_checkpoint', saving)
+        run(reward, out_dir=str(tmp_path / 'seen'), save_every=1, **options)
+    assert [step for step, *_ in seen] == [1, 2, 3]
+    for _, mean, std in seen:
+        assert (mean, std) == (pytest.approx(0.0, abs=1e-5), pytest.approx(1.0, abs=1e-5))
+
 def test_scores_that_do_not_differ_cannot_be_normalised(tmp_path, sft_model, capsys):
     rows = [dict(prompt='Hi', responses=['Yo', 'Yo'], ranks=[0, 1])] * 4
     said = stops(capsys, reward, code=1, out_dir=str(tmp_path / 'out'), init_from=sft_model, batch_size=4, max_steps=1,
                  train_data=records(tmp_path / 'same.jsonl', rows))
-    assert 'the scores of the training answers do not differ' in said and os.listdir(tmp_path / 'out') == ['log.jsonl']
+    assert 'the scores of the training answers do not differ' in said
+    assert set(os.listdir(tmp_path / 'out')) == {'.lock', 'log.jsonl'}

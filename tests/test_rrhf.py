@@ -61,6 +61,13 @@ def test_batch_loss_by_hand():
     # d/dp: answer 1 is best, -1/2, and too unlikely, -4/2: -2.5 for 2 tokens; answer 2 +4/2 for 4 tokens; …
     assert logp.grad.tolist() == by_hand([-1.25, 0.5, 0.0, -2.5, 1.0])
 
+def test_accuracy_of_ties_by_hand():
+    # -1 and -1 - 4e-7 are equal within rounding: ½ and 1 of the best answer's two pairs
+    rows = [Row([7], [[1], [1], [1]], dict(ranks=[0, 1, 1]))]
+    logp = torch.tensor([-1.0, -1.0000004, -3.0], dtype=torch.float64)
+    _, metrics = batch_loss(logp, rows, SimpleNamespace(sizes=T([1, 1, 1])), CFG())
+    assert metrics['accuracy'].item() == 0.75
+
 def test_the_first_of_equally_good_answers_is_learnt():
     rows = [Row([7], [[1], [1], [1]], dict(ranks=[1, 0, 0]))]
     logp = T([-3., -1., -2.], True)

@@ -52,7 +52,7 @@ def test_every_script_streams_unharmed(some_tok, text):
 @pytest.mark.parametrize('text', SCRIPTS)
 def test_every_script_reaches_the_model_and_the_terminal(folder, some_tok, capsys, monkeypatch, text):
     """The model reads the prompt's tokens and says them again."""
-    monkeypatch.setattr(sample, 'load_tokenizer', lambda name: some_tok)
+    monkeypatch.setattr(sample, 'load_tokenizer', lambda name, option: some_tok)
     def echo(model, prompts, *options):
         heard = some_tok.decode(prompts[0])
         assert heard == f"### Human: {text}\n### Assistant:"
@@ -201,6 +201,39 @@ def test_a_terminal_of_few_characters_shows_question_marks(folder, monkeypatch):
     replies(monkeypatch, [' 你好!'])
     sample.main(sample.Config(policy=folder, prompt='Hi', device='cpu'))
     assert out.buffer.getvalue() == b'??!\n'
+
+ODD = ' a\x1b[2Jb\x9b31mc\r\nd\re\u202ef\n'
+
+def test_no_model_commands_the_terminal(folder, capsys, monkeypatch):
+    """Every character is a piece of its own; the next turn's template holds what was said."""
+    type_in(monkeypatch, 'Hi', 'Why?')
+    heard = replies(monkeypatch, [ODD], [' So.'])
+    sample.main(sample.Config(policy=folder, max_new_tokens=9, device='cpu'))
+    assert capsys.readouterr().out.split('model: ')[1] == 'a\ufffd[2Jb\ufffd31mc\nd\ufffde\ufffdf\n\n'
+    assert heard[1] == f'### Human: Hi\n### Assistant:{ODD}\n### Human: Why?\n### Assistant:'
+
+@pytest.mark.parametrize('line_end', ['\n', '\r\n'])
+def test_a_line_end_of_windows_is_one(line_end):
+    for size in range(1, 9):
+        text = f'a{line_end}b{line_end}### Human: x'
+        pieces = list(sample.until_next_turn(text[i:i + size] for i in range(0, len(text), size)))
+        assert ''.join(pieces) == f'a{line_end}b' and not any(piece.endswith('\r') for piece in pieces)
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize('which', ['policy', 'reward_model'])
+def test_a_broken_model_says_nothing(folder, tmp_path, capsys, temperature, which):
+    """Its weights are finite, what they compute is not."""
+    model = GPT.from_pretrained(folder if which == 'policy' else folder + '/reward')
+    with torch.no_grad():
+        model.h[0].ln_1.weight.fill_(1e30)
+    model.save_pretrained(tmp_path)
+    tok.save(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(sample.Config(**dict(policy=folder, prompt='Hi', temperature=temperature, device='cpu')
+                                  | {which: str(tmp_path)}))
+    what = 'probabilities' if which == 'policy' else 'scores'
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == f'error: --{which}={tmp_path}: its {what} are not finite: the model is broken\n'
 
 def test_end_of_input_ends(folder, capsys, monkeypatch):
     type_in(monkeypatch)

@@ -6,6 +6,7 @@ processes.
 """
 import importlib
 import os
+import signal
 from dataclasses import dataclass
 
 import pytest
@@ -15,8 +16,8 @@ from common.run import Run
 from common.training import Means
 from model import GPT
 from tiny import (COMPARISONS, DEMONSTRATIONS, PROMPTS, RANKINGS, assert_ctrl_c_resumes_exactly, assert_nan_stops,
-                  assert_resumes_exactly, assert_same_for_micro_batches, checkpoint, has_checkpoint, losses, records,
-                  run, stops, weights)
+                  assert_resumes_exactly, assert_same_for_micro_batches, checkpoint, has_checkpoint, interrupt_after,
+                  launch, losses, records, run, stops, weights)
 
 STAGES = ('sft', 'reward', 'dpo', 'kto', 'rrhf', 'ppo', 'reinforce')
 SAMPLING = ('ppo', 'reinforce')
@@ -296,6 +297,32 @@ def test_four_steps_equal_two_and_two_more(stage, tmp_path, options):
 @table('options', [*cross((*SUPERVISED, 'ppo'), [({},)]), KINDS[0]])
 def test_ctrl_c(stage, tmp_path, monkeypatch, capsys, options):
     assert_ctrl_c_resumes_exactly(tmp_path, monkeypatch, capsys, stage.script, **stage.given(**options))
+
+def test_sigterm_saves_and_ends_with_143(tmp_path, monkeypatch, capsys):
+    """As a job scheduler sends it; the closed terminal's SIGHUP goes the same way."""
+    sft = make('sft', tmp_path)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        out = str(tmp_path / str(number))
+        with monkeypatch.context() as m:
+            interrupt_after(m, 2, number)
+            code = launch(m, sft.script, out_dir=out, max_steps=3, save_every=0, **sft.options)
+        assert code == 128 + number and f"saved {out} at step 2" in capsys.readouterr().err
+        sft.run(out_dir=out, max_steps=3, resume='auto')
+        assert torch.load(os.path.join(out, 'state.pt'), weights_only=True)['step'] == 3
+
+@each()
+def test_what_a_finished_run_says(stage, capsys):
+    stage.run(max_steps=1)
+    assert f"saved {stage.out}\n" in capsys.readouterr().out
+    before = weights(stage.out)
+    stage.run(max_steps=1, resume=True)
+    assert f"{stage.out}: all 1 steps are done; a larger --max_steps trains on" in capsys.readouterr().out
+    assert weights(stage.out) == before
+
+@each('sft', 'ppo')
+def test_warmup_that_outlasts_the_run_is_noted(stage, capsys):
+    stage.run(max_steps=2, warmup_steps=2)
+    assert '--warmup_steps=2: the run of 2 steps ends before --lr is reached' in capsys.readouterr().out
 
 ONE_STEP = dict(epochs=1, minibatches=1) # an iteration
 

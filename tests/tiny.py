@@ -63,6 +63,7 @@ class Config(TrainOptions):
     max_steps: int = 12
     warmup_steps: int = 4
     weight_decay: float = 0.0
+    beta2: float = 0.99
     grad_clip: float = 1.0
     batch_size: int = 4
     grad_accum: int = 1
@@ -125,7 +126,7 @@ def stops(capsys, script, code=2, **options):
     return next(line for line in err.split('\n') if 'error: ' in line).split('error: ')[1]
 
 def has_checkpoint(folder):
-    names = os.listdir(folder) if os.path.exists(folder) else []
+    names = set(os.listdir(folder)) - {'.lock'} if os.path.exists(folder) else []
     return any(name != 'log.jsonl' or os.path.getsize(os.path.join(folder, name)) > 0 for name in names)
 
 def weights(folder):
@@ -216,14 +217,14 @@ def assert_same_for_micro_batches(monkeypatch, tmp_path, script, keys, **options
     for key in keys:
         assert lines[0][key] == pytest.approx(others[0][key], abs=1e-6), key
 
-def interrupt_after(monkeypatch, step):
-    """Send Ctrl-C while the step of that number is logged."""
+def interrupt_after(monkeypatch, step, number=signal.SIGINT):
+    """Send Ctrl-C, or another signal, while the step of that number is logged."""
     log = training.log
 
     def logging(run, cfg, done, **metrics):
         log(run, cfg, done, **metrics)
         if done == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(training, 'log', logging)
 
@@ -258,7 +259,7 @@ def assert_nan_stops(tmp_path, capsys, script, option, **options):
     poisoned = str(tmp_path / 'poisoned')
     model = GPT.from_pretrained(options[option])
     with torch.no_grad():
-        model.h[0].ln_1.weight.fill_(float('nan'))
+        model.h[0].ln_1.weight.fill_(1e30) # finite, or it would not load; the scores of attention overflow
     model.save_pretrained(poisoned)
     TOK.save(poisoned)
     out = str(tmp_path / 'never')

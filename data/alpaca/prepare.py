@@ -4,8 +4,9 @@
     python data/alpaca/prepare.py --source=alpaca_data.json          # the file of tatsu-lab/stanford_alpaca on GitHub
 
 Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, CC BY-NC 4.0. Rows are {"instruction", "input",
-"output"}. Writes demonstrations and prompts. The prompt is the instruction, then a blank line and the input where there
-is one. Alpaca's own frame ("Below is an instruction that …") is left out: common/tokens.py has a template.
+"output"}, perhaps with `system` and `history`. Writes demonstrations and prompts; rows with `chosen` and `rejected`
+give comparisons, those with a `label` unpaired records. The prompt is the instruction, then a blank line and the input
+where there is one. Alpaca's own frame ("Below is an instruction that …") is left out: common/tokens.py has a template.
 """
 
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's root
 
 from common.options import launch
-from data.prepare_common import Item, PrepareOptions, clean, prepare
+from data import formats
+from data.prepare_common import PrepareOptions, clean, malformed, prepare
 
 @dataclass
 class Config(PrepareOptions):
@@ -24,12 +26,13 @@ class Config(PrepareOptions):
     out_dir: str = 'data/alpaca' # where the records go
 
 def parse_row(row):
-    """Turn a row into its demonstration and prompt. ValueError says why there are none."""
-    instruction, more, output = clean(row.get('instruction')), clean(row.get('input') or ''), clean(row.get('output'))
-    if not instruction or not output:
-        raise ValueError(f"{'output' if instruction else 'instruction'} is empty")
-    prompt = f'{instruction}\n\n{more}' if more else instruction
-    return Item(prompt, {'demonstrations': [{'prompt': prompt, 'response': output}], 'prompts': [{'prompt': prompt}]})
+    """Turn a row into its records. ValueError says why there are none."""
+    for key in ('instruction', 'output'):
+        if key not in row and not (key == 'output' and 'chosen' in row):
+            raise malformed(f'`{key}`')
+        if not clean(row.get(key, '…')):
+            raise ValueError(f'{key} is empty')
+    return formats.parse_row(row)
 
 def main(cfg):
     prepare(cfg, parse_row, cfg.repo, [cfg.file])

@@ -11,6 +11,7 @@ prefers output_1 in 767 and the longer answer in 717.
 """
 
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's 
 
 from common.options import fail, launch
 from common.records import is_number, is_text, write_atomic, write_records
-from data.prepare_common import fetch, read_rows
+from data.prepare_common import fetch, print_unread, read_rows, unseen
 
 URL = ('https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/main/results/vicuna-7b-v1.5/'
        'weighted_alpaca_eval_gpt4_turbo/annotations.json')
@@ -28,10 +29,10 @@ class Config:
     source: str = '' # a file of annotations, also .gz; empty = fetch it
     out_dir: str = 'data/alpaca_eval' # where rankings_test.jsonl goes
 
-def parse_row(row, place):
+def parse_row(row, place, reasons):
     """Turn a row into a ranking record, None if nothing is ranked."""
     if row is None:
-        fail(f'{place}: wanted a JSON object')
+        fail(f"{place}: {str(reasons[place]).partition(', got ')[0]}")
     prompt, *answers = [row.get(key) for key in ('instruction', 'output_1', 'output_2')]
     preference = row.get('preference')
     if not all(map(is_text, [prompt, *answers])) or answers[0] == answers[1] or preference is None:
@@ -42,20 +43,28 @@ def parse_row(row, place):
                 scores=[2 - preference, preference - 1], annotator=str(row.get('annotator', 'alpaca_eval')))
 
 def main(cfg):
-    out_dir = Path(cfg.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir, reasons, unread = Path(cfg.out_dir), {}, defaultdict(list)
     source = cfg.source or str(out_dir / 'annotations.json')
     if not cfg.source:
+        out_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(source, fetch(URL))
-    rows = [parse_row(row, place) for place, row in read_rows(source)]
+    elif not Path(source).is_file():
+        fail(f'--source={source}: wanted a file of annotations, there is none')
+    rows = []
+    for place, row in read_rows(source, reasons):
+        rows.append(parse_row(row, place, reasons))
+        for key in sorted(unseen(row)):
+            unread[key].append(place)
     kept = [row for row in rows if row]
     if not kept:
         fail(f'{source}: wanted rows of instruction, output_1, output_2 and preference, found none')
+    out_dir.mkdir(parents=True, exist_ok=True)
     write_records(out_dir / 'rankings_test.jsonl', kept)
     pairs = [(*row['responses'], *row['ranks']) for row in kept]
     print(f"{out_dir / 'rankings_test.jsonl'}: {len(kept)} of {len(rows)} rows, output_1 better in "
           f"{sum(i < j for _, _, i, j in pairs)}, the longer one in "
           f"{sum((len(a) - len(b)) * (j - i) > 0 for a, b, i, j in pairs)}")
+    print_unread(unread)
 
 if __name__ == '__main__':
     launch(main, Config)

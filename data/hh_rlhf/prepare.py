@@ -19,8 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's root
 
 from common.options import fail, launch, require
-from data.prepare_common import PrepareOptions, clean, preference, prepare
+from data.prepare_common import PrepareOptions, clean, malformed, preference, prepare
 
+TAG = '\n\nAssistant:'
 SUBSETS = ('helpful-base', 'helpful-online', 'helpful-rejection-sampled', 'harmless-base')
 # rows by file, from the card of a copy, tasksource/hh-rlhf; Anthropic's own names none
 KNOWN = {f'{subset}/{split}.jsonl.gz': n for split, counts in (
@@ -39,10 +40,12 @@ class Config(PrepareOptions):
 def parse_row(row):
     """Turn a row into comparison, demonstration and prompt. ValueError says why there are none."""
     texts = [row.get('chosen'), row.get('rejected')]
-    if not all(isinstance(text, str) and '\n\nAssistant:' in text for text in texts):
-        raise ValueError('malformed row')
+    if isinstance(row.get('prompt'), str): # some copies have it apart
+        texts = [row['prompt'] + text if isinstance(text, str) and TAG not in text else text for text in texts]
+    if not all(isinstance(text, str) and TAG in text for text in texts):
+        raise malformed(r'`chosen` and `rejected` to be texts with "\n\nAssistant:"')
     # the answer follows the last tag
-    (prompt, _, chosen), (other_prompt, _, rejected) = (text.rpartition('\n\nAssistant:') for text in texts)
+    (prompt, _, chosen), (other_prompt, _, rejected) = (text.rpartition(TAG) for text in texts)
     if prompt != other_prompt:
         raise ValueError('prompts of chosen and rejected differ')
     chosen, rejected = clean(chosen), clean(rejected)

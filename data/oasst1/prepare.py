@@ -6,7 +6,8 @@
 
 Köpf et al. 2023, https://arxiv.org/abs/2304.07327, Apache-2.0. A tree begins with a user's message. Every message may
 have several replies, and people ranked the assistant's replies to one message (rank 0 is the best). A file holds trees,
-{"tree_state", "prompt": {"text", "role", "lang", "replies": […]}}, or messages with `message_id` and `parent_id`.
+{"tree_state", "prompt": {"text", "role", "lang", "replies": […]}}, or messages, which are joined by `message_id` and
+`parent_id` or hold their replies.
 
 Every answer that is the best of its siblings, on a path of such answers, becomes a demonstration. The ranked answers to
 a message become a ranking, and every user's message a prompt, with all that was said before it. A message that was
@@ -33,16 +34,32 @@ class Config(PrepareOptions):
     lang: str = 'en' # languages to keep, by code, separated by commas; empty = all
     out_dir: str = 'data/oasst1' # where the records go
 
+def with_replies(message):
+    """Return a message and all below it; what is no message is passed over."""
+    found = [message]
+    for message in found: # grows as it is walked
+        replies = message.get('replies')
+        found += [reply for reply in replies if isinstance(reply, dict)] if isinstance(replies, list) else []
+    return found
+
 def trees(rows):
-    """Turn (place, row), … into (place, tree), …. Single messages are joined by `parent_id`."""
+    """Turn (place, row), … into (place, tree), ….
+
+    Single messages are joined by `parent_id`. A message may hold its replies already.
+    """
     messages = {} # message_id -> (place, message)
     for place, row in rows:
         if row is None or 'prompt' in row or not isinstance(row.get('message_id'), str):
-            yield place, row
+            whole = row is None or 'prompt' in row or not isinstance(row.get('replies'), list)
+            yield place, row if whole else {'tree_state': row.get('tree_state'), 'prompt': row}
         elif row['message_id'] in messages:
             yield place, {'left out': 'message_id that another message has'}
         else:
-            messages[row['message_id']] = place, row | {'replies': []}
+            messages[row['message_id']] = place, row
+            row['replies'] = row['replies'] if isinstance(row.get('replies'), list) else []
+    held = {str(reply.get('message_id')) for _, row in messages.values() for reply in with_replies(row)[1:]}
+    for name in held & messages.keys():
+        yield messages.pop(name)[0], {'left out': 'message_id that another message has'}
     for _, message in messages.values():
         if str(message.get('parent_id')) in messages:
             messages[str(message['parent_id'])][1]['replies'].append(message)
@@ -50,10 +67,8 @@ def trees(rows):
     for place, message in messages.values():
         if message.get('parent_id') is None:
             yield place, {'tree_state': message.get('tree_state'), 'prompt': message}
-            below = [message]
-            for message in below: # grows as it is walked
-                below += message['replies']
-                lost.pop(message['message_id'], None)
+            for reply in with_replies(message):
+                lost.pop(str(reply.get('message_id')), None)
     for place, message in lost.values(): # parse_tree says which message is no tree
         yield place, {'left out': 'reply in no tree'} if str(message['parent_id']) in messages else message
 
@@ -94,7 +109,7 @@ def parse_tree(tree, langs):
             ranked = sorted((a for a in answers if type(a.get('rank')) is int), key=lambda a: a['rank'])
             cut += ['unranked answer beside others'] * (len(answers) - len(ranked))
             answers = ranked # the best first
-        ranks = sorted({a.get('rank') for a in answers}) # numbered anew: some may have gone with their answers
+        ranks = sorted({a['rank'] for a in answers if len(answers) > 1}) # numbered anew: some may have gone
         if len(ranks) > 1: # all tied, they order nothing
             rankings.append({'prompt': prompt, 'responses': [clean(a['text']) for a in answers],
                              'ranks': [ranks.index(a['rank']) for a in answers]})

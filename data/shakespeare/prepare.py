@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's root
 
-from common.options import launch
+from common.options import fail, launch
 from common.records import read_records, write_atomic
 from data.prepare_common import fetch
 
@@ -22,6 +22,8 @@ class Config:
     out_dir: str = 'data/shakespeare' # where input.txt goes
 
 def main(cfg):
+    if cfg.source and not Path(cfg.source).exists():
+        fail(f'--source={cfg.source}: wanted a text file, there is none')
     text = '\n'.join(r['text'] for r in read_records(cfg.source, 'text')) if cfg.source else fetch(URL)
     path = Path(cfg.out_dir) / 'input.txt'
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,11 @@
     python data/sharegpt/prepare.py                                       # from the hub, about 0.7 GB
     python data/sharegpt/prepare.py --source=dummy_conversation.json      # data/ of lm-sys/FastChat on GitHub
 
-Rows are {"conversations": [{"from": "human", "gpt" or "system", "value": text}, …]}. Writes demonstrations (whole
-conversations: every answer is learnt) and prompts (all before the last answer). Long conversations were split before
-they were published: turns before the first question or after the last answer are cut off. The hub's copy is the one of
-Vicuna (Chiang et al. 2023, https://lmsys.org/blog/2023-03-30-vicuna/). docs/data.md shows the expected output.
+Rows are {"conversations": [{"from": "human", "gpt" or "system", "value": text}, …]}, or have `role` and `content`.
+Writes demonstrations (whole conversations: every answer is learnt) and prompts (all before the last answer). Rows with
+`chosen` and `rejected` give comparisons, and those with a `label` unpaired records. Long conversations were split
+before they were published: turns before the first question or after the last answer are cut off. The hub's copy is the
+one of Vicuna (Chiang et al. 2023, https://lmsys.org/blog/2023-03-30-vicuna/). docs/data.md shows the expected output.
 """
 
 import sys
@@ -16,10 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's root
 
 from common.options import launch
-from data.prepare_common import PrepareOptions, clean, conversation, prepare
-
-ROLES = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'assistant': 'assistant',
-         'system': 'system'}
+from data import formats
+from data.prepare_common import PrepareOptions, malformed, prepare
 
 @dataclass
 class Config(PrepareOptions):
@@ -28,14 +27,10 @@ class Config(PrepareOptions):
     out_dir: str = 'data/sharegpt' # where the records go
 
 def parse_row(row):
-    """Turn a row into its demonstration and prompt. ValueError says why there are none."""
-    turns = row.get('conversations')
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get('from'), str) for t in turns):
-        raise ValueError('malformed row')
-    for turn in turns:
-        if turn['from'] not in ROLES:
-            raise ValueError(f"speaker {turn['from'][:20]!r}")
-    return conversation([{'role': ROLES[turn['from']], 'content': clean(turn.get('value'))} for turn in turns])
+    """Turn a row into its records. ValueError says why there are none."""
+    if not isinstance(row.get('conversations'), list):
+        raise malformed('`conversations` to be a list')
+    return formats.parse_row(row)
 
 def main(cfg):
     prepare(cfg, parse_row, cfg.repo, [cfg.file], unit='conversations')

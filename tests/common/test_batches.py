@@ -200,13 +200,30 @@ def test_training_set_of_text_packed_and_not(tmp_path, capsys):
     assert data.rows == [([97, 98, 99, 256], [1] * 4), ([100, 256], [1] * 2), ([101, 102, 103, 104], [1] * 4)]
     assert "val: 3 texts" in capsys.readouterr().out
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_training_set_holds_out_its_last_part(tmp_path, packed):
+def test_a_stream_of_text_holds_out_its_end(tmp_path):
     path = tmp_path / "text.jsonl"
     write_records(path, [{"text": c} for c in "abcdefgh"])
-    train, val = load_training_set(str(path), TOK, 8, 2, seed=1, packed=packed, val_fraction=0.25)
-    parts = [s.stream.tolist() if packed else [i for ids, _ in s.rows for i in ids] for s in (train, val)]
-    assert parts == [[97, 256, 98, 256, 99, 256, 100, 256, 101, 256, 102, 256], [103, 256, 104, 256]]
+    train, val = load_training_set(str(path), TOK, 8, 2, seed=1, val_fraction=0.25)
+    assert [s.stream.tolist() for s in (train, val)] == [
+        [97, 256, 98, 256, 99, 256, 100, 256, 101, 256, 102, 256], [103, 256, 104, 256]]
+
+MESSAGES = lambda *texts: [dict(role=role, content=text) for role, text in zip(('system', 'user', 'assistant'), texts)]
+
+@pytest.mark.parametrize("record", [
+    lambda prompt, n: dict(prompt=prompt, response=f"{n}"), lambda prompt, n: dict(text=prompt),
+    lambda prompt, n: dict(prompt=[dict(role='user', content=prompt)], response=f"{n}"),
+    lambda prompt, n: dict(messages=MESSAGES("one for all", prompt, f"{n}"))])
+def test_a_prompt_is_never_on_both_sides(tmp_path, record):
+    """Of 20 prompts with 3 answers each a quarter is held out, whatever the order of the rows."""
+    rows = [record(f"prompt {i}", n) for n in range(3) for i in range(20)]
+    first, found = lambda ids: TOK.decode(ids).split('prompt ')[1].split('\n')[0].split('<')[0], []
+    for order in (rows, rows[::-1]):
+        path = tmp_path / "rows.jsonl"
+        write_records(path, order)
+        train, val = load_training_set(str(path), TOK, 99, 2, seed=1, packed=False, val_fraction=0.25)
+        found.append([{first(ids) for ids, _ in part.rows} for part in (train, val)])
+        assert [len(part.rows) for part in (train, val)] == [45, 15]
+    assert found[0] == found[1] and len(found[0][1]) == 5 and not found[0][0] & found[0][1]
 
 def test_training_set_of_demonstrations(tmp_path, capsys):
     path = tmp_path / "demonstrations.jsonl"

@@ -1,17 +1,22 @@
 """common/checkpoints.py: checkpoints that survive a kill at any moment, resuming, and the log."""
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from common.checkpoints import (finish_save, load_checkpoint, log, prepare_out_dir, read_log, save_checkpoint,
-                                save_if_due)
+from common.checkpoints import (OPTIONAL, digest, finish_save, load_checkpoint, load_policy, load_reward_model, log,
+                                prepare_out_dir, read_log, save_checkpoint, save_if_due)
+from common.records import LOCKS, lock
 from common.run import Run, start, stop
 from common.tokens import load_tokenizer
 from common.training import make_optimizer, optimizer_step
 from model import GPT, GPTConfig
-from tiny import RUN, TOK, Config, one_line
+from tiny import ROOT, RUN, TOK, Config, checkpoint, one_line, records
 
 def tiny(seed=0, n_embd=8):
     torch.manual_seed(seed)
@@ -19,6 +24,17 @@ def tiny(seed=0, n_embd=8):
 
 def config(folder, **more):
     return Config(out_dir=str(folder), **more)
+
+def files(folder):
+    """Return the names in a folder, but for the tokenizer's and the lock."""
+    return sorted(set(os.listdir(folder)) - {'.lock', *OPTIONAL})
+
+def rewrite_state(folder, state):
+    """Put another state into a checkpoint, as if it had been saved so."""
+    torch.save(state, folder / 'state.pt')
+    about = json.loads((folder / 'options.json').read_text())
+    about['files']['state.pt'] = digest(folder / 'state.pt')
+    (folder / 'options.json').write_text(json.dumps(about))
 
 def train(cfg, first, last):
     """Steps first + 1 ... last of a toy run with dropout and random data, saved at the end as a script would do it."""
@@ -68,8 +84,7 @@ def test_the_scale_of_float16_is_resumed(tmp_path):
 
 def test_the_files_of_a_checkpoint(tmp_path):
     train(config(tmp_path), 0, 1)
-    assert sorted(os.listdir(tmp_path)) == ['config.json', 'log.jsonl', 'model.safetensors', 'state.pt',
-                                            'tokenizer_name']
+    assert files(tmp_path) == ['config.json', 'log.jsonl', 'model.safetensors', 'options.json', 'state.pt']
     state = torch.load(tmp_path / 'state.pt', weights_only=True)
     assert state['options']['lr'] == 8.0 and state['step'] == 1
     assert load_tokenizer(str(tmp_path)).name == 'bytes'
@@ -116,13 +131,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
         step, weights = loaded_step(folder)
         assert step == weights
         outcomes.append(step)
-        assert sorted(set(os.listdir(folder)) - {'.saving', 'log.jsonl'}) == [
-            'config.json', 'model.safetensors', 'state.pt', 'tokenizer_name']
+        assert sorted(set(files(folder)) - {'.saving', 'log.jsonl'}) == [
+            'config.json', 'model.safetensors', 'options.json', 'state.pt']
         save_step(folder, 3) # what the kill left behind is in nobody's way
         assert loaded_step(folder) == (3, 3.0) and not os.path.exists(folder / '.saving')
         if done:
             break
-    # makedirs twice, tokenizer_name, rename; from the rename on the new one counts: four files to move, one rmdir
+    # makedirs twice, options.json, rename; from the rename on the new one counts: five files to move, one rmdir
     assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes) and outcomes.count(2) >= 6
 
 def test_a_save_cut_short_is_ignored_and_a_finished_one_moved_into_place(tmp_path):
@@ -164,20 +179,41 @@ def test_a_checkpoint_is_only_replaced_when_told_so(tmp_path, capsys):
     assert f"--out_dir={tmp_path}: holds a checkpoint" in line
     assert '--resume=True' in line and '--overwrite=True' in line
     assert loaded_step(tmp_path) == (1, 1.0) and len(read_log(str(tmp_path / 'log.jsonl'))) == 1
+
+def test_an_overwritten_checkpoint_stays_whole_until_the_first_save(tmp_path):
+    """With its log: the new run's lines stand beside it until then."""
+    log(RUN, config(tmp_path), 1, loss=2.0)
+    save_step(tmp_path, 1)
     prepare_out_dir(RUN, config(tmp_path, overwrite=True))
-    assert os.listdir(tmp_path) == ['log.jsonl'] and read_log(str(tmp_path / 'log.jsonl')) == []
+    log(RUN, config(tmp_path), 1, loss=7.0)
+    shutil.copytree(tmp_path, tmp_path.parent / 'ended')
+    assert loaded_step(tmp_path.parent / 'ended') == (1, 1.0) # the new run ended here
+    assert [line['loss'] for line in read_log(tmp_path.parent / 'ended/log.jsonl')] == [2.0]
+    assert [line['loss'] for line in read_log(tmp_path.parent / 'ended/log.unsaved.jsonl')] == [7.0]
+    save_step(tmp_path, 2) # or went on
+    assert loaded_step(tmp_path) == (2, 2.0)
+    assert [line['loss'] for line in read_log(tmp_path / 'log.jsonl')] == [7.0]
+    assert not os.path.exists(tmp_path / 'log.new.jsonl')
+
+def test_the_log_of_a_run_that_never_saved_is_kept(tmp_path):
+    prepare_out_dir(RUN, config(tmp_path))
+    log(RUN, config(tmp_path), 1, loss=7.0)
+    prepare_out_dir(RUN, config(tmp_path))
+    assert read_log(tmp_path / 'log.jsonl') == []
+    assert [line['loss'] for line in read_log(tmp_path / 'log.unsaved.jsonl')] == [7.0]
 
 def test_an_overwritten_checkpoints_tokenizer_goes_too(tmp_path):
     save_step(tmp_path, 1)
-    os.remove(tmp_path / 'tokenizer_name')
-    (tmp_path / 'tokenizer.tiktoken').write_text('of the old run')
+    for name in OPTIONAL:
+        (tmp_path / name).write_text('of the old run')
     prepare_out_dir(RUN, config(tmp_path, overwrite=True))
     save_step(tmp_path, 1)
+    assert 'of the old run' not in [(tmp_path / name).read_text() for name in OPTIONAL if (tmp_path / name).exists()]
     assert load_tokenizer(str(tmp_path)).name == 'bytes'
 
 def test_a_new_folder_is_made_and_one_that_cannot_be_is_told(tmp_path, capsys):
     prepare_out_dir(RUN, config(tmp_path / 'a/b'))
-    assert os.listdir(tmp_path / 'a/b') == ['log.jsonl']
+    assert files(tmp_path / 'a/b') == ['log.jsonl']
     (tmp_path / 'file').write_text('')
     for folder in (tmp_path / 'file', tmp_path / 'file/below', '/proc/nowhere'):
         assert f"--out_dir={folder}: " in one_line(capsys, lambda: prepare_out_dir(RUN, config(folder)))
@@ -241,8 +277,112 @@ def test_a_damaged_state_is_told_in_one_line(tmp_path, capsys, damage):
     model, cfg = tiny(), config(tmp_path, resume=True)
     optimizers = {'adam': make_optimizer(model, cfg)}
     line = one_line(capsys, lambda: load_checkpoint(RUN, cfg, model, optimizers))
+    assert f"{path}: not a state to resume from (it changed since it was saved" in line
+    rewrite = json.loads((tmp_path / 'options.json').read_text())
+    rewrite['files']['state.pt'] = digest(path) # should the damage come before the digest
+    (tmp_path / 'options.json').write_text(json.dumps(rewrite))
+    line = one_line(capsys, lambda: load_checkpoint(RUN, cfg, model, optimizers))
     assert f"{path}: not a state to resume from" in line
     assert not os.path.exists(tmp_path / 'executed')
+
+@pytest.mark.parametrize('name', ['state.pt', 'model.safetensors'])
+def test_a_flipped_bit_is_found(tmp_path, capsys, name):
+    save_step(tmp_path, 1)
+    whole = (tmp_path / name).read_bytes()
+    for at in range(0, len(whole), len(whole) // 12):
+        (tmp_path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        assert f"{tmp_path / name}: not a state to resume from (it changed" in one_line(
+            capsys, lambda: loaded_step(tmp_path))
+    (tmp_path / name).write_bytes(whole)
+    assert loaded_step(tmp_path) == (1, 1.0)
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
+    save_step(tmp_path, 1)
+    for value in (float('nan'), float('inf')):
+        model = tiny()
+        with torch.no_grad():
+            model.h[0].mlp.c_fc.weight[3, 3] = value
+        line = one_line(capsys, lambda: save_checkpoint(RUN, config(tmp_path), model, TOK, 2, {}), code=1)
+        assert line.startswith('h.0.mlp.c_fc.weight is not finite after step 2; nothing was saved since')
+    assert loaded_step(tmp_path) == (1, 1.0)
+
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, 'fsync', lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, 'rename', lambda *a: (done.append('rename'), rename(*a)))
+    if not os.path.exists('/proc/self/fd'):
+        pytest.skip("asks Linux for the names of open files")
+    save_step(tmp_path, 1)
+    before = [os.path.basename(name) for name in done[:done.index('rename')]]
+    assert {'state.pt', 'model.safetensors', 'config.json', 'options.json'} <= set(before)
+
+def test_a_folder_that_was_removed_is_made_anew(tmp_path):
+    cfg = config(tmp_path / 'out')
+    prepare_out_dir(RUN, cfg)
+    shutil.rmtree(tmp_path / 'out')
+    log(RUN, cfg, 1, loss=1.0)
+    shutil.rmtree(tmp_path / 'out')
+    save_step(tmp_path / 'out', 2)
+    assert loaded_step(tmp_path / 'out') == (2, 2.0)
+
+def test_one_run_a_folder(tmp_path, capsys):
+    """Another process, as long as it lives, however it ends."""
+    pytest.importorskip('fcntl', reason="Windows has no such locks")
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); from common.records import lock; lock(sys.argv[2]); "
+            "print('locked', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, '-c', code, ROOT, str(tmp_path / '.lock')], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b'locked\n'
+        line = one_line(capsys, lambda: prepare_out_dir(RUN, config(tmp_path)))
+        assert line.startswith(f"{tmp_path}: another process is writing here")
+        assert files(tmp_path) == []
+    finally:
+        other.kill()
+        other.wait(), other.stdout.close()
+    prepare_out_dir(RUN, config(tmp_path))
+    prepare_out_dir(RUN, config(tmp_path)) # its own lock stops nobody
+    assert os.path.realpath(tmp_path / '.lock') in LOCKS
+
+def test_resume_auto_goes_on_or_starts(tmp_path):
+    cfg = config(tmp_path, resume='auto')
+    prepare_out_dir(RUN, cfg)
+    assert cfg.resume is False and load_checkpoint(RUN, cfg, tiny(), {}) is None
+    save_step(tmp_path, 1)
+    cfg = config(tmp_path, resume='auto')
+    prepare_out_dir(RUN, cfg)
+    assert cfg.resume is True and load_checkpoint(RUN, cfg, tiny(), {})['step'] == 1
+
+def test_resuming_with_other_inputs(tmp_path, capsys):
+    """Another model is refused, other data is noted, be the path the same or not."""
+    from sft import Config as Options
+    model, data = checkpoint(tmp_path / 'a'), records(tmp_path / 'a.jsonl', [dict(text='a')])
+    other = checkpoint(tmp_path / 'b', seed=9)
+    moved = shutil.copytree(model, tmp_path / 'c')
+    cfg = lambda **more: Options(**dict(out_dir=str(tmp_path / 'out'), init_from=model, train_data=data) | more)
+    prepare_out_dir(run := Run('cpu', 'float32'), first := cfg())
+    save_checkpoint(run, first, tiny(), TOK, 1, {})
+
+    def resume(**more):
+        prepare_out_dir(run := Run('cpu', 'float32'), again := cfg(resume=True, **more))
+        load_checkpoint(run, again, tiny(), {})
+        return capsys.readouterr().out
+
+    assert '--' not in resume() and '--' not in resume(init_from=str(moved))
+    assert one_line(capsys, lambda: resume(init_from=other)) == (
+        f"--init_from={other}: is not what the run in {tmp_path}/out began with; wanted the same model")
+    records(tmp_path / 'a.jsonl', [dict(text='b')])
+    assert f"--train_data={data}: is not what the run in {tmp_path}/out began with; going on" in resume()
+
+def test_an_unfinished_checkpoint_says_so(tmp_path, capsys):
+    for step, said in ((3, 'unfinished, saved at step 3 of 12'), (12, '')):
+        save_step(tmp_path, step)
+        capsys.readouterr()
+        load_policy(str(tmp_path))
+        assert capsys.readouterr().out == (f"--policy={tmp_path}: {said}\n" if said else '')
+    model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=2, n_embd=8, reward_head=True))
+    save_checkpoint(RUN, config(tmp_path / 'rm'), model, TOK, 3, {})
+    load_reward_model(str(tmp_path / 'rm'))
+    assert '--reward_model=' in capsys.readouterr().out
 
 def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
     cfg = config(tmp_path)
@@ -278,7 +418,7 @@ def test_another_script_cannot_go_on(tmp_path, capsys):
     state = torch.load(path, weights_only=True)
     del state['script']
     for more, name in ((dict(script='dpo.py'), 'dpo.py'), ({}, 'an older version')):
-        torch.save(state | more, path)
+        rewrite_state(tmp_path, state | more)
         assert one_line(capsys, lambda: loaded_step(tmp_path)) == (
             f"--resume=True: the checkpoint in {tmp_path} is one of {name}; wanted one of tiny.py")
 
@@ -288,6 +428,10 @@ def test_a_folder_that_is_not_where_it_began(tmp_path, monkeypatch):
     prepare_out_dir(RUN, Config(out_dir='.', init_from=''))
     prepare_out_dir(RUN, Config(out_dir='scratch', init_from='scratch'))
     assert os.path.exists('log.jsonl') and os.path.exists('scratch/log.jsonl')
+
+def test_a_log_that_is_not_text(tmp_path):
+    (tmp_path / 'log.jsonl').write_bytes(b'{"step": 1}\n\xff\xfe\n5\n{"step": 2}\n')
+    assert read_log(tmp_path / 'log.jsonl') == [dict(step=1), dict(step=2)]
 
 def test_small_numbers_survive_the_log(tmp_path):
     log(RUN, config(tmp_path), 1, lr=1.234e-7, tokens=12345678)
@@ -309,7 +453,8 @@ def test_save_if_due(capsys):
     for step in range(1, 6):
         save_if_due(run, Config(max_steps=5, save_every=0), step, saved.append)
     assert saved == [2, 4, 5, 5]
-    run.interrupted = True
-    with pytest.raises(KeyboardInterrupt):
+    run.interrupted = signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt) as ended:
         save_if_due(run, cfg, 3, saved.append)
+    assert ended.value.args == (signal.SIGTERM,)
     assert saved[-1] == 3 and 'step 3' in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """common/options.py: options, --help, and how a script ends when something is wrong."""
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -45,14 +46,40 @@ def test_flags(flag, key, value):
     got = getattr(parse_config(Config, [flag]), key)
     assert got == value and type(got) is type(value)
 
+@pytest.mark.parametrize('args, key, value', [
+    ('--lr 1e-5', 'lr', 1e-5), ('--lr -0.0', 'lr', 0.0), ('--init_from a', 'init_from', 'a'),
+    ('--init-from=a', 'init_from', 'a'), ('--batch-size 3', 'batch_size', 3),
+    ('--resume', 'resume', True), ('--resume --lr 1', 'resume', True), ('--resume true', 'resume', True),
+    ('--resume auto', 'resume', 'auto'), ('--resume=auto', 'resume', 'auto'), ('--compile=true', 'compile', True),
+    ('--compile=false', 'compile', False), ('--compile false', 'compile', False)])
+def test_what_people_type(args, key, value):
+    got = getattr(parse_config(Config, args.split()), key)
+    assert got == value and type(got) is type(value)
+
+def test_a_switch_takes_no_config_file(tmp_path):
+    (tmp_path / 'a.py').write_text("seed = 4\n")
+    cfg = parse_config(Config, ['--resume', str(tmp_path / 'a.py')])
+    assert cfg.resume is True and cfg.seed == 4
+
+@pytest.mark.parametrize('value', ['inf', '-inf', 'nan', '1e400', '-1e400'])
+def test_no_option_of_any_script_takes_what_is_not_finite(capsys, tmp_path, value):
+    """Config files say them as literals."""
+    for name in ('sft', 'reward', 'dpo', 'kto', 'rrhf', 'ppo', 'reinforce', 'collect', 'evaluate', 'sample', 'bench'):
+        cls = importlib.import_module(name).Config
+        floats = [field.name for field in dataclasses.fields(cls) if field.type is float]
+        for key in floats:
+            assert f"{key} must be " in one_line(capsys, lambda: parse_config(cls, [f"--{key}={value}"]))
+        assert floats or name in ('evaluate', 'bench')
+
 @pytest.mark.parametrize('arg, expected', [
     ('--batchsize=3', '--batchsize=3: unknown option batchsize, did you mean batch_size?'),
-    ('--zzz=3', '--zzz=3: unknown option zzz; the options are seed, device, dtype'),
+    ('--zzz=3', '--zzz=3: unknown option zzz; --help lists the options'),
     ('--seed=1.0', '--seed=1.0: seed must be int, got 1.0'),
     ('--seed=True', '--seed=True: seed must be int, got True'),
     ('--seed=', "--seed=: seed must be int, got ''"),
-    ('--resume=1', '--resume=1: resume must be bool, got 1'),
-    ('--resume=true', "--resume=true: resume must be bool, got 'true'"),
+    ('--resume=1', '--resume=1: resume must be bool or str, got 1'),
+    ('--resume=yes', "--resume=yes: resume must be True, False or auto, got 'yes'"),
+    ('--compile=1', '--compile=1: compile must be bool, got 1'),
     ('--lr=fast', "--lr=fast: lr must be float, got 'fast'"),
     ('--lr=True', '--lr=True: lr must be float, got True'),
     ('--lr=nan', "--lr=nan: lr must be float, got 'nan'"),
@@ -60,7 +87,12 @@ def test_flags(flag, key, value):
     ('--lr={[]: 1}', '--lr={[]: 1}: lr must be float'), # no literal although it parses
     ('--seed=2*3', "--seed=2*3: seed must be int, got '2*3'"),
     ('--seed=__import__("os").getpid()', 'seed must be int'),
-    ('--resume', '--resume: expected --key=value'),
+    ('--lr', '--lr: expected --key=value'),
+    ('--lr=1e400', '--lr=1e400: lr must be finite, got inf'),
+    ('--lr=' + '9' * 400, 'lr must be finite, got inf'),
+    ('--seed=' + '9' * 40, 'seed must be below 2^63, got 9'),
+    ('--beta2=1.5', '--beta2=1.5: beta2 must be below 1, got 1.5'),
+    ('--beta2=-1', '--beta2=-1: beta2 must be at least 0, got -1.0'),
     ('--lr=-1', '--lr=-1: lr must be at least 0, got -1.0'),
     ('--lr=100', '--lr=100: lr must be below 100, got 100.0'),
     ('--batch_size=0', '--batch_size=0: batch_size must be at least 1, got 0'),

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from common.records import (goodness, is_text_file, read_preferences, read_ranked, read_records, write_atomic,
-                            write_records)
+from common.records import (goodness, is_text_file, read_preferences, read_ranked, read_records, read_unpaired,
+                            write_atomic, write_records)
 from tiny import assistant, exits, one_line, user
 
 def test_write_atomic(tmp_path):
@@ -77,6 +77,17 @@ def bad(kind, **changes):
     ("prompts", b"[" * 100_000, "nested too deeply"),
     ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": NaN}', "a finite number, got NaN"),
     ("comparisons", b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "wanted finite numbers"),
+    # what a float32 and an int64 do not hold
+    bad("comparisons", margin=10**309) + ("`margin` to be a number",),
+    bad("comparisons", margin=-1e38) + ("`margin` to be a number",),
+    bad("comparisons", scores=[10**309, 1]) + ("`scores` to be two numbers",),
+    bad("rankings", scores=[10**309, 1]) + ("`scores` to be 2 numbers",),
+    bad("rankings", ranks=[0, 2**63]) + ("`ranks` to be 2 integers",),
+    # what is not to be learnt
+    bad("demonstrations", label=False) + ("wanted demonstrations, got a bad answer (`label` is false); kto.py",),
+    bad("demonstrations", messages=[user("a"), assistant("b")], label=False) + ("kto.py learns from those",),
+    bad("demonstrations", messages=[user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d")]) + (
+        "wanted no `weight` of 0 in `messages`",),
 ])
 def test_bad_row_is_named_by_file_and_line(tmp_path, capsys, kind, line, wish):
     path = tmp_path / "rows.jsonl"
@@ -94,6 +105,36 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
     whole = gzip.compress(json.dumps(GOOD["prompts"]).encode() * 99)
     (tmp_path / "half.jsonl.gz").write_bytes(whole[:len(whole) // 2])
     exits(capsys, "half.jsonl.gz:1: cannot be read", read_records, tmp_path / "half.jsonl.gz", "prompts")
+
+def test_files_that_are_no_records_say_what_is(tmp_path, capsys):
+    for name, content, wanted in (
+            ("lfs.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ": a Git LFS pointer, not"),
+            ("utf16.jsonl", '{"prompt": "a"}'.encode("utf-16"), ": wanted UTF-8 text, got UTF-16"),
+            ("a.json", b'[{"prompt": "a"}]', ":1: wanted a JSON object, got list; data/trl/prepare.py reads arrays"),
+            ("b.json", b'\n[\n {"prompt": "a"}]', "; data/trl/prepare.py reads arrays, CSV and parquet"),
+            ("c.csv", b"prompt,chosen\na,b\n", "; data/trl/prepare.py reads arrays, CSV and parquet"),
+            ("d.jsonl", b'{"question": "a"}', "to have `prompt` (data/trl/prepare.py reads other formats)")):
+        (tmp_path / name).write_bytes(content)
+        line = one_line(capsys, lambda: read_records(tmp_path / name, "prompts"))
+        assert line.startswith(str(tmp_path / name)) and wanted in line, line
+        one_line(capsys, lambda: read_preferences(tmp_path / name))
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a"}\n[1]\n')
+    exits(capsys, "d.jsonl:2: wanted a JSON object, got list", read_records, tmp_path / "d.jsonl", "prompts")
+
+def test_keys_that_would_change_what_is_learnt_are_named(tmp_path, capsys):
+    """Others are welcome and not spoken of."""
+    demonstration = dict(prompt="a", response="b", id=1, label=True)
+    write_records(tmp_path / "d.jsonl", [demonstration | dict(system="s"), demonstration | dict(system="", history=[])])
+    read_records(tmp_path / "d.jsonl", "demonstrations")
+    path = tmp_path / "r.jsonl"
+    assert capsys.readouterr().out == (f"{tmp_path / 'd.jsonl'}: `system` is not read in demonstrations (1 of 2 rows); "
+                                       "data/trl/prepare.py may read it\n")
+    write_records(path, [GOOD["rankings"] | dict(margin=1)])
+    read_records(path, "rankings")
+    assert f"{path}: `margin` is not read in rankings (1 of 1 rows)" in capsys.readouterr().out
+    write_records(path, [GOOD["comparisons"]])
+    read_records(path, "comparisons")
+    assert capsys.readouterr().out == ""
 
 def test_plain_text_is_one_record(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
@@ -155,6 +196,46 @@ def test_ranked_preferences_of_several_files(tmp_path, capsys):
     assert [r["margin"] for r in found("pair", "pair")] == [2.0, 2.0]
     assert one_line(capsys, lambda: found("a", "pair")) == (
         f"{tmp_path / 'a.jsonl'},{tmp_path / 'pair.jsonl'}: wanted files of one kind, rankings or comparisons")
+
+def test_what_ties_is_counted(tmp_path, capsys):
+    rows = [dict(prompt=str(i), responses=["x", "y", "z"], ranks=ranks) for i, ranks in enumerate(
+        ([0, 0, 0], [0, 1, 2], [1, 0, 0], [2, 2, 2]))]
+    path = tmp_path / "r.jsonl"
+    write_records(path, rows)
+    assert [r["prompt"] for r in read_ranked(path, name="train")] == ["1", "2"]
+    assert capsys.readouterr().out == "train: 2 of 4 prompts left out, all their answers tie\n"
+    # good: x, y and z of the third and x of the second; bad: the others; y of the second is in the middle
+    assert [r["label"] for r in read_unpaired(path, "train")] == [True, False, False, True, True]
+    assert capsys.readouterr().out == "train: 7 of 12 answers left out, as many others beat them as they beat\n"
+    write_records(path, rows[1:2])
+    read_ranked(path)
+    assert capsys.readouterr().out == ""
+
+def test_comparisons_of_a_text_with_itself(tmp_path, capsys):
+    """They are left out wherever comparisons are read; one answer that ended and one cut off are two."""
+    path, rows = tmp_path / "c.jsonl", [dict(prompt="a", chosen=c, rejected="x") for c in "xyx"]
+    write_records(path, rows + [rows[0] | dict(ended=[True, False]), rows[0] | dict(ended=[False, False])])
+    for read in (read_preferences, read_ranked, read_unpaired):
+        found = read(path)
+        assert len(found) == (4 if read is read_unpaired else 2)
+        assert f"{path}: 3 of 5 comparisons left out, their two texts are equal\n" == capsys.readouterr().out
+    write_records(path, rows[:1])
+    exits(capsys, f"{path}: wanted comparisons of two different texts, found none", read_preferences, path)
+
+def test_comparisons_are_called_so(tmp_path, capsys):
+    path = tmp_path / "c.jsonl"
+    for row, wanted in ((dict(prompt="a", rejected="b"), "c.jsonl:1: wanted a row of kind comparisons to have `chose"),
+                        (dict(prompt="a", better="b"), "c.jsonl: wanted rankings (`prompt`, `responses`, `ranks`) or "
+                         "comparisons (`prompt`, `chosen`, `rejected`), got a first row with the keys better, prompt")):
+        write_records(path, [row])
+        exits(capsys, wanted, read_ranked, path)
+
+def test_a_name_may_hold_a_comma(tmp_path):
+    row = dict(prompt="a", chosen="x", rejected="y")
+    write_records(tmp_path / "a,b.jsonl", [row])
+    write_records(tmp_path / "c.jsonl", [row | dict(prompt="c")])
+    assert [r["prompt"] for r in read_ranked(str(tmp_path / "a,b.jsonl"))] == ["a"]
+    assert [r["prompt"] for r in read_ranked(f"{tmp_path / 'c.jsonl'},{tmp_path / 'c.jsonl'}")] == ["c", "c"]
 
 @pytest.mark.parametrize("record, use_scores, expected", [
     (dict(ranks=[2, 0, 1]), False, [-2, 0, -1]),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.batches import Row
-from common.rollout import (check_same_vocabulary, describe, describe_critic, frozen_logp, frozen_rewards,
+from common.rollout import (beats, check_same_vocabulary, describe, describe_critic, frozen_logp, frozen_rewards,
                             frozen_values, kl_k1, kl_k3, load_gold, masked_mean, mean_gold, micro_batches, pack,
                             pair_agreement, ratio_stats, sample_answers, score_answers, score_packed, score_records,
                             whiten)
@@ -210,6 +210,9 @@ def test_what_is_logged_of_a_critic_by_hand():
     # the returns 1 2 6 3 have mean 3 and variance 3.5; they exceed the values by -1 0 0 -1, of variance .25
     assert {k: v.item() for k, v in describe_critic(values, X, MASK, RUN).items()} == by_hand(dict(
         values=3.5, returns=3.0, returns_std=1.870829, explained_variance=0.928571)) # 1 - .25 / 3.5
+    # returns that are all 3 leave no variance to explain
+    assert {k: v.item() for k, v in describe_critic(values, torch.full_like(X, 3.0), MASK, RUN).items()} == by_hand(
+        dict(values=3.5, returns=3.0, returns_std=0.0))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
@@ -263,10 +266,20 @@ def test_a_prompt_without_a_gold_score_is_told_in_one_line(rules, capsys):
     ([1.0, 1.0, 0.0], [0, 1, 2], 2.5, 3), # a tie in the scores is half a point
     ([5.0, 1.0, 0.0], [0, 0, 1], 2.0, 2), # a tie in the ranks is no pair
     ([5.0, 1.0], [3, 3], 0.0, 0),
+    ([0.3, 0.3000004, 0.3], [0, 1, 1], 1.0, 2), # what only rounding tells apart is a tie
 ])
 def test_pair_agreement_by_hand(scores, ranks, points, pairs):
     assert pair_agreement(scores, ranks) == (points, pairs)
     assert pair_agreement(torch.tensor(scores), torch.tensor(ranks)) == (points, pairs)
+
+# slack 1e-5 (1 + |a| + |b|): 1e-5 near 0, 3e-5 near 1, 0.02001 near 1000
+@pytest.mark.parametrize('a, b, expected', [
+    (2.0, 1.0, 1.0), (1.0, 2.0, 0.0), (1.0, 1.0, 0.5), (0.0, 4e-7, 0.5), (0.0, 2e-5, 0.0), (0.0, -2e-5, 1.0),
+    (1.0, 1.00002, 0.5), (1.0, 1.00004, 0.0), (1.00004, 1.0, 1.0), (-1000.0, -1000.01, 0.5), (-1000.0, -1000.03, 1.0)])
+def test_equal_within_rounding_is_a_tie(a, b, expected):
+    assert beats(a, b) == expected and beats(b, a) == 1 - expected
+    both = beats(torch.tensor([a, b], requires_grad=True), torch.tensor([b, a]))
+    assert both.tolist() == [expected, 1 - expected] and not both.requires_grad
 
 def test_another_vocabulary_is_told_in_one_line(tmp_path, capsys):
     """Another size, or one of the same size that means other bytes."""

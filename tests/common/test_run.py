@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.checkpoints import prepare_out_dir
-from common.run import Run, start, stop
+from common.options import launch
+from common.run import Run, default_signals, start, stop
 from common.training import Means, optimizer_step
 from model import GPT, GPTConfig
 from tiny import RUN, Config, by_hand, in_processes, one_line
@@ -90,6 +91,64 @@ def test_the_first_ctrl_c_waits_for_the_step_and_the_second_does_not(capsys):
     finally:
         stop(run)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+def test_slurms_and_dockers_signals_are_as_ctrl_c(capsys, monkeypatch):
+    """They wait for the end of the step, however often they come, and Ctrl-C then does not."""
+    monkeypatch.setattr('sys.argv', ['script'])
+    for name, code in (('SIGTERM', 143), ('SIGHUP', 129), ('SIGTERM', 130)):
+        number = getattr(signal, name)
+
+        def main(cfg):
+            run = start(cfg)
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert run.stop_requested() == number
+            if code == 130:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt(run.stop_requested()) # as save_if_due does
+
+        try:
+            with pytest.raises(SystemExit) as ended:
+                launch(main, Config)
+        finally:
+            default_signals()
+        assert ended.value.code == code and 'interrupted' in capsys.readouterr().err
+        assert signal.getsignal(number) == signal.SIG_DFL
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop(start(Config()))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+@pytest.mark.parametrize('told', [dict(RANK='0'), dict(WORLD_SIZE='2'), dict(RANK='0', WORLD_SIZE='2'),
+                                  dict(RANK='a', WORLD_SIZE='2'), dict(RANK='2', WORLD_SIZE='2')])
+def test_half_of_what_torchrun_sets_is_told_in_one_line(monkeypatch, capsys, told):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    line = one_line(capsys, lambda: start(Config()))
+    assert line.startswith(f"RANK={told.get('RANK')}, WORLD_SIZE={told.get('WORLD_SIZE')} in the environment")
+
+def ranks_that_differ(folder):
+    cfg = Config(out_dir=os.path.join(folder, 'out'), init_from='')
+    run = start(cfg)
+    cfg.max_steps += run.rank # one has more rows
+    prepare_out_dir(run, cfg)
+
+def a_folder_that_is_taken(folder):
+    run = start(cfg := Config(out_dir=folder))
+    prepare_out_dir(run, cfg)
+
+def test_processes_that_would_wait_in_vain_end_at_once(tmp_path, capfd):
+    assert in_processes(2, ranks_that_differ, str(tmp_path)) == [2, 2]
+    err = capfd.readouterr().err
+    assert err.count('error: ') == 2 and '--max_steps: process 1 has another one than process 0' in err
+    (tmp_path / 'config.json').write_text('{}')
+    assert in_processes(2, a_folder_that_is_taken, str(tmp_path)) == [2, 2] # what the first refuses ends both
+    err = capfd.readouterr().err
+    assert err.count('error: ') == 1 and 'holds a checkpoint' in err and 'Traceback' not in err
 
 IDX = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
 MASK = torch.tensor([[1., 1., 1.], [0., 0., 1.], [0., 1., 1.], [1., 0., 0.]]) # 4 rows share 7 tokens unevenly

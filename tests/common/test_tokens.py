@@ -9,7 +9,7 @@ import pytest
 from common import tokens
 from common.tokens import (EOS, Tokenizer, dialogue, load_tokenizer, merge, prompt_ids, response_ids, save_bpe,
                            train_bpe)
-from tiny import PROMPT_HI, RESPONSE_YO, TOK, assistant, exits, user
+from tiny import PROMPT_HI, RESPONSE_YO, TOK, assistant, exits, one_line, user
 
 CACHE = Path(__file__).resolve().parents[3] / "shared" / "tiktoken_cache"
 
@@ -107,6 +107,25 @@ def test_unknown_tokenizers(tmp_path, capsys):
     exits(capsys, f"{tmp_path}: wanted a checkpoint", load_tokenizer, str(tmp_path))
     (tmp_path / "tokenizer_name").write_text("llama")
     exits(capsys, "tokenizer_name: wanted gpt2 or bytes, got 'llama'", load_tokenizer, str(tmp_path))
+
+def test_a_missing_checkpoint_is_not_a_tokenizers_fault(tmp_path, capsys):
+    line = one_line(capsys, lambda: load_tokenizer("out/nowhere", "policy"))
+    assert line == ("--policy=out/nowhere: no such folder, and no model on the hub (OWNER/NAME, with no folder OWNER "
+                    "here); wanted a checkpoint made by an earlier stage, such as sft.py")
+    for name in ("bytes", str(tmp_path / "own.tiktoken")): # tokenizers, but no models
+        exits(capsys, f"--init_from={name}: no such folder", load_tokenizer, name, "init_from")
+    line = one_line(capsys, lambda: load_tokenizer(tmp_path, "reward_model")) # a run that never saved
+    assert line.startswith(f"--reward_model={tmp_path}: wanted a checkpoint with tokenizer.tiktoken")
+
+@pytest.mark.parametrize("size, fits", [(256, False), (257, True), (300, True), (1, False)])
+def test_a_tokenizer_has_to_fit_its_model(tmp_path, capsys, size, fits):
+    TOK.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    if fits:
+        assert load_tokenizer(tmp_path).name == "bytes"
+    else:
+        exits(capsys, f"{tmp_path / 'config.json'}: vocab_size is {size}, the tokenizer beside it has 257 tokens",
+              load_tokenizer, tmp_path)
 
 @pytest.fixture
 def gpt2(monkeypatch):

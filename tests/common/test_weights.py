@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sft
 from common.checkpoints import load_policy, load_reward_model
 from common.tokens import load_tokenizer
 from common.weights import on_hub
@@ -23,7 +24,7 @@ from model import GPT, GPTConfig
 from models import (IDX, LAYERS, LOGITS, ROWS, SCORES, T, all_values, close, formula_folder, formula_tensors, hf_greedy,
                     hf_model, hf_score, ragged, random_model, write_folder)
 from reward import normalise_rewards
-from tiny import COMPARISONS, DEMONSTRATIONS, PROMPTS, RANKINGS, ROOT, TOK, checkpoint, one_line, records
+from tiny import COMPARISONS, DEMONSTRATIONS, PROMPTS, RANKINGS, ROOT, TOK, checkpoint, one_line, records, stops
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
@@ -300,6 +301,38 @@ WRONG = {
                       'model.safetensors: tensor wpe.weight is (9, 8), config.json says (10, 8)'),
     'another projection': (lambda d: edit_tensors(d, lambda t: t.update({'lm_head.weight': torch.zeros(7, 8)})),
                            'model.safetensors: tensor lm_head.weight'),
+    'text for bias': (lambda d: edit_config(d, bias='no'), "config.json: bias must be true or false, got 'no'"),
+    'a number for bias': (lambda d: edit_config(d, bias=0), 'config.json: bias must be true or false, got 0'),
+    'a narrow MLP': (lambda d: edit_config(d, n_inner=16),
+                     'config.json: a variant of GPT-2, n_inner must be None or 32, got 16'),
+    'cross-attention': (lambda d: edit_config(d, add_cross_attention=True),
+                        'config.json: a variant of GPT-2, add_cross_attention must be False, got True'),
+    'quantised': (lambda d: edit_config(d, quantization_config=dict(quant_method='bitsandbytes')),
+                  'config.json: quantised weights (quantization_config)'),
+    'int8 and its scales': (lambda d: edit_tensors(d, lambda t: t.update({
+        'transformer.h.0.attn.c_attn.weight': t['transformer.h.0.attn.c_attn.weight'].to(torch.int8),
+        'transformer.h.0.attn.c_attn.SCB': torch.ones(24)})), 'tensor h.0.attn.c_attn.weight is int8, wanted floating'),
+    **{f"tensors of {dtype}": (lambda d, dtype=dtype: edit_tensors(d, lambda t: t.update({
+        'transformer.ln_f.weight': t['transformer.ln_f.weight'].to(getattr(torch, dtype))})),
+        f"model.safetensors: tensor ln_f.weight is {dtype}, wanted floating point of 16 bits or more")
+       for dtype in ('int64', 'uint8', 'bool', 'float8_e4m3fn')},
+    'a shard elsewhere': (lambda d: as_shards(d, save_file, 'model.safetensors', '../part{}.safetensors'),
+                          "model.safetensors.index.json: wanted files beside this one, got '../part"),
+    'a shard anywhere': (lambda d: as_shards(d, save_file, 'model.safetensors', d + '/part{}.safetensors'),
+                         "model.safetensors.index.json: wanted files beside this one, got '/"),
+    # sizes are compared with the file's before a model of that size is made
+    'a billion layers': (lambda d: edit_config(d, n_layer=10**9), 'config.json: n_layer is 1000000000, '),
+    'a layer too few': (lambda d: edit_config(d, n_layer=1), 'model.safetensors holds 2 layers'),
+    'a billion positions': (lambda d: edit_config(d, n_positions=10**9),
+                            'tensor wpe.weight is (10, 8), config.json says (1000000000, 8)'),
+    'a billion tokens': (lambda d: edit_config(d, vocab_size=10**12), 'config.json says (1000000000000, 8)'),
+    'a billion channels': (lambda d: edit_config(d, n_embd=10**9), 'config.json says (7, 1000000000)'),
+    **{f"{x} in {name}": (lambda d, name='transformer.' + name, x=float(x):
+                          edit_tensors(d, lambda t: t[name].view(-1)[3:4].fill_(x)),
+                          f"model.safetensors: tensor {name} holds a number that is not finite")
+       for name, x in [('wte.weight', 'nan'), ('h.1.mlp.c_fc.weight', 'inf'), ('ln_f.bias', '-inf')]},
+    'too large for float32': (lambda d: edit_tensors(d, lambda t: t.update({
+        'transformer.ln_f.bias': torch.full((8,), 1e39, dtype=torch.float64)})), 'ln_f.bias holds a number that'),
 }
 
 @pytest.mark.parametrize('case', WRONG)
@@ -309,6 +342,28 @@ def test_a_wrong_folder_is_told_in_one_line(tmp_path, capsys, case):
     damage(folder)
     line = one_line(capsys, lambda: GPT.from_pretrained(folder))
     assert expected in line and folder in line
+
+@pytest.mark.parametrize('more', [dict(activation_function='gelu_pytorch_tanh'), dict(activation_function='gelu_fast'),
+                                  dict(n_inner=4 * 8), dict(quantization_config={}), dict(bias=True)])
+def test_other_words_for_the_same_model(tmp_path, more):
+    folder = formula_folder(tmp_path)
+    edit_config(folder, **more)
+    torch.testing.assert_close(GPT.from_pretrained(folder)(torch.tensor([IDX]))[0], torch.tensor([LOGITS]), **close)
+
+def test_buffers_of_other_kinds_are_no_weights(tmp_path):
+    """The hub's GPT-2s hold their causal masks, in some copies as bytes."""
+    folder = formula_folder(tmp_path)
+    edit_tensors(folder, lambda t: t.update({'transformer.h.0.attn.bias': torch.ones(1, 1, T, T, dtype=torch.uint8)}))
+    torch.testing.assert_close(GPT.from_pretrained(folder)(torch.tensor([IDX]))[0], torch.tensor([LOGITS]), **close)
+
+@pytest.mark.parametrize('sizes', [dict(n_layer=10**9), dict(n_layer=1001), dict(n_embd=10**9), dict(block_size=10**13),
+                                   dict(n_layer=10**9, n_embd=10**9, block_size=10**9)])
+def test_a_model_larger_than_the_machine_is_told_in_one_line(tmp_path, capsys, sizes):
+    options = dict(n_layer=1, n_head=1, n_embd=8, block_size=96) | sizes
+    line = stops(capsys, sft, init_from='scratch', tokenizer='bytes', max_steps=1, out_dir=str(tmp_path / 'out'),
+                 train_data=records(tmp_path / 'd.jsonl', DEMONSTRATIONS), **options)
+    assert all(f"{key}={value}" in line for key, value in options.items() if key != 'n_head')
+    assert 'wanted at most 1000 layers' in line and not (tmp_path / 'out').exists()
 
 def test_a_missing_folder_is_told_in_one_line(tmp_path, capsys):
     line = one_line(capsys, lambda: load_policy(str(tmp_path / 'nowhere')))
@@ -527,7 +582,7 @@ def test_every_script_takes_names_of_the_hub(hub, tmp_path):
         f"run('dpo', init_from={ours}, out_dir='dpo', train_data={files['comparisons']!r}, {steps})",
         f"run('ppo', policy={ours}, reward_model={reward}, prompts={files['prompts']!r}, out_dir='ppo', "
         f"max_new_tokens=4, {steps})",
-        f"run('collect', policy={ours}, prompts={toy!r}, gold='data.toy.world:gold', out='out.jsonl', n_answers=2, "
+        f"run('collect', policy={ours}, prompts={toy!r}, gold='data.toy.world:gold', out='out.jsonl', n_answers=8, "
         "max_new_tokens=4, device='cpu')",
         f"run('evaluate', models='a=someone/ours', baseline='a', reward_model={reward}, prompts={files['prompts']!r}, "
         "max_new_tokens=4, device='cpu', figures=False, out_dir='evaluate')",

@@ -38,6 +38,9 @@ def shown(capsys, path, rows=3):
      '[prompt: 28 tokens, 0 learnt]\n### Human: Hi\n### Assistant:\n[bad: 4 tokens, 4 learnt]\n⟦ Yo<|endoftext|>⟧\n'),
     ({'prompt': 'Hi', 'response': 'Yo', 'label': 'greeting'}, 'demonstrations', # a label of somebody's own
      '[dialogue: 32 tokens, 4 learnt]\n### Human: Hi\n### Assistant:⟦ Yo<|endoftext|>⟧\n'),
+    ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'x', 'ended': [False, True]}, 'comparisons', # the first was cut off
+     '[prompt: 28 tokens, 0 learnt]\n### Human: Hi\n### Assistant:\n[chosen: 3 tokens, 3 learnt]\n⟦ Yo⟧\n'
+     '[rejected: 3 tokens, 3 learnt]\n⟦ x<|endoftext|>⟧\n'),
     ({'text': 'Hi'}, 'text', '[text: 3 tokens, 3 learnt]\n⟦Hi<|endoftext|>⟧\n'),
 ])
 def test_peek_shows_the_mask(tmp_path, capsys, row, kind, expected):
@@ -69,9 +72,13 @@ def test_peek_at_hostile_and_long_text(tmp_path, capsys):
 def test_peek_as_its_user_calls_it(tmp_path, capsys):
     write_records(tmp_path / 'rows.jsonl', [{'prompt': '你好', 'response': '世界'}])
     env = {**os.environ, 'PYTHONIOENCODING': 'ascii'} # a terminal that cannot show it
-    done = subprocess.run([sys.executable, '-m', 'data.peek', str(tmp_path / 'rows.jsonl'), '--tokenizer=bytes'],
-                          cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and '### Human: \\u4f60\\u597d\n' in done.stdout, done.stderr
+    for how in (['-m', 'data.peek'], ['data/peek.py']):
+        done = subprocess.run([sys.executable, *how, str(tmp_path / 'rows.jsonl'), '--tokenizer=bytes'],
+                              cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and '### Human: \\u4f60\\u597d\n' in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'data', 'peek.py')], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr == "error: file must be a file of records, got ''\n"
     assert 'file must be a file of records' in stops(capsys, peek)
     assert 'rows must be at least 1' in stops(capsys, peek, file='x', rows=0)
     assert 'x.jsonl: no such file' in stops(capsys, peek, file=tmp_path / 'x.jsonl', tokenizer='bytes')

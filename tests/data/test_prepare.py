@@ -228,6 +228,21 @@ def test_oasst1_flat_messages_are_the_same_trees(tmp_path, capsys):
     assert line_of(out, 'left out', 1, 'message_id that another message has')
     assert_kept(tmp_path / 'out', KEPT | {'prompts': KEPT['prompts'][:-1]})
 
+def test_oasst1_messages_that_hold_their_replies(tmp_path, capsys):
+    """Rows of messages with and without ids; one that stands both inside of a row and alone counts once."""
+    roots = [t['prompt'] for t in TREES[:-1]] # the last has a string for a message
+    again = next(m for m in roots[0]['replies'] if m['text'] == 'best') | {'parent_id': 'Q1'}
+    bare = [{k: v for k, v in m.items() if k != 'message_id'} for m in roots[1:]]
+    for name, rows, left_out in (('ids', roots + [again], 1), ('none', roots[:1] + bare, 0)):
+        run(oasst1, source=lines(tmp_path / f'{name}.jsonl', rows), out_dir=tmp_path / name, val_fraction=0.3)
+        assert line_of(capsys.readouterr().out, 'left out', 1, 'message_id that another message has') == left_out
+        found = {kind: {r['prompt'] for r in rows if isinstance(r['prompt'], str)}
+                 for kind, rows in read_all(tmp_path / name).items()}
+        # Q4 is of a tree that was aborted, which a message alone does not say
+        assert found == {'demonstrations': {'Q1', 'Q2', 'Q4'}, 'rankings': {'Q1'}, 'prompts': {'Q1', 'Q2', 'Q3', 'Q4'}}
+        kept = [r for r in read_all(tmp_path / name)['rankings'] if r['prompt'] == MORE]
+        assert kept == [KEPT['rankings'][1]]
+
 def test_oasst1_reads_one_file_alone(tmp_path, capsys):
     for name in 'ab':
         lines(tmp_path / f'{name}.jsonl', TREES)
@@ -406,6 +421,75 @@ def test_bad_input_writes_nothing(tmp_path, capsys, script, name, content, messa
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in stops(capsys, script, source=tmp_path / name, out_dir=tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+def test_a_malformed_row_says_what_is_wrong(tmp_path, capsys):
+    rows = ['{"prompt": "a", "completion": NaN}', '{"prompt": "\\ud83d", "completion": "b"}', '{"prompt": "a",', '[]',
+            '{"prompt": "a", "completion": 3}', '[]', *(dict(prompt=x, completion='b') for x in 'ab')]
+    source = lines(tmp_path / 'rows.jsonl', rows)
+    run(trl, source=source, out_dir=tmp_path / 'out')
+    out = capsys.readouterr().out
+    assert line_of(out, 'left out', 6, 'malformed row')
+    assert f'\n{"":17s}2 wanted a JSON object, got list ({source}:4)\n{"":17s}1 wanted a finite number, got NaN' in out
+    for script, row, wanted in ((trl, {'prompt': 3}, 'wanted a text or messages, got int'),
+                                (trl, {'conversations': [{'from': 'human'}]}, 'wanted `from` and `value` of a turn'),
+                                (alpaca, {'instruction': 'a'}, 'wanted `output`'),
+                                (alpaca, {'instruction': 'a', 'output': None}, 'wanted text, got nothing'),
+                                (sharegpt, {'messages': []}, 'wanted `conversations` to be a list'),
+                                (hh_rlhf, {'chosen': 'a'}, r'wanted `chosen` and `rejected` to be texts with "\n')):
+        assert f'; 2 left out: {wanted}' in stops(
+            capsys, script, source=lines(tmp_path / 'bad.jsonl', [row, row, '{']), out_dir=tmp_path / 'no')
+
+@pytest.mark.parametrize('script', ROWS, ids=NAMES)
+def test_what_is_no_data_is_named(tmp_path, capsys, script):
+    (tmp_path / 'rows.jsonl.gz').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n')
+    assert 'rows.jsonl.gz: a Git LFS pointer, not the file itself' in stops(
+        capsys, script, source=tmp_path / 'rows.jsonl.gz', out_dir=tmp_path / 'no')
+    (tmp_path / 'rows.json').write_text(json.dumps(ROWS[script]('q', 'a')), encoding='utf-16')
+    assert 'rows.json: wanted UTF-8 text, got UTF-16' in stops(
+        capsys, script, source=tmp_path / 'rows.json', out_dir=tmp_path / 'no')
+
+def test_csv(tmp_path, capsys):
+    """Numbers and labels by their column, messages by their bracket, all else is text."""
+    (tmp_path / 'rows.csv').write_bytes('\ufeffprompt,chosen,rejected,margin\r\n"a, b","1\n2",[3],0.5\r\nq,x,y,\r\n'
+                                        'r,"[{\'role\': \'assistant\', \'content\': \'x\'}]",y,1\r\ns,x,y,1,2\r\n'
+                                        't,"[{broken",y,1\r\nu,x\r\n'.encode())
+    run(trl, source=tmp_path / 'rows.csv', out_dir=tmp_path / 'out')
+    assert in_any_order(records(tmp_path / 'out', 'comparisons')) == in_any_order([
+        dict(prompt='a, b', chosen='1\n2', rejected='[3]', margin=.5), dict(prompt='q', chosen='x', rejected='y'),
+        dict(prompt='r', chosen='x', rejected='y', margin=1)])
+    out = capsys.readouterr().out
+    for said in ('1 wanted as many cells as the header has', '1 wanted a list of messages in `chosen`',
+                 'left out      1  keys of no format that is read: chosen, prompt\n'):
+        assert said in out
+    with gzip.open(tmp_path / 'kto.csv.gz', 'wt') as file:
+        file.write('prompt,completion,label\na,x,True\nb,y,false\nc,z,maybe\n')
+    run(trl, source=tmp_path / 'kto.csv.gz', out_dir=tmp_path / 'kto')
+    assert [r['label'] for r in in_any_order(records(tmp_path / 'kto', 'unpaired'))] == [True, False]
+    (tmp_path / 'latin.csv').write_bytes('prompt\nna\xefve\n'.encode('latin-1'))
+    assert 'latin.csv:2: wanted CSV in UTF-8: ' in stops(
+        capsys, trl, source=tmp_path / 'latin.csv', out_dir=tmp_path / 'no')
+
+def test_parquet(tmp_path, capsys):
+    parquet = pytest.importorskip('pyarrow.parquet', reason='reads parquet')
+    import pyarrow
+    rows = [{'prompt': f'q{i}', 'chosen': [user(f'q{i}'), assistant('x')], 'rejected': [user(f'q{i}'), assistant('y')],
+             'margin': float('nan'), 'note': None} for i in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
+    run(trl, source=tmp_path / 'rows.parquet', out_dir=tmp_path / 'out')
+    assert in_any_order(records(tmp_path / 'out', 'comparisons')) == [
+        dict(prompt=f'q{i}', chosen='x', rejected='y') for i in range(3)]
+
+def test_parquet_without_pyarrow(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow', None)
+    (tmp_path / 'rows.parquet').write_bytes(b'PAR1')
+    assert stops(capsys, trl, source=tmp_path / 'rows.parquet', out_dir=tmp_path / 'no').endswith(
+        'or the package pyarrow, which reads parquet')
+
+@pytest.mark.parametrize('script', [shakespeare, alpaca_eval], ids=['shakespeare', 'alpaca_eval'])
+def test_a_missing_source_touches_nothing(tmp_path, capsys, script):
+    line = stops(capsys, script, source=tmp_path / 'none.txt', out_dir=tmp_path / 'out')
+    assert line.startswith(f"--source={tmp_path / 'none.txt'}: wanted a ") and line.endswith('there is none')
     assert not (tmp_path / 'out').exists()
 
 def test_bad_options(tmp_path, capsys):
@@ -622,8 +706,25 @@ def test_real_sharegpt(tmp_path):
     assert sum(sum(m['role'] == 'assistant' for m in r.get('messages', [])) or 1
                for r in records(tmp_path, 'demonstrations')) == 1000
 
-def test_real_hh_rlhf_as_trl_reads_it(tmp_path):
-    """Its format is TRL's implicit prompt; all but the 4 empty chosen answers give a comparison."""
-    run(trl, source=real('hh-rlhf-harmless-base-2000.jsonl.gz'), out_dir=tmp_path)
-    assert counts(tmp_path) == {'comparisons_train': 1896, 'comparisons_val': 100, 'demonstrations_train': 1896,
-                                'demonstrations_val': 100, 'prompts_train': 1894, 'prompts_val': 100}
+def test_real_hh_rlhf_is_not_for_trl(tmp_path, capsys):
+    """Its tags would stand in the template once more."""
+    line = stops(capsys, trl, source=real('hh-rlhf-harmless-base-2000.jsonl.gz'), out_dir=tmp_path / 'out')
+    assert '2000 left out: tags of HH-RLHF' in line and line.endswith('data/hh_rlhf/prepare.py reads those')
+    assert not (tmp_path / 'out').exists()
+
+def test_real_mt_bench_and_a_csv_file(tmp_path, capsys):
+    run(trl, source=real('mt-bench-questions.jsonl'), out_dir=tmp_path / 'mt')
+    assert line_of(capsys.readouterr().out, 'cut', 80, 'a later question')
+    assert counts(tmp_path / 'mt') == {'prompts_train': 76, 'prompts_val': 4}
+    run(trl, source=real('xstest-prompts.csv'), out_dir=tmp_path / 'xs')
+    assert capsys.readouterr().out.endswith(
+        'keys not read: id (450), label (450), type (450), focus (375), note (105)\n')
+    assert counts(tmp_path / 'xs') == {'prompts_train': 428, 'prompts_val': 22}
+
+def test_real_alpaca_eval_as_its_own_file(tmp_path, capsys):
+    """GitHub's annotations.json is an indented array; the stored copy has its rows as lines."""
+    with gzip.open(real('alpaca-eval-vicuna-7b-v1.5-annotations.jsonl.gz')) as file:
+        array(tmp_path / 'annotations.json', [json.loads(line) for line in file])
+    run(alpaca_eval, source=tmp_path / 'annotations.json', out_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert '802 of 805 rows, output_1 better in 767' in out and 'keys not read: dataset (805), generator_1 (' in out

@@ -36,6 +36,17 @@ def test_compare(capsys):
     assert 'with its scores: the same on 1.000 of 3 pairs, kappa 1.000' in said[1]
     assert 'no row in common' in agreement.compare(ours[1:], theirs)
 
+def test_the_same_text_cut_off_is_another_answer(tmp_path, capsys):
+    """Anna and Ben rank "x" with its end and without it, in other orders; Cleo's two both have their end."""
+    anna = dict(prompt='p', responses=['x', 'x'], ended=[True, False], ranks=[0, 1])
+    ben = dict(prompt='p', responses=['x', 'x', 'x'], ended=[False, True, False], ranks=[1, 0, 1])
+    cleo = dict(prompt='p', responses=['x', 'x'], ranks=[0, 0])
+    assert agreement.compare([anna], [ben]).startswith('1 rows in common; the same on 1.000 of 1 pairs')
+    assert 'no row in common' in agreement.compare([anna], [cleo])
+    files = [records(tmp_path / f'{n}.jsonl', [row]) for n, row in enumerate((anna, ben, cleo))]
+    run(collect, merge=','.join(files), out=str(tmp_path / 'out.jsonl'))
+    assert read_records(tmp_path / 'out.jsonl', 'rankings') == [anna | dict(raters=2), cleo | dict(raters=1)]
+
 def test_merge(tmp_path, capsys):
     """
     Anna: x > y > z, Ben: y > z > x. Beaten, a tie is half: x 2 + 0, y 1 + 2, z 0 + 1: y, x, z. Of three pairs they

@@ -84,6 +84,17 @@ def test_a_reward_model_ranks_by_its_scores(tmp_path):
     assert len(ranked(long, texts, folder=folder)[1]) == 4
     assert ranked('Hi', ['Yo', long], folder=folder) == (None, None) # nor is there room for this one
 
+def test_a_reward_model_scores_an_answer_as_it_was_written(tmp_path):
+    """With its end only if it has one; the same text with and without are two answers."""
+    folder = checkpoint(tmp_path / 'reward', reward_head=True)
+    texts, ended, model = ['Yo', 'Yo', 'Yo', 'x'], [True, False, True, False], load_reward_model(folder)
+    rows = [prompt_ids(TOK, 'Hi') + [*f' {text}'.encode()] + [256] * end for text, end in zip(texts, ended)]
+    alone = [model.rewards(torch.tensor([row]), torch.tensor([len(row)])).item() for row in rows]
+    someone = RewardModel(SimpleNamespace(reward_model=folder, tie=0.0, seed=1), RUN)
+    someone.look_ahead([dict(prompt='Hi', responses=texts, ended=ended)])
+    ranks, scores = someone.rank('Hi', texts, ended)
+    assert scores == pytest.approx(alone, abs=1e-5) and len(set(ranks)) == 3 and ranks[0] == ranks[2] != ranks[1]
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a person in the terminal
 
@@ -145,6 +156,31 @@ def test_a_person_sees_shuffled_distinct_answers(monkeypatch):
     assert len(set(orders)) == 6 and set(orders[0]) == {'a', 'b', 'c'} # all 3! orders; "c" once
     assert 'user: Who?' in screen.getvalue()
     assert someone.rank('Who?', ['a', 'a']) == ([0, 0], None) # nothing to ask
+
+def test_a_person_sees_what_was_cut_off(monkeypatch):
+    """The same text, once ended and once cut off, is shown twice, and has two ranks."""
+    typing(monkeypatch, lambda texts: (sorted(texts) == ['a', 'a…', 'b…'] and by_name(texts)))
+    assert someone_there().rank('Who?', ['b', 'a', 'a', 'a'], [False, True, False, True]) == ([2, 0, 1, 0], None)
+
+def test_undo_goes_back_to_answers_that_differ_in_their_end(some, tmp_path, monkeypatch):
+    rows = [dict(prompt=f'{n}', responses=['a', 'a'], ended=[True, n == 1], ranks=[0, 1]) for n in range(3)]
+    seen = []
+    look = lambda texts: (seen.append(len(texts)), by_name(texts))[1]
+    typing(monkeypatch, look, 'u', look, look) # the second needs no answer: undo goes over it, to the first
+    run(collect, annotator='human', **some | dict(answers=records(tmp_path / 'ends.jsonl', rows)))
+    assert seen == [2, 2, 2]
+    assert [row['ended'] for row in read_records(some['out'], 'rankings')] == [row['ended'] for row in rows]
+    assert [row['ranks'] for row in read_records(some['out'], 'rankings')] == [[0, 1], [0, 0], [0, 1]]
+
+def test_two_raters_see_other_orders(some, tmp_path, monkeypatch):
+    """With the same seed; one who goes on later sees the order that they would have seen."""
+    orders = {}
+    for name in ('anna', 'ben', 'anna'):
+        orders.setdefault(name, [])
+        with monkeypatch.context() as m:
+            typing(m, *[lambda texts: (orders[name].append(texts), by_name(texts))[1]] * 6)
+            run(collect, annotator='human', **some | dict(out=str(tmp_path / f'{name}.jsonl'), overwrite=True))
+    assert orders['anna'][:6] == orders['anna'][6:] != orders['ben']
 
 def test_what_else_a_person_says(monkeypatch):
     screen = typing(monkeypatch, 'what?', '1', 's', 'u', 'Q')

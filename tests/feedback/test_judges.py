@@ -1,9 +1,14 @@
 """feedback/judges.py: a GPT and a chat API as AI judges, and what collect.py refuses of their options."""
+import http.client
 import json
 import os
 import re
+import socket
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -14,9 +19,9 @@ import collect
 from common.records import read_records
 from common.tokens import prompt_ids, response_ids
 from feedback import judges
-from feedback.judges import ApiJudge, GPTJudge, Judge, JudgeError, comparison, read_verdict
+from feedback.judges import ApiJudge, GPTJudge, Judge, JudgeError, comparison, is_url, read_verdict
 from model import GPT
-from tiny import TOK, by_hand, checkpoint, records, run, stops
+from tiny import TOK, by_hand, checkpoint, one_line, records, run, stops
 
 def test_comparison():
     """An answer that plays the other parts is indented: only the true parts begin a line."""
@@ -80,6 +85,14 @@ def test_a_gpt_judge_with_nothing_to_ask(told, tmp_path, capsys):
     os.rename(tmp_path / 'out.jsonl', tmp_path / 'out.jsonl.partial')
     run(collect, **options, resume=True)
     assert len(read_records(tmp_path / 'out.jsonl', 'rankings')) == 1
+
+def test_a_judge_sees_what_was_cut_off(told):
+    """The same text, once ended and once cut off, is asked about."""
+    someone, asked = judge(told, lambda a, b: (asked.append((a, b)), float(a < b))[1]), []
+    row = dict(prompt='?', responses=['b', 'b', 'b'], ended=[False, True, False])
+    someone.look_ahead([row])
+    assert someone.rank('?', row['responses'], row['ended']) == ([1, 0, 1], [0.0, 1.0, 0.0])
+    assert sorted(asked) == [('b', 'b…'), ('b…', 'b')]
 
 def test_look_ahead_asks_everything_once(told):
     someone, asked = judge(told, lambda a, b: float(a < b)), []
@@ -145,7 +158,7 @@ class Server:
                 if said == 'hang up':
                     return
                 status, headers = said if isinstance(said, tuple) else (said if isinstance(said, int) else 200, {})
-                self.send_response(status)
+                self.send_response(status, headers.pop('reason', None))
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
@@ -279,6 +292,121 @@ def test_api_judge_with_a_key_from_a_file(api, capsys, monkeypatch, key, sent):
     with pytest.raises(SystemExit) as stopped:
         api(honest)
     assert stopped.value.code == 2 and 'error: JUDGE_API_KEY: wanted printable ASCII' in capsys.readouterr().err
+
+@pytest.mark.parametrize('url, ok, plain', [ # is it an address; does a key cross the network in the clear?
+    ('https://nowhere.example/v1', True, False), ('HTTPS://nowhere.example', True, False),
+    ('http://nowhere.example/v1', True, True), ('HTTP://127.0.0.3/v1', True, True),
+    ('hTTp://nowhere.example', True, True),
+    ('http://127.0.0.1:8000/v1', True, False), ('HTTP://LOCALHOST:8000', True, False),
+    ('http://[::1]:8000/v1', True, False),
+    ('http://127.0.0.1.nowhere.example', True, True), ('http://localhost.nowhere.example', True, True),
+    ('http://[::2]/v1', True, True), (' http://nowhere.example', False, True),
+    ('\thttp://nowhere.example', False, True),
+    ('http://localhost@nowhere.example', False, True), ('http://localhost:80@nowhere.example', False, True),
+    ('http://nowhere.example\\@localhost', False, None), ('http://nowhere.example?@localhost', False, True),
+    ('http://nowhere.example#@localhost/', False, True), ('ftp://localhost', False, None), ('http://', False, None),
+    ('http:/localhost', False, None), ('http://localhost:99999', False, None), ('http://localhost:0', False, None),
+    ('http://localhost:x', False, None), ('http://a..b', False, None), ('http://[::::]', False, None),
+    ('http://nowhere\u2100example', False, None), ('http://localhost/ü', False, None),
+    ('http://localhost/\n', False, None),
+])
+def test_where_a_key_may_go(told, tmp_path, monkeypatch, capsys, url, ok, plain):
+    """The options refuse what is no address; the judge refuses to send a key in the clear, whoever asks."""
+    assert is_url(url) == ok
+    cfg = SimpleNamespace(seed=1, judge_instruction=told, judge_url=url, judge_model='m', judge_requests=1,
+                          judge_cache='')
+    monkeypatch.setenv('JUDGE_API_KEY', 'sk-secret')
+    if plain:
+        assert 'JUDGE_API_KEY would cross the network in the clear' in one_line(capsys, lambda: ApiJudge(cfg))
+    elif plain is not None:
+        monkeypatch.setenv('http_proxy', 'http://proxy.example:3128') # which would see it
+        proxies = [h.proxies for h in ApiJudge(cfg).opener.handlers if isinstance(h, urllib.request.ProxyHandler)]
+        assert ('https' in url.lower()) == any('http' in p for p in proxies)
+
+def someone_at_nowhere(told, **more):
+    return ApiJudge(SimpleNamespace(seed=1, judge_instruction=told, judge_url='https://nowhere.example',
+                                    judge_model='m', judge_requests=1, judge_tokens=9, judge_timeout=5, judge_cache='',
+                                    **more))
+
+def error_of(capsys):
+    line, = [line for line in capsys.readouterr().err.split('\n') if line.startswith('error')]
+    return line
+
+def test_a_reply_has_an_end(api, capsys, monkeypatch):
+    monkeypatch.setattr(ApiJudge, 'longest', 1000)
+    with pytest.raises(SystemExit) as stopped:
+        api(lambda question, n: b'x' * 1001, judge_requests=1)
+    assert stopped.value.code == 1 and 'a reply of more than 1,000 bytes; kept' in error_of(capsys)
+    api(lambda question, n: honest(question) + '\n' * 300) # in JSON two characters each
+
+KEY = 'sk-secret'
+ECHO = f'no:\x1b[2J \x9b {KEY} \u202e'
+
+@pytest.mark.parametrize('behave, code', [
+    (lambda question, n: (503, dict(reason=f'\x1b[2J Bearer {KEY} \x9b')), 1),
+    (lambda question, n: (401, dict(reason=f'\x1b[2J Bearer {KEY} \x9b')), 2),
+    (lambda question, n: (500, {}), 1),
+])
+def test_what_a_server_repeats_is_not_printed(api, capsys, monkeypatch, behave, code):
+    monkeypatch.setenv('JUDGE_API_KEY', KEY)
+    with pytest.raises(SystemExit) as stopped:
+        api(behave, judge_tries=1, judge_requests=1)
+    line = error_of(capsys)
+    assert stopped.value.code == code and KEY not in line and '\x1b' not in line and '\x9b' not in line
+
+def test_half_a_key_is_not_printed_either(api, capsys, monkeypatch):
+    """The body is long, and the line ends within the key."""
+    monkeypatch.setenv('JUDGE_API_KEY', 'sk-' + 'secret' * 9)
+    with pytest.raises(SystemExit):
+        api(lambda question, n: (401, dict(reason='x' * 270)), judge_requests=1)
+    line = error_of(capsys)
+    assert 'no: Bearer ***' in line and 'sk-' not in line
+
+def test_a_broken_reply_that_repeats_the_key(told, capsys, monkeypatch):
+    """An exception of http.client holds the server's line."""
+    monkeypatch.setenv('JUDGE_API_KEY', KEY)
+    someone = someone_at_nowhere(told, judge_tries=1)
+
+    def opening(*args, **more):
+        raise http.client.BadStatusLine(ECHO)
+
+    monkeypatch.setattr(someone.opener, 'open', opening)
+    with pytest.raises(JudgeError) as said:
+        someone.reply('?')
+    assert '***' in said.value.args[0] and not re.search('sk-|[\x1b\x9b\u202e]', said.value.args[0])
+
+def test_a_reply_that_repeats_the_key_is_stored_without(api, monkeypatch, tmp_path):
+    monkeypatch.setenv('JUDGE_API_KEY', KEY)
+    _, rows = api(lambda question, n: f'You sent {KEY}.\n{honest(question)}')
+    assert [row['ranks'] for row in rows] == [[0, 2, 1]] * 4 and KEY not in (tmp_path / 'cache.jsonl').read_text()
+
+@pytest.mark.parametrize('reason, tries', [
+    (socket.gaierror(-2, 'Name or service not known'), 1), (socket.gaierror(-3, 'Temporary failure'), 1),
+    (ssl.SSLCertVerificationError(1, 'certificate verify failed'), 1), (ConnectionRefusedError(111, 'refused'), 6)])
+def test_an_unknown_host_ends_at_once(told, monkeypatch, reason, tries):
+    """But for one that has answered before: then it is the network that is down."""
+    monkeypatch.setattr(ApiJudge, 'pause', 0.0)
+    someone = someone_at_nowhere(told, judge_tries=6)
+    calls = []
+
+    def opening(*args, **more):
+        calls.append(1)
+        raise urllib.error.URLError(reason)
+
+    monkeypatch.setattr(someone.opener, 'open', opening)
+    with pytest.raises(JudgeError) as said:
+        someone.reply('?')
+    assert len(calls) == tries and said.value.args[1] == (2 if tries == 1 else 1)
+    someone.requests = 1
+    with pytest.raises(JudgeError):
+        someone.reply('?')
+    assert len(calls) == tries + (6 if isinstance(reason, socket.gaierror) else tries)
+
+def test_an_unreachable_judge_blocks_no_later_start(api, tmp_path):
+    with pytest.raises(SystemExit):
+        api(lambda question, n: 500, judge_tries=1, overwrite=False)
+    assert (tmp_path / 'out.jsonl.partial').read_text() == ''
+    assert len(api(honest, overwrite=False)[1]) == 4
 
 @pytest.mark.parametrize('status', [400, 401, 403, 404, 301, 307])
 def test_api_judge_refused(api, capsys, monkeypatch, status):

@@ -2,6 +2,8 @@
 import http.client
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 from browser import MISSING, Browser
 from common.records import read_records
 from feedback.annotators import Undo
-from feedback.page import HTML, Page
+from feedback.page import HTML, Page, Server
 from tiny import ROOT, records
 
 TEXTS = ['one', 'two', 'three']
@@ -101,7 +103,8 @@ def test_the_page_alone_is_let_in(page):
 def test_what_is_no_answer_changes_nothing(page, body, status):
     asked = Asked(page)
     assert call(page, 'POST', '/said', body)[0] == status
-    assert call(page, 'POST', '/said', dict(id=1, said='skip'), Content_Length='-1')[0] == 400
+    for length in ('-1', '9' * 5000, '+1', '\xb2'):
+        assert call(page, 'POST', '/said', dict(id=1, said='skip'), Content_Length=length)[0] == 400
     assert call(page, 'POST', '/elsewhere', dict(id=1, said='skip'))[0] == 400
     assert not asked.got and page.task['id'] == 1 and page.said is None
 
@@ -140,6 +143,52 @@ def test_the_end_reaches_the_browser(page):
     page.close()
     poll.join(5)
     assert replies == [(200, dict(over=True, done=10, total=10))]
+
+@pytest.mark.skipif(not hasattr(signal, 'pthread_kill'), reason='no signals to threads')
+def test_ctrl_c_is_noticed_whichever_thread_gets_it(page, monkeypatch):
+    """The kernel may give it to a thread that serves a request: that alone does not wake the one that waits."""
+    def press():
+        time.sleep(0.3)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        time.sleep(3)
+        with page.changed: # or it would wait for ever
+            page.task, page.said = None, 'skip'
+            page.changed.notify_all()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=press, daemon=True).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            page.ask([dict(role='user', content='Hi')], TEXTS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 2
+
+def test_slow_connections_do_not_keep_it_open(page):
+    """Each sends a byte now and then, more often than the timeout."""
+    slow, over = [], threading.Event()
+    for _ in range(5):
+        slow.append(socket.create_connection(('127.0.0.1', page.server.server_port)))
+        slow[-1].sendall(b'GET / HTTP/1.1\r\nX: ')
+
+    def drip():
+        while not over.wait(0.3):
+            for s in slow:
+                s.sendall(b'x')
+
+    threading.Thread(target=drip, daemon=True).start()
+    time.sleep(0.2)
+    closing = threading.Thread(target=page.close)
+    closing.start()
+    closing.join(2)
+    assert not closing.is_alive()
+    over.set()
+    for s in slow:
+        s.close()
+
+def test_many_may_connect_at_once():
+    assert Server.request_queue_size >= 100
 
 # ---------------------------------------------------------------------------------------------------------------------
 # in a browser: the whole of collect.py, killed and resumed

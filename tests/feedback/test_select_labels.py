@@ -97,6 +97,21 @@ def test_uncertain_takes_the_prompts_with_the_largest_disagreement(tmp_path, giv
         ensemble=f'{folder},{folder}', budget=3)
     assert [row['number'] for row in read_records(out, 'rankings')] == [8, 6, 5]
 
+def test_an_ensemble_is_checked_before_anything_is_sampled(tmp_path, given, monkeypatch, capsys):
+    def sampling(*args):
+        raise AssertionError('sampled')
+
+    monkeypatch.setattr(collect, 'sample_answers', sampling)
+    good = checkpoint(tmp_path / 'good', reward_head=True)
+    short = checkpoint(tmp_path / 'short', reward_head=True, block_size=32)
+    wide = checkpoint(tmp_path / 'wide', reward_head=True, vocab_size=TOK.n_vocab + 7)
+    for other, expected in ((str(tmp_path / 'nowhere'), 'nowhere: no such folder'),
+                            (given['policy'], 'is a language model, wanted a reward model'),
+                            (short, f"--ensemble={short}: its context is 32 tokens, the policy's 64"),
+                            (wide, f"--ensemble={wide}: its vocabulary has 264 tokens, the policy's has 257")):
+        assert expected in stops(capsys, collect, out=str(tmp_path / 'r.jsonl'), select='uncertain', budget=2,
+                                 ensemble=f'{good},{other}', **given)
+
 @pytest.mark.parametrize('options, expected', [
     (dict(select='best', budget=2), "--select=best: select must be random, uncertain, diverse or empty, got 'best'"),
     (dict(select='random'), 'budget must be at least 1 with select, else 0, got 0'),

@@ -1,10 +1,13 @@
 """python -m lab.demo_figure: the picture of README.md, from the files that demo.py leaves."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from lab import demo_figure
-from tiny import stops
+from tiny import ROOT, stops
 
 def run_of_demo(folder, ppo):
     for stage, lines in dict(base=[dict(step=1, loss=3.0), dict(step=2, loss=2.0)],
@@ -29,3 +32,12 @@ def test_says_what_is_missing(tmp_path, capsys):
     assert 'ppo/log.jsonl' in line and '`gold`' in line
     assert not (tmp_path / 'run' / 'evaluate' / 'demo.png').exists()
     assert 'results.json' in stops(capsys, demo_figure, run=str(tmp_path / 'none'))
+    (tmp_path / 'run' / 'evaluate' / 'results.json').write_text(json.dumps(dict(models={'sft': {}})))
+    assert "wanted the results of demo.py, got none with 'gold'" in stops(capsys, demo_figure, run=run)
+
+@pytest.mark.parametrize('name', ['demo_figure', 'fewer_labels', 'tables'])
+def test_a_path_works_as_well_as_a_module(name, tmp_path):
+    """python lab/NAME.py, from any folder."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'lab', f'{name}.py'), '--help'], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and f'python -m lab.{name}' in done.stdout, done.stderr

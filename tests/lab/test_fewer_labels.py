@@ -69,6 +69,7 @@ def test_results_and_figure(ran, tmp_path, capsys):
     (dict(seeds='1,x'), "seeds must be numbers, each once, separated by commas, got '1,x'"),
     (dict(seeds='1,,2'), 'numbers'), (dict(seeds='1,1'), 'each once'),
     (dict(budgets='30,10'), "budgets must be rising numbers above 0, separated by commas, got '30,10'"),
+    (dict(out_dir='a,b'), "out_dir must be a folder with no comma and no = in its name, got 'a,b'"),
     (dict(budgets='0'), "rising numbers"), (dict(steps=0), 'steps must be at least 1, got 0'),
 ])
 def test_bad_options(capsys, options, line):

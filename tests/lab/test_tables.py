@@ -1,6 +1,8 @@
 """lab/tables.py: two runs by hand."""
 import json
 
+import pytest
+
 from lab import tables
 from tiny import run, stops
 
@@ -16,7 +18,8 @@ def write(folder, results):
 def results(gold, seconds):
     quality = dict(accuracy=0.9 + gold / 100, ceiling=0.98, shorter_wins=0.5, by_category=dict(home=1.0, courtesy=gold))
     models = dict(sft=row(0.4), ppo=row(gold, kl=gold))
-    return dict(models=models, greedy=models, reward_model=quality, seconds=dict(ppo=seconds),
+    greedy = {name: row | dict(path_kl=row['kl']) for name, row in models.items()}
+    return dict(models=models, greedy=greedy, reward_model=quality, seconds=dict(ppo=seconds),
                 rounds=[gold, gold + 0.1])
 
 def test_by_hand(tmp_path, capsys):
@@ -30,7 +33,7 @@ def test_by_hand(tmp_path, capsys):
         '| sft | 0.40 | 0.50 | – | 1.00 | 0.50 | 2.00 |  | policy |\n'
         '| ppo | 0.70 (0.60–0.80) | 0.50 | – | 1.00 | 0.50 | 0.70 (0.60–0.80) | 10 |'
         ' policy, critic, reward model, reference |',
-        '| greedy | gold | helpful | honest | harmless | wins against SFT | KL |\n'
+        '| greedy | gold | helpful | honest | harmless | wins against SFT | path KL |\n'
         '| -- | -- | -- | -- | -- | -- | -- |\n'
         '| sft | 0.40 | 0.50 | – | 1.00 | 0.50 | 2.00 |\n'
         '| ppo | 0.70 (0.60–0.80) | 0.50 | – | 1.00 | 0.50 | 0.70 (0.60–0.80) |',
@@ -43,5 +46,18 @@ def test_by_hand(tmp_path, capsys):
 
 def test_what_is_no_run(tmp_path, capsys):
     assert f'{tmp_path}/evaluate/results.json: No such file' in stops(capsys, tables, runs=str(tmp_path))
+    assert 'none/evaluate/results.json: No such file' in stops(capsys, tables, runs=f'{tmp_path}/none,')
     folder = write(tmp_path / 'a', dict(models={'base': {}}, greedy={}, reward_model={}))
     assert 'wanted the results of demo.py' in stops(capsys, tables, runs=folder)
+
+@pytest.mark.parametrize('lost', [('greedy', 'ppo', 'path_kl'), ('reward_model', 'ceiling'),
+                                  ('models', 'sft', 'by_category')])
+def test_results_of_another_version(tmp_path, capsys, lost):
+    found = results(0.8, 9.6)
+    *way, last = lost
+    part = found
+    for key in way:
+        part = part[key]
+    del part[last]
+    line = stops(capsys, tables, runs=write(tmp_path / 'a', found))
+    assert line.endswith(f"wanted the results of this version's demo.py; one of them lacks '{last}'")

@@ -1,0 +1,250 @@
+"""Show what PPO sees at every token of an answer, in the terminal and on a page.
+
+    python microscope.py --policy=out/toy/ppo --reference=out/toy/sft --reward_model=out/toy/reward
+    python microscope.py --policy=out/toy/sft,out/toy/ppo --reference=out/toy/sft --reward_model=out/toy/reward \
+        --critic=out/toy/ppo --prompt="What is the colour of the camel?"
+
+One iteration of PPO, by ppo.py's own functions and with the options of the policy's own run: the policy answers, every
+token is measured, and an update of a copy shows how the ratio moves and where the clip bites (* in the terminal). Two
+policies, with a comma between, stand side by side. The page is one HTML file that needs nothing else.
+
+In a terminal, tokens that PPO pushes up (their whitened advantage is above 0) are green and the others red. Elsewhere,
+or with NO_COLOR set, the others are between ⟦ and ⟧.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import ppo
+from common.batches import encode_prompts
+from common.checkpoints import load_policy, read_log
+from common.options import RunOptions, fail, launch, parse_config, require
+from common.records import read_json, read_records, write_atomic
+from common.rollout import check_context, check_same_vocabulary, frozen_logp, frozen_rewards, kl_k1, masked_mean, whiten
+from common.run import default_signals, start, stop
+from common.tokens import EOS, load_tokenizer
+from common.training import make_optimizer
+from common.weights import open_pretrained
+
+import torch
+
+HTML = Path(__file__).with_name('lab') / 'microscope.html'
+
+@dataclass
+class Config(RunOptions):
+    policy: str = 'out/ppo' # the model to look at, a folder or a model on the hub; two, with a comma between
+    reference: str = 'out/sft' # the policy before training, to which the KL is measured
+    reward_model: str = 'out/reward' # a folder or a model on the hub
+    critic: str = '' # a checkpoint of ppo.py; shared: the policy's own value head; empty: as PPO starts it
+    prompt: str = '' # answer this one prompt
+    prompts: str = '' # or the first prompts of this file; without both, of the file that the policy was trained on
+    max_prompts: int = 6 # of the file
+    n_answers: int = 1 # to each prompt
+    ppo: str = '' # options of ppo.py, as a config file or "--lam=0 --lr=1e-4"; empty = those of the policy's own run
+    out: str = 'out/microscope.html' # the page; an older one is replaced
+
+    def __post_init__(self):
+        super().__post_init__()
+        folders = self.policy.split(',')
+        require(self, policy=(len(folders) <= 2 and all(folders), 'one folder, or two with a comma between'),
+                prompts=(not (self.prompt and self.prompts), 'left out where there is a prompt'),
+                max_prompts=(self.max_prompts >= 1, 'at least 1'), n_answers=(self.n_answers >= 1, 'at least 1'),
+                out=(self.out.endswith('.html'), 'a file that ends with .html'))
+
+def check_out(path):
+    """End the program where the page cannot be written."""
+    if not os.access(os.path.dirname(path) or '.', os.W_OK) or os.path.isdir(path):
+        fail(f"--out={path}: wanted a file in a folder that exists and can be written to")
+    if os.path.exists(path) and b'<title>Token microscope</title>' not in Path(path).read_bytes()[:2000]:
+        fail(f"--out={path}: is there, and no page of the microscope; wanted another name")
+
+def settings(cfg, folders):
+    """Return a ppo.Config: what --ppo says, or the options of the run that made a policy."""
+    for folder in [] if cfg.ppo else folders:
+        path = os.path.join(folder, 'options.json')
+        about = read_json(path) if os.path.exists(path) else {}
+        if about.get('script') in ('ppo.py', 'reinforce.py'):
+            try:
+                found = ppo.Config(**{k: v for k, v in about['options'].items() if hasattr(ppo.Config, k)})
+            except (ValueError, TypeError, KeyError, AttributeError) as e:
+                fail(f"{path}: {e}; wanted the options of a run of {about['script']}")
+            log = read_log(os.path.join(folder, 'log.jsonl'))
+            if found.kl_target and log: # it moved during the run
+                found.kl_coef = log[-1].get('kl_coef', found.kl_coef)
+            return found
+    try:
+        return parse_config(ppo.Config, shlex.split(cfg.ppo) + ['--prompts=none'])
+    except ValueError as e:
+        fail(f"--ppo={cfg.ppo}: {e}; wanted options of ppo.py")
+
+def load_models(cfg, ppo_cfg, folder, run, tok):
+    """Load ppo.Models of a policy, the critic as --critic says."""
+    shared = cfg.critic == 'shared'
+    if shared and not open_pretrained(folder)[0]['value_head']:
+        fail(f"--critic=shared: {folder} has no value head; wanted a policy of ppo.py --critic=shared")
+    models = ppo.load_models(dataclasses.replace(ppo_cfg, policy=folder, reward_model=cfg.reward_model,
+                                                 critic='shared' if shared else 'separate'), run, tok)
+    reference = run.freeze(load_policy(cfg.reference, 'reference').to(run.device))
+    check_same_vocabulary(models.policy, reference, 'reference', cfg.reference, tok)
+    check_context(models.policy, reference, 'reference', cfg.reference)
+    if cfg.critic and not shared:
+        path = os.path.join(cfg.critic, 'state.pt')
+        try:
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True) # the optimizers stay on the disk
+            models.critic.load_state_dict(state.get('critic', {}))
+        except Exception as e: # a damaged file makes torch.load raise nearly anything
+            fail(f"--critic={cfg.critic}: {path} ({' '.join(str(e).split())[:200]}); wanted a checkpoint of ppo.py "
+                 "with a separate critic, which began as this reward model")
+    return models._replace(reference=reference)
+
+def plain(text):
+    """Escape characters that do not print."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+def spell(tok, ids):
+    """Return (label, whole) of each token: its text, and the character of which it is a part, or ''.
+
+    Bytes that are no whole character, and characters that do not print, are escaped, as in \\xe4.
+    """
+    parts = [tok.decode_bytes([i]) for i in ids]
+    at, spans = 0, [] # of every character: its bytes' places in the text
+    for c in b''.join(parts).decode('utf-8', 'surrogateescape'):
+        n = len(c.encode('utf-8', 'surrogateescape'))
+        spans += [(at, at + n, c)] * n
+        at += n
+    out, start = [], 0
+    for i, part in zip(ids, parts):
+        end = start + len(part)
+        whole = ''.join(dict.fromkeys(c for a, b, c in spans[start:end] if a < start or b > end))
+        label = EOS if i == tok.eos else plain(part.decode('utf-8', 'backslashreplace')) if part else f'<{i}>'
+        out.append((label, plain(whole)))
+        start = end
+    return out
+
+def after_update(models, batch, lengths, cfg, run):
+    """Make one iteration's updates on copies; return ratio and clipped, (B, T-1) each.
+
+    clipped: 1 where the clipped surrogate has no gradient any more, although the advantage is not 0.
+    """
+    models = copy.deepcopy(models._replace(reward=None, reference=None))
+    trained = ['policy'] if models.critic is models.policy else ['policy', 'critic']
+    optimizers = {name: make_optimizer(getattr(models, name), cfg, eps=1e-5) for name in trained}
+    ppo.update(models, optimizers, batch, lengths, cfg, run, 0)
+    mask, old_logp, advantages = batch['mask'], batch['old_logp'], batch['advantages'] # (B, T-1) each
+    with run.autocast():
+        logp = frozen_logp(models.policy, batch['idx'], mask, lengths).requires_grad_() # (B, T-1)
+    ppo.policy_loss(logp, old_logp, advantages, mask, cfg.clip).backward()
+    return (logp.detach() - old_logp).exp(), ((logp.grad == 0) & (advantages != 0)).float()
+
+def numbers(x):
+    """Round a tensor to six digits, as a list, None where infinite."""
+    return [float(f'{v:.6g}') if math.isfinite(v) else None for v in x.tolist()]
+
+def look(models, prompts, n_shown, tok, cfg, run):
+    """Answer prompts (lists of ids), update; return the first n_shown answers.
+
+    Each is a dict of lists. The steps are those of ppo.roll_out, which keeps fewer of their results.
+    """
+    batch, lengths, _ = ppo.roll_out(models, prompts, None, tok, cfg, cfg.kl_coef, run)
+    idx, mask, old_logp, values = (batch[k] for k in ('idx', 'mask', 'old_logp', 'old_values')) # (B, T), (B, T-1) …
+    with torch.no_grad(), run.autocast():
+        ref_logp = frozen_logp(models.reference, idx, mask, lengths) # (B, T-1)
+        reward = frozen_rewards(models.reward, idx, lengths) # (B,)
+    ended = idx.gather(1, lengths[:, None] - 1)[:, 0] == tok.eos # (B,)
+    scores, kl = reward - cfg.missing_eos_penalty * (~ended).float(), kl_k1(old_logp, ref_logp) # (B,), (B, T-1)
+    rewards = ppo.token_rewards(scores, kl, mask, cfg.kl_coef) # (B, T-1)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, run) + masked_mean(rewards, mask, run) * mask
+    advantages, returns = ppo.gae(rewards, values, mask, cfg.gamma, cfg.lam) # (B, T-1) each
+    ratio, clipped = after_update(models, batch, lengths, cfg, run) # (B, T-1) each
+    idx, mask, ends = idx[:n_shown], mask[:n_shown], lengths[:n_shown]
+    sizes = mask.sum(1).long() # (B,) tokens of each answer, N in all
+    with torch.no_grad(), run.autocast():
+        entropy = models.policy.logp_entropy_values(idx, mask, True)[1] # (B, T-1)
+        tops = [model.logits_at(idx, mask).log_softmax(-1) for model in (models.policy, models.reference)]
+        rows = torch.arange(len(idx), device=idx.device).repeat_interleave(sizes + 1) # a row for every prefix
+        stops = torch.cat([torch.arange(n - k, n + 1, device=idx.device) for n, k in zip(ends, sizes)])
+        prefixes = frozen_rewards(models.reward, idx[rows], stops).split((sizes + 1).tolist()) # first: no answer yet
+    # of each token: its five likeliest, as log-probabilities and ids
+    tops = [list(zip(*(x.tolist() for x in q.topk(min(5, q.size(1)))))) for q in tops]
+    columns = dict(logp=old_logp, ref_logp=ref_logp, kl=kl, entropy=entropy, reward=rewards, value=values,
+                   advantage=advantages, whitened=batch['advantages'], returns=returns, ratio=ratio, clipped=clipped)
+    found, at = [], 0
+    for b, (n, k) in enumerate(zip(ends.tolist(), sizes.tolist())):
+        ids = idx[b, n - k:n].tolist()
+        answer = {name: numbers(x[b, n - k - 1:n - 1]) for name, x in columns.items()} # position t describes token t+1
+        answer |= dict(ids=ids, tokens=spell(tok, ids), prefix=numbers(prefixes[b]), ended=bool(ended[b]))
+        for name, top in zip(('top', 'ref_top'), tops):
+            answer[name] = [[(spell(tok, [i])[0][0], i, round(logp, 5)) for logp, i in zip(*pair)]
+                            for pair in top[at:at + k]]
+        found.append(answer | dict(score=scores[b].item()))
+        at += k
+    return found
+
+def print_answer(answer, in_colour):
+    """Print a table of an answer, a line per token."""
+    names = dict(logp='log pi', ref_logp='log ref', kl='KL', entropy='entropy', reward='reward', value='V',
+                 advantage='A', whitened='A white', returns='return', prefix='score', ratio='ratio')
+    print(''.join(f'{name:>8}' for name in names.values()) + '  token')
+    for t, (label, whole) in enumerate(answer['tokens']):
+        up = answer['whitened'][t] > 0
+        text = f"\x1b[{32 if up else 31}m{label}\x1b[0m" if in_colour else label if up else f'⟦{label}⟧'
+        line = [answer[key][t + (key == 'prefix')] for key in names]
+        print(''.join('     inf' if x is None else f'{x:8.3f}' for x in line) + ('* ' if answer['clipped'][t] else '  ')
+              + text + (f' (part of {whole})' if whole else ''))
+
+def about(cfg, c, n):
+    """Say which models, and which options, the numbers come from."""
+    critic = {'': 'as PPO starts it, a copy of the reward model', 'shared': "the policy's own value head"}.get(
+        cfg.critic, f"the one saved in {cfg.critic}")
+    return (f"Reference: {cfg.reference}. Reward model: {cfg.reward_model}. Critic, for V, A and return: {critic}.",
+            f"PPO's options: β {c.kl_coef:g}, γ {c.gamma:g}, λ {c.lam:g}; an answer that does not end loses "
+            f"{c.missing_eos_penalty:g}. Ratio and clip ({c.clip:g}) are those after an update on {n} answers of "
+            f"each policy, the shown ones among them: epochs {c.epochs}, minibatches {c.minibatches}, learning rate "
+            f"{c.lr:g}, a fresh optimizer.")
+
+def main(cfg):
+    check_out(cfg.out)
+    run, folders, page = start(cfg), cfg.policy.split(','), []
+    default_signals() # there is nothing to save
+    in_colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    sys.stdout.reconfigure(errors='backslashreplace') # for a terminal without these characters
+    for name, option in *zip(folders, ['policy'] * 2), (cfg.reference, 'reference'), (cfg.reward_model, 'reward_model'):
+        load_tokenizer(name, option) # a mistyped one ends here
+    ppo_cfg = settings(cfg, folders)
+    if not cfg.prompt and not os.path.exists(path := cfg.prompts or ppo_cfg.prompts):
+        fail(f"--prompts={path}: no such file; wanted a --prompt, or a file of --prompts")
+    records = [dict(prompt=cfg.prompt)] if cfg.prompt else read_records(path, 'prompts')
+    n_shown = len(records[:cfg.max_prompts]) * cfg.n_answers
+    per_iteration = ppo_cfg.batch_size * ppo_cfg.minibatches
+    n = -(-n_shown // per_iteration) * per_iteration # whole iterations in one
+    ppo_cfg = dataclasses.replace(ppo_cfg, warmup_steps=0, out_dir=cfg.out,
+                                  grad_accum=min(ppo_cfg.grad_accum, ppo_cfg.batch_size))
+    for folder in folders:
+        tok = load_tokenizer(folder, 'policy')
+        models = load_models(cfg, ppo_cfg, folder, run, tok)
+        block_size = models.policy.config.block_size
+        ppo_cfg.max_new_tokens = min(ppo_cfg.max_new_tokens, block_size // 2)
+        prompts = encode_prompts(tok, records[:n], block_size - ppo_cfg.max_new_tokens)
+        shown = [ids for ids in prompts[:cfg.max_prompts] for _ in range(cfg.n_answers)]
+        others = islice(cycle(prompts[cfg.max_prompts:] or prompts), n - n_shown)
+        torch.manual_seed(cfg.seed) # a second policy changes nothing in what the first one says
+        for ids, answer in zip(shown, look(models, shown + [*others], n_shown, tok, ppo_cfg, run)):
+            print(f"\n[{folder}] {plain(tok.decode(ids))}")
+            print_answer(answer, in_colour)
+            page.append(answer | dict(model=folder, prompt=tok.decode(ids)))
+    data = json.dumps(dict(settings=about(cfg, ppo_cfg, n), answers=page)).replace('<', '\\u003c') # it ends no script
+    write_atomic(cfg.out, HTML.read_text(encoding='utf-8').replace('"DATA"', data))
+    print(f"\nwrote {cfg.out}")
+    stop(run)
+
+if __name__ == '__main__':
+    launch(main, Config)
