@@ -38,9 +38,9 @@ def digest(*paths):
 def inputs_of(cfg):
     """Return {option: digest} of the models and data that a run reads."""
     given = lambda names: {name: getattr(cfg, name) for name in names if getattr(cfg, name, '') not in ('', 'scratch')}
+    files = lambda path: [path] if os.path.exists(path) else path.split(',') # a name may hold a comma
     return ({name: digest(*weights.weight_files(folder)) for name, folder in given(MODELS).items()}
-            | {name: digest(*(paths if os.path.exists(paths[0]) else [path])) for name, path in given(DATA).items()
-               if (paths := path.split(','))})
+            | {name: digest(*files(path)) for name, path in given(DATA).items()})
 
 def prepare_out_dir(run, cfg):
     """Check and make the checkpoint's folder, after all input was read.

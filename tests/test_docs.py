@@ -19,7 +19,8 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FRONT = ['README.md', 'README.zh.md']
-PAGES = FRONT + ['CONTRIBUTING.md', 'CHANGELOG.md', 'tests/README.md'] + sorted(
+PAGES = FRONT + ['CONTRIBUTING.md', 'CHANGELOG.md', *(f'{folder}/README.md' for folder in ('tests', 'lessons')),
+                 'lessons/README.zh.md'] + sorted(
     os.path.relpath(path, ROOT).replace(os.sep, '/') for path in glob.glob(os.path.join(ROOT, 'docs', '*.md')))
 PAGES = [page for page in PAGES if os.path.exists(os.path.join(ROOT, page))]
 NAMED = re.compile(r'`([\w.]+)`(\s+)in(\s+)\[([\w/]+\.py):(\d+)\]\(([\w./]+)#L(\d+)\)')
@@ -295,7 +296,7 @@ def test_options_named_in_prose_exist():
             if 'Config' in definitions(path):
                 module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
                 options[path] = {'help'} | set(module.Config.__dataclass_fields__)
-    known = set().union(*options.values()) | {'key'} # the form --key=value itself
+    known = set().union(*options.values()) | {'key', 'full'} # the form --key=value itself, and a lesson's own switch
     for page in PAGES:
         if page != 'CHANGELOG.md':
             for script, name in re.findall(r'`(?:([\w/]+\.py)\s)?--(\w+)', read(page)):
