@@ -24,13 +24,14 @@ from dataclasses import dataclass
 import torch
 
 from common.batches import encode_prompts
-from common.checkpoints import load_policy
+from common.checkpoints import digest, load_policy
 from common.options import RunOptions, fail, launch, note, require
-from common.records import (check, check_record, is_text, lock, parse_line, read_lines, read_preferences, read_records,
-                            to_lines, write_records)
+from common.records import (check, check_record, is_text, lock, parse_line, read_json, read_lines, read_preferences,
+                            read_records, to_lines, write_records)
 from common.rollout import load_gold, sample_answers
 from common.run import default_signals, progress, start, stop
 from common.tokens import load_tokenizer
+from common.weights import weight_files
 from feedback import agreement
 from feedback.annotators import RewardModel, SimulatedPerson, Terminal, Undo, answers_of, check_finite
 from feedback.judges import ApiJudge, GPTJudge, JudgeError, is_url
@@ -39,6 +40,8 @@ from feedback.select_labels import choose, load_ensemble
 
 OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label')
 ANSWERS = ('response', 'responses', 'ended', 'policies', 'messages', 'text')
+FREE = ('out', 'device', 'dtype', 'page', 'port', 'judge_url', 'judge_requests', 'judge_timeout', 'judge_tries',
+        'judge_cache', 'compare', 'merge', 'resume', 'overwrite') # shape no row; a judge may have moved
 
 @dataclass
 class Config(RunOptions):
@@ -68,7 +71,7 @@ class Config(RunOptions):
     judge_instruction: str = 'config/judge/helpful_honest_harmless.txt' # what the judge is told
     judge_requests: int = 8 # under way at once
     judge_tokens: int = 512 # longest reply
-    judge_timeout: float = 60.0 # seconds without a byte before a request is tried again
+    judge_timeout: float = 60.0 # seconds without a byte before a request is tried again; ten times that for all of it
     judge_tries: int = 6 # per request, later and later
     judge_cache: str = 'out/judge_cache.jsonl' # replies, so that a rerun asks nothing twice; empty = none
     compare: str = '' # rankings or comparisons of the same answers: print how far OUT agrees
@@ -80,7 +83,9 @@ class Config(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.merge:
-            return require(self, merge=(',' in self.merge, 'two files or more, separated by commas'))
+            files = self.merge.split(',')
+            return require(self, merge=(len(files) > 1 and len(set(files)) == len(files),
+                                        'two files or more, each once, separated by commas'))
         at_least = dict(noise=0, tie=0, rows=0, max_prompts=0, judge_requests=1, judge_tokens=1, judge_tries=1,
                         n_answers=max(2, len(self.policy.split(','))))
         require(self, **{key: (getattr(self, key) >= low, f"at least {low}") for key, low in at_least.items()})
@@ -125,7 +130,7 @@ def make_annotator(cfg, run, gold):
         return Page(cfg) if cfg.page else Terminal(cfg)
     if cfg.annotator == 'reward_model':
         return RewardModel(cfg, run)
-    return ApiJudge(cfg) if cfg.judge_url else GPTJudge(cfg, run)
+    return ApiJudge(cfg, run) if cfg.judge_url else GPTJudge(cfg, run)
 
 def load_writer(name, cfg, run, records):
     """Load one policy that answers: (name, model, tokenizer, the prompts' ids)."""
@@ -195,6 +200,29 @@ def check_kept(row, firsts):
     check('`responses` to be a list of texts', isinstance(texts, list) and all(map(is_text, texts)))
     check('`repeat` to be the number of a prompt before it', type(number) is int and 0 <= number < max(len(firsts), 1))
 
+def shape_of(cfg):
+    """Return {option: its value, or the sha256 of its files} of what shapes the rows."""
+    shape = {k: v for k, v in vars(cfg).items() if k not in FREE}
+    if not (cfg.repeat or cfg.select):
+        del shape['max_prompts'] # more prompts do not change the first ones
+    folders = dict(policy=[] if cfg.answers else cfg.policy.split(','), ensemble=cfg.ensemble.split(','),
+                   reward_model=[cfg.reward_model], judge=[cfg.judge])
+    files = {key: [path for name in names if name for path in weight_files(name)] for key, names in folders.items()}
+    files |= dict(prompts=[cfg.prompts], answers=[cfg.answers],
+                  judge_instruction=[cfg.judge_instruction] * (cfg.annotator == 'ai'))
+    return shape | {key: 'sha256 ' + digest(*filter(None, paths)) for key, paths in files.items()}
+
+def check_shape(cfg, shape):
+    """End the program where OUT.partial began with other options or inputs."""
+    partial = cfg.out + '.partial'
+    if not os.path.exists(partial + '.json'): # no reason to lose hours of a person's work
+        return note(f"{partial}: of an older version, its options are not known; wanted the same as before")
+    before = read_json(partial + '.json')
+    for key, value in shape.items():
+        if before.get(key, value) != value:
+            fail(f"--{key}={getattr(cfg, key)}: {partial} began with {before[key]}; wanted the same, or "
+                 "--overwrite=True")
+
 def read_partial(cfg, records):
     """Return the rows of `records` that are ranked already, with --resume=True. OUT.partial begins with them."""
     partial, size, kept, firsts = cfg.out + '.partial', n_tasks(cfg, cfg.rows), [], []
@@ -209,12 +237,16 @@ def read_partial(cfg, records):
     if firsts != [record['prompt'] for record in records[:len(firsts)]]:
         fail(f"{partial}: holds other prompts than those of this run; wanted the options that it began with, or "
              "--overwrite=True")
+    shape = shape_of(cfg)
+    if kept:
+        check_shape(cfg, shape)
     os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
     lock(cfg.out + '.lock') # until here nothing was touched
     check_out(cfg) # another process may have been at work
     if cfg.annotator == 'simulated': # whose noise is drawn in a row for a stretch: it is ranked as a whole
         kept = kept[:len(kept) // size * size]
     write_records(partial, kept)
+    write_records(partial + '.json', [shape]) # after it: rows that are dropped never stand beside another's options
     return kept
 
 def left_to_rank(cfg, rows, done, first, seed):
@@ -256,7 +288,7 @@ def write_rankings(cfg, kept):
         best.append(dict(prompt=row['prompt'], response=response, ended=ended))
     if ranked:
         write_records(cfg.out, best if cfg.keep == 'best' else ranked)
-    for end in ('.partial', '.lock'):
+    for end in ('.partial', '.partial.json', '.lock'):
         with contextlib.suppress(FileNotFoundError):
             os.remove(cfg.out + end)
     pairs, lost = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks']), len(firsts) - len(ranked)
@@ -315,11 +347,17 @@ def main(cfg):
                     except Undo:
                         todo.append(row)
                         take_back(cfg, kept, todo)
+                    except KeyboardInterrupt:
+                        if not run.interrupted: # a person quits
+                            raise
+                        break # all processes stop together
                 if number := run.stop_requested():
                     raise KeyboardInterrupt(number)
         ranked = write_rankings(cfg, kept) if run.is_master else [] # before the page's server closes
     except KeyboardInterrupt:
-        note(f"kept {cfg.out}.partial; --resume=True continues from there")
+        ready = kept and all('ranks' in row and 'repeat' not in row for row in kept)
+        note(f"kept {cfg.out}.partial, {len(kept)} of {total}; --resume=True continues"
+             + "; --merge and reward.py, dpo.py, rrhf.py, kto.py read it as it is" * bool(ready))
         raise
     except JudgeError as e:
         message, code = e.args

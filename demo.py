@@ -217,12 +217,12 @@ def run_stages(todo, cfg):
                 print(f"{name}: done before, in {ended - began:.0f} s")
                 done.add(name)
                 continue
+            state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
+            stopped = same and not ended and os.path.exists(state) and os.path.getmtime(state) >= began
             put(name, command, time.time(), None)
             if name != 'data':
-                state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
-                stopped = same and not ended and os.path.exists(state)
-                if not stopped and os.path.exists(state):
-                    os.remove(state) # of an older run: a resumed stage would continue that one
+                if stopped: # and a later start sees again that it is not of an older run
+                    os.utime(state)
                 command = [*command, '--resume=True' if stopped else '--overwrite=True']
             slot = min(set(range(AT_ONCE)) - running.keys())
             running[slot] = name, start(command, slot)

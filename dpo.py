@@ -170,6 +170,8 @@ def reference_logp(model, rows, cfg, run, name):
     for part in progress(parts, desc=f"reference, {name}", disable=not run.is_master):
         with run.autocast():
             logp, _ = model.answers(collate_answers([rows[i] for i in part]).to(run.device)) # (N,)
+        if run.interrupted and run.world_size == 1:
+            raise KeyboardInterrupt(run.interrupted) # nothing to save yet
         mine |= zip(part, logp.cpu().split([len(rows[i].answers) for i in part]))
     everybody = run.merge(mine)
     return [everybody[i] for i in range(len(rows))]

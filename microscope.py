@@ -67,23 +67,25 @@ def check_out(path):
         fail(f"--out={path}: is there, and no page of the microscope; wanted another name")
 
 def settings(cfg, folders):
-    """Return a ppo.Config: what --ppo says, or the options of the run that made a policy."""
-    for folder in [] if cfg.ppo else folders:
+    """Return the options of a policy's run, changed by --ppo."""
+    try:
+        words, given = shlex.split(cfg.ppo), {}
+    except ValueError as e:
+        fail(f"--ppo={cfg.ppo}: {e}; wanted options of ppo.py")
+    for folder in folders if all(word.startswith('--') for word in words) else []:
         path = os.path.join(folder, 'options.json')
         about = read_json(path) if os.path.exists(path) else {}
         if about.get('script') in ('ppo.py', 'reinforce.py'):
             try:
-                found = ppo.Config(**{k: v for k, v in about['options'].items() if hasattr(ppo.Config, k)})
+                given = {k: v for k, v in about['options'].items() if hasattr(ppo.Config, k)}
+                found = ppo.Config(**given)
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 fail(f"{path}: {e}; wanted the options of a run of {about['script']}")
             log = read_log(os.path.join(folder, 'log.jsonl'))
             if found.kl_target and log: # it moved during the run
-                found.kl_coef = log[-1].get('kl_coef', found.kl_coef)
-            return found
-    try:
-        return parse_config(ppo.Config, shlex.split(cfg.ppo) + ['--prompts=none'])
-    except ValueError as e:
-        fail(f"--ppo={cfg.ppo}: {e}; wanted options of ppo.py")
+                given['kl_coef'] = log[-1].get('kl_coef', found.kl_coef)
+            break
+    return parse_config(ppo.Config, ['--prompts=none', *(f"--{k}={v}" for k, v in given.items()), *words])
 
 def load_models(cfg, ppo_cfg, folder, run, tok):
     """Load ppo.Models of a policy, the critic as --critic says."""

@@ -15,7 +15,7 @@ import torch
 
 from common.options import fail, note
 from common.records import is_text_file, read_ranked, read_records
-from common.tokens import dialogue, prompt_ids, response_ids
+from common.tokens import as_messages, dialogue, prompt_ids, response_ids
 
 # ---- records to rows of ids; what was cut or left out is reported in one line --------------------
 
@@ -41,11 +41,8 @@ def truncate(prompt, n_response, block_size):
     room = block_size - n_response
     return prompt[-room:] if room > 0 else None
 
-def report(name, rows, cut, left_out, block_size, open_ended=0):
-    """Print how many records were kept, cut and left out; return the rows. Without any the program ends.
-
-    open_ended: answers that were cut off while they were written. They have no EOS.
-    """
+def report(name, rows, cut, left_out, block_size, open_ended=0): # open_ended: answers that were cut off, without EOS
+    """Print how many records were kept, cut and left out; return the rows. Without any the program ends."""
     note(f'{name}: {len(rows)} rows, {cut} prompts cut, {left_out} left out'
          + (f' (a response alone fills {block_size} tokens)' if left_out else '')
          + (f', {open_ended} answers without an end' if open_ended else ''))
@@ -268,14 +265,16 @@ class Windows:
         return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 def hold_out(records, fraction):
-    """Split records into two parts, of which no prompt is in both.
+    """Split records into two parts; no first question is in both.
 
-    A hash of the prompts chooses the second part: this fraction of the different prompts.
+    A hash of the first questions, or of plain texts, chooses this fraction of the different ones for the second part.
     """
-    def key(record): # of a conversation its first question, of plain text all of it
-        first = next((m['content'] for m in record.get('messages', ()) if m['role'] == 'user'), record.get('text'))
-        return hashlib.sha256(str(record.get('prompt', first)).encode()).digest()
+    def key(record):
+        turns = as_messages(record['text' if text else 'messages' if 'messages' in record else 'prompt'])
+        first = next((m['content'] for m in turns if m['role'] == 'user'), str(turns))
+        return hashlib.sha256(first.encode()).digest()
 
+    text = 'text' in records[0] # as is_text_file has it
     keys = sorted({key(record) for record in records})
     held = {*keys[:round(fraction * len(keys))]}
     return [r for r in records if key(r) not in held], [r for r in records if key(r) in held]
@@ -299,11 +298,10 @@ def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response
         parts, least = hold_out(records, val_fraction), 1
         wrap = lambda part: Demonstrations(part, batch_size, seed)
     if len(parts[0]) < least or val_fraction and len(parts[1]) < least:
-        n = sum(map(len, parts))
-        fail(f'{path}: {n} rows or tokens are too few with val_fraction={val_fraction}')
+        fail(f'{path}: {sum(map(len, parts))} rows or tokens are too few with val_fraction={val_fraction}')
     if not text:
-        parts = [part and encode_demonstrations(tok, part, block_size, loss_on, of)
-                 for part, of in zip(parts, (name, 'val'))]
+        encode = lambda part, name: part and encode_demonstrations(tok, part, block_size, loss_on, name)
+        parts = list(map(encode, parts, (name, 'val')))
     elif not packed: # a text a row, its beginning where it is too long
         parts = [[tok.encode(r['text']) + [tok.eos] for r in part] for part in parts]
         cut = sum(len(ids) > block_size for part in parts for ids in part)

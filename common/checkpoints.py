@@ -39,8 +39,12 @@ def inputs_of(cfg):
     """Return {option: digest} of the models and data that a run reads."""
     given = lambda names: {name: getattr(cfg, name) for name in names if getattr(cfg, name, '') not in ('', 'scratch')}
     files = lambda path: [path] if os.path.exists(path) else path.split(',') # a name may hold a comma
-    return ({name: digest(*weights.weight_files(folder)) for name, folder in given(MODELS).items()}
-            | {name: digest(*files(path)) for name, path in given(DATA).items()})
+    model = lambda folder: weights.weight_files(folder) + [
+        path for path in [weights.checkpoint_file(folder, 'tokenizer.tiktoken', absent_ok=True)] if path]
+    tokenizers = given(['tokenizer']) # a file or a name
+    return ({name: digest(*model(folder)) for name, folder in given(MODELS).items()}
+            | {name: digest(*files(path)) for name, path in given(DATA).items()}
+            | {name: digest(said) if os.path.isfile(said) else said for name, said in tokenizers.items()})
 
 def prepare_out_dir(run, cfg):
     """Check and make the checkpoint's folder, after all input was read.
@@ -51,9 +55,8 @@ def prepare_out_dir(run, cfg):
     cfg.resume, run.inputs = run.first(lambda: check_out_dir(cfg)), inputs_of(cfg)
     mine = dataclasses.asdict(cfg) | run.inputs
     for rank, theirs in enumerate(run.gather(mine)):
-        for key in mine:
-            if theirs[key] != mine[key]: # or the processes would wait for one another in vain, some steps later
-                fail(f"--{key}: process {rank} has another one than process {run.rank}; wanted the same in all")
+        for key in (key for key in mine if theirs[key] != mine[key]): # else they would wait for one another in vain
+            fail(f"--{key}: process {rank} has another one than process {run.rank}; wanted the same in all")
 
 def check_out_dir(cfg):
     """Prepare out_dir in the first process; return whether to resume."""
@@ -74,10 +77,9 @@ def check_out_dir(cfg):
         if here and not resume and not cfg.overwrite:
             fail(f"--out_dir={cfg.out_dir}: holds a checkpoint; continue it by --resume=True, replace it by "
                  "--overwrite=True, or choose another folder")
-        log, new = (os.path.join(cfg.out_dir, name) for name in ('log.jsonl', 'log.new.jsonl'))
+        log, new, kept = (os.path.join(cfg.out_dir, f'log{end}.jsonl') for end in ('', '.new', '.unsaved'))
         for unsaved in (new, *([] if here else [log])): # of a run that ended before its first save
             if os.path.exists(unsaved):
-                kept = os.path.join(cfg.out_dir, 'log.unsaved.jsonl')
                 os.replace(unsaved, kept) if read_log(unsaved) else os.remove(unsaved)
         if not resume:
             open(new if here else log, 'w').close()
@@ -111,25 +113,28 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
     for name, optimizer in optimizers.items():
         states[name] = state = optimizer.state_dict()
         state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
-    if not run.is_master:
-        return
+    about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step, max_steps=cfg.max_steps)
+    more |= dict(rng=rng, scaler=run.scaler.state_dict(), optimizers=states)
+    run.first(lambda: write_checkpoint(cfg, model, tokenizer, about, more, run.inputs))
+
+def write_checkpoint(cfg, model, tokenizer, about, more, inputs):
+    """Write the files of a checkpoint; about: for options.json and state.pt, more: for state.pt alone."""
     for name, p in model.named_parameters():
         if not torch.stack(p.aminmax()).isfinite().all(): # of all that is NaN both are NaN
-            print(f"error: {name} is not finite after step {step}; nothing was saved since the last checkpoint in "
-                  f"{cfg.out_dir}; a lower --lr usually helps", file=sys.stderr)
+            print(f"error: {name} is not finite after step {about['step']}; nothing was saved since the last "
+                  f"checkpoint in {cfg.out_dir}; a lower --lr usually helps", file=sys.stderr)
             raise SystemExit(1)
     new = os.path.join(cfg.out_dir, '.saving')
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
+        lock(os.path.join(cfg.out_dir, '.lock'))
         model.save_pretrained(new, tokenizer.eos, tokenizer.pad)
         tokenizer.save(new, 'left' if model.reward_head is None else 'right')
-        log_lines = len(read_log(log_of(cfg.out_dir))) # a resumed run drops later lines
-        about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step)
-        more |= dict(log_lines=log_lines, rng=rng, scaler=run.scaler.state_dict(), optimizers=states)
+        more |= dict(log_lines=len(read_log(log_of(cfg.out_dir)))) # a resumed run drops later lines
         torch.save(about | more, os.path.join(new, 'state.pt'))
         files = {name: digest(os.path.join(new, name)) for name in ('model.safetensors', 'state.pt')}
-        about |= dict(finished=step >= cfg.max_steps, inputs=run.inputs, files=files, torch=torch.__version__)
+        about |= dict(finished=about['step'] >= cfg.max_steps, inputs=inputs, files=files, torch=torch.__version__)
         write_atomic(os.path.join(new, 'options.json'), json.dumps(about, indent=1))
         for name in os.listdir(new): # on the disk before the rename is
             with open(os.path.join(new, name), 'rb') as f:
@@ -138,7 +143,7 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
         finish_save(cfg.out_dir)
     except (OSError, RuntimeError) as e: # torch.save reports a full disk as RuntimeError
         shutil.rmtree(new, ignore_errors=True)
-        print(f"error: {cfg.out_dir}: the checkpoint of step {step} could not be written ({e}); "
+        print(f"error: {cfg.out_dir}: the checkpoint of step {about['step']} could not be written ({e}); "
               "the last one is intact", file=sys.stderr)
         raise SystemExit(1)
 
@@ -173,7 +178,9 @@ def script_of(cfg):
 def read_about(out_dir):
     """Read options.json; fail where the files beside it have changed."""
     about = read_json(os.path.join(out_dir, 'options.json'), 'what save_checkpoint writes')
-    for name, expected in about.get('files', {}).items():
+    if not all(isinstance(about.get(key), dict) for key in ('files', 'inputs')) or len(about['files']) != 2:
+        fail(f"{out_dir}/options.json: wanted `files` and `inputs` as save_checkpoint writes them")
+    for name, expected in about['files'].items():
         path = os.path.join(out_dir, name)
         if digest(path) != expected:
             fail(f"{path}: not a state to resume from (it changed since it was saved: its sha256 is not the one in "
@@ -196,7 +203,7 @@ def load_checkpoint(run, cfg, model, optimizers):
     path = os.path.join(cfg.out_dir, 'state.pt')
     if not os.path.exists(path):
         fail(f"--resume=True: {path} is missing, there is no checkpoint to resume from")
-    began = run.first(lambda: read_about(cfg.out_dir)).get('inputs', {}) # {option: digest}
+    began = run.first(lambda: read_about(cfg.out_dir))['inputs'] # {option: digest}
     fields, *tensors = weights.open_pretrained(cfg.out_dir)
     for name, old in fields.items():
         new = getattr(model.config, name)
@@ -205,7 +212,7 @@ def load_checkpoint(run, cfg, model, optimizers):
     for name, value in run.inputs.items():
         if value != began.get(name, value):
             told = f"--{name}={getattr(cfg, name)}: is not what the run in {cfg.out_dir} began with"
-            fail(f"{told}; wanted the same model") if name in MODELS else note(f"{told}; going on with it")
+            note(f"{told}; going on with it") if name in DATA else fail(f"{told}; wanted the same model")
     if any(map(is_spread, model.parameters())): # they cannot be filled in place
         whole = GPT(model.config)
         weights.load_tensors(whole, *tensors)
@@ -235,6 +242,9 @@ def load_checkpoint(run, cfg, model, optimizers):
             run.scaler.load_state_dict(state['scaler'])
     except Exception as e: # a damaged file makes torch.load raise nearly anything, some of it without a message
         fail(f"{path}: not a state to resume from ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
+    changed = {k: (old, getattr(cfg, k, old)) for k, old in state['options'].items() if getattr(cfg, k, old) != old}
+    for key in changed.keys() - {'out_dir', 'resume', 'overwrite', 'tokenizer', *MODELS, *DATA}:
+        note(f"--{key}: {changed[key][0]!r} before, {changed[key][1]!r} from here on")
     if run.is_master:
         log = os.path.join(cfg.out_dir, 'log.jsonl') # drop the lines logged after the checkpoint
         write_atomic(log, ''.join(json.dumps(line) + '\n' for line in read_log(log)[:state['log_lines']]))
@@ -246,6 +256,7 @@ def log(run, cfg, step, **metrics):
     if run.is_master:
         line = dict(step=step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}, time=round(time.time(), 2))
         os.makedirs(cfg.out_dir, exist_ok=True) # somebody may have removed it
+        lock(os.path.join(cfg.out_dir, '.lock'))
         with open(log_of(cfg.out_dir), 'a', encoding='utf-8') as f:
             f.write(json.dumps(line) + '\n')
 
@@ -259,26 +270,26 @@ def read_log(path):
                     lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
 
-def note_unfinished(folder, option):
-    """Note that a checkpoint was saved before its run's end."""
+def check_folder(folder, option):
+    """Fail where a folder holds no checkpoint; note that one was saved before its run's end."""
+    weights.check_folder(folder, option)
     path = os.path.join(folder, 'options.json')
     about = read_json(path) if os.path.exists(path) else {}
     if about.get('finished') is False:
-        steps = about.get('options', {}).get('max_steps', '?')
-        note(f"--{option}={folder}: unfinished, saved at step {about.get('step', '?')} of {steps}")
+        note(f"--{option}={folder}: unfinished, saved at step {about.get('step')} of {about.get('max_steps')}")
 
 def load_policy(folder, option='policy', **overrides):
     """Load a language model; a reward model is refused, naming the option that gave it."""
+    check_folder(folder, option)
     model = GPT.from_pretrained(folder, **dict(value_head=False) | overrides) # a PPO checkpoint may hold its critic
     if model.was_reward_model:
         fail(f"--{option}={folder}: is a reward model, wanted a language model")
-    note_unfinished(folder, option)
     return model
 
 def load_reward_model(folder, option='reward_model', **overrides):
     """Load a reward model; a language model is refused, naming the option that gave it."""
+    check_folder(folder, option)
     model = GPT.from_pretrained(folder, **overrides)
     if not model.was_reward_model:
         fail(f"--{option}={folder}: is a language model, wanted a reward model (made by reward.py)")
-    note_unfinished(folder, option)
     return model

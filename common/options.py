@@ -47,7 +47,6 @@ def require(cfg, **wishes):
 AT_LEAST = dict( # checked in every script that has the option
     max_steps=0, epochs=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0, weight_decay=0, beta2=0, eval_every=0,
     eval_batches=0, save_every=0, log_every=1, n_layer=1, n_head=1, n_embd=1, block_size=2, max_new_tokens=1, seed=0,
-    # of the reinforcement learning scripts
     minibatches=1, kl_coef=0, kl_target=0, missing_eos_penalty=0, clip=0, value_clip=0, value_coef=0, entropy_coef=0,
     early_stop_kl=0, critic_lr=0, ptx_coef=0, ptx_batch_size=1)
 ONE_OF = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), lr_schedule=('constant', 'linear', 'cosine'))
@@ -63,12 +62,10 @@ class RunOptions:
         for key, low in AT_LEAST.items():
             if hasattr(self, key):
                 require(self, **{key: (getattr(self, key) >= low, f"at least {low}")})
-        if hasattr(self, 'beta2'):
-            require(self, beta2=(self.beta2 < 1, 'below 1'))
         for key, choices in ONE_OF.items():
             if hasattr(self, key):
                 require(self, **{key: (getattr(self, key) in choices, f"one of {', '.join(choices)}")})
-        require(self, seed=(self.seed < 2**32, 'below 2^32'),
+        require(self, seed=(self.seed < 2**32, 'below 2^32'), beta2=(getattr(self, 'beta2', 0) < 1, 'below 1'),
                 device=(self.device in ('auto', 'cpu', 'cuda', 'mps') or self.device.startswith('cuda:'),
                         'auto, cpu, cuda, cuda:N or mps'))
 
@@ -87,6 +84,7 @@ class TrainOptions(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         require(self, resume=(self.resume in (True, False, 'auto'), 'True, False or auto'),
+                overwrite=(not (self.overwrite and self.resume), 'False with resume'),
                 compile=(not (self.fsdp and self.compile), 'False with fsdp=True'),
                 batch_size=(getattr(self, 'batch_size', 1) >= 1, 'at least 1'))
 
@@ -192,17 +190,16 @@ def launch(main, Config):
 
     Ctrl-C is exit code 130, SIGTERM 143, a full disk or too little memory 1, a file that cannot be opened or made 2.
     """
-    code = 1
+    code = 0
     try:
         run_guarded(main, Config)
-        code = 0
     except SystemExit as ended:
         code = ended.code
-        raise
-    finally:
-        if os.environ.get('WORLD_SIZE', '1') != '1' and sys.exc_info()[0] in (None, SystemExit):
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code) # at a usual exit a thread of torch.distributed now and then aborts the process
+    if os.environ.get('WORLD_SIZE', '1') != '1':
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code) # at a usual exit a thread of torch.distributed now and then aborts the process
+    if code:
+        raise SystemExit(code)
 
 def run_guarded(main, Config):
     """Call main with its options; errors end with one line."""

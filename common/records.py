@@ -34,8 +34,9 @@ def lock(path):
     The kernel lets go of it, however the process ends. Windows and some network disks have no such locks.
     """
     path = os.path.realpath(path)
-    if path in LOCKS:
-        return
+    with contextlib.suppress(KeyError, OSError): # somebody may have removed the folder, and another run made it anew
+        if os.path.samestat(os.stat(path), os.fstat(LOCKS[path].fileno())):
+            return
     try:
         import fcntl # not on Windows
         LOCKS[path] = open(path, 'w')
@@ -54,7 +55,7 @@ def read_json(path, wanted='a JSON object'):
             value = json.load(f)
     except OSError as e:
         fail(f"{path}: {e.strerror}; wanted {wanted}")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e: # the latter of brackets nested too deeply
         fail(f"{path}: not JSON ({e})")
     if not isinstance(value, dict):
         fail(f"{path}: not {wanted}")
@@ -118,6 +119,11 @@ def is_text(x):
 def is_number(x):
     return type(x) in (int, float) and abs(x) < 1e38 # a bool is no number, and float32 holds no larger one
 
+def truth(label):
+    """Return True or False for a label that says so; others as they are."""
+    words = {'true': True, '1': True, 'false': False, '0': False}
+    return words.get(str(label).strip().lower().removesuffix('.0'), label)
+
 def check_messages(key, messages, last):
     check(f'`{key}` to be a list of messages, at least one', isinstance(messages, list) and len(messages) > 0)
     for m in messages:
@@ -133,9 +139,11 @@ def check_record(row, kind):
     needs = {'text': ['text'], 'demonstrations': ['prompt', 'response'], 'prompts': ['prompt'],
              'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks'],
              'unpaired': ['prompt', 'response', 'label']}[kind]
-    if kind == 'demonstrations':
-        check('demonstrations, got a bad answer (`label` is false); kto.py learns from those, '
-              'data/trl/prepare.py makes its records', row.get('label') is not False)
+    for key in ('label', 'kto_tag') if kind == 'demonstrations' else ():
+        check(f'demonstrations, got a bad answer (`{key}` is {json.dumps(row.get(key))}); kto.py learns from those, '
+              'data/trl/prepare.py makes its records', truth(row.get(key)) is not False)
+    if 'ended' in row and kind in ('demonstrations', 'unpaired'):
+        check('`ended` to be true or false', isinstance(row['ended'], bool))
     if kind == 'demonstrations' and 'messages' in row:
         return check_messages('messages', row['messages'], last='assistant')
     for key in needs:
@@ -147,8 +155,6 @@ def check_record(row, kind):
         check_messages('prompt', row['prompt'], last='user')
     elif 'prompt' in needs:
         check('`prompt` to be text that is not empty, or a list of messages', is_text(row['prompt']))
-    if 'ended' in row and kind in ('demonstrations', 'unpaired'):
-        check('`ended` to be true or false', isinstance(row['ended'], bool))
     if kind == 'unpaired':
         check('`label` to be true (a good answer) or false', isinstance(row['label'], bool))
     if kind == 'comparisons' and 'margin' in row:

@@ -192,13 +192,10 @@ def describe(rolls, ref_logp, reward, scores, run):
         ended=rolls.ended.mean(), length=rolls.mask.sum(1).mean())
 
 def describe_critic(values, returns, mask, run):
-    """Return metrics of a critic, () each: how well values (B, T-1) predict returns (B, T-1).
-
-    Returns that do not differ have no variance to explain.
-    """
+    """Return metrics of a critic, () each: how well values (B, T-1) predict returns (B, T-1)."""
     mean = lambda x: masked_mean(x, mask, run)
     variance = lambda x: mean((x - mean(x)) ** 2)
-    spread = variance(returns)
+    spread = variance(returns) # returns that do not differ leave nothing to explain
     explained = dict(explained_variance=1 - variance(returns - values) / spread) if spread > 1e-8 else {}
     return dict(values=mean(values), returns=mean(returns), returns_std=spread.sqrt()) | explained
 

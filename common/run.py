@@ -240,7 +240,7 @@ def start(cfg):
         run.interrupted = number
         leave_closed_terminal() # SIGHUP: its saving must not end in an error
         if run.is_master:
-            print("\nstopping after this step; Ctrl-C again to stop at once", file=sys.stderr)
+            print("\nstopping after this step (at once after another Ctrl-C)", file=sys.stderr)
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:

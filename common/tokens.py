@@ -24,7 +24,7 @@ import tiktoken
 
 from common.options import fail
 from common.records import read_json, read_lines, write_atomic
-from common.weights import HUB_NAMES, checkpoint_file, on_hub
+from common.weights import HUB_NAMES, check_folder, checkpoint_file, on_hub
 
 EOS = '<|endoftext|>'
 # how GPT-2 splits text into words before any merge: a word takes the space before it, merges never cross words
@@ -95,9 +95,7 @@ def load_tokenizer(name, option='tokenizer'):
         if not on_hub(name) and option == 'tokenizer':
             fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {name!r}, which is '
                  'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
-        if not on_hub(name):
-            fail(f'--{option}={name}: no such folder, and no model on the hub (OWNER/NAME, with no folder OWNER here); '
-                 'wanted a checkpoint made by an earlier stage, such as sft.py')
+        check_folder(name, option)
         checkpoint_file(name, 'config.json') # fails here if the hub cannot be reached; the files below may be absent
     tok, config = stored_tokenizer(name, option), checkpoint_file(name, 'config.json', absent_ok=True)
     size = read_json(config).get('vocab_size') if config else None
@@ -216,17 +214,20 @@ def load_bpe(path):
 
 SPEAKER = {'user': '### Human: ', 'system': '### System: '}
 
-def render(tok, messages):
-    """Encode messages to (ids, mask), both (T,); mask 1 = an answer or its EOS. Content None opens an answer."""
+def render(tok, messages, ended=True):
+    """Encode messages to (ids, mask), both (T,); mask 1 = an answer or its EOS. Content None opens an answer.
+
+    ended: False leaves out the EOS of the last one.
+    """
     ids, mask, context = [], [], '' # context: the text since the last answer, encoded in one piece
-    for m in messages:
+    for n, m in enumerate(messages, 1):
         if ids or context:
             context += '\n'
         if m['role'] != 'assistant':
             context += SPEAKER[m['role']] + m['content']
             continue
         before = tok.encode(context + '### Assistant:')
-        answer = [] if m['content'] is None else response_ids(tok, m['content'])
+        answer = [] if m['content'] is None else response_ids(tok, m['content'], ended or n < len(messages))
         ids += before + answer
         mask += [0] * len(before) + [1] * len(answer)
         context = ''
@@ -247,11 +248,11 @@ def response_ids(tok, response, ended=True):
 def dialogue(tok, record):
     """Encode a demonstration to (ids, mask), both (T,), mask 1 = learnt.
 
-    Of `prompt` and `response` the response is learnt, of `messages` every assistant turn, each with its EOS. A response
-    that was cut off, `ended` false, has none.
+    Of `prompt` and `response` the response is learnt, of `messages` every assistant turn, each with its EOS. A last
+    answer that was cut off, `ended` false, has none.
     """
     if 'messages' in record:
-        return render(tok, record['messages'])
+        return render(tok, record['messages'], record.get('ended', True))
     prompt = prompt_ids(tok, record['prompt'])
     response = response_ids(tok, record['response'], record.get('ended', True))
     return prompt + response, [0] * len(prompt) + [1] * len(response)

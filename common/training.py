@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from common.checkpoints import log, save_if_due
+from common.checkpoints import log, log_of, save_if_due
+from common.health import Health
 from common.options import note
 from common.run import is_spread, progress
 
@@ -92,17 +93,17 @@ class Means:
 def training_bar(run, cfg, state):
     """Return the bar over the steps of a run; state: of the checkpoint that it resumes from, or None."""
     first = state['step'] if state else 0
-    if not run.is_master:
-        pass
-    elif first >= cfg.max_steps:
+    if first >= cfg.max_steps and run.is_master:
         note(f"{cfg.out_dir}: all {cfg.max_steps} steps are done; a larger --max_steps trains on")
-    elif cfg.warmup_steps >= cfg.max_steps:
+    elif cfg.warmup_steps >= cfg.max_steps and run.is_master:
         note(f"--warmup_steps={cfg.warmup_steps}: the run of {cfg.max_steps} steps ends before --lr is reached")
-    return progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
-                    disable=not run.is_master)
+    bar = progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
+                   disable=not run.is_master)
+    bar.health = Health(vars(cfg), run.dtype, first)
+    return bar
 
 def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
-    """End a training step: write the log, the bar and the checkpoint when they are due.
+    """End a training step: write the log, the bar, what is sick and the checkpoint when due.
 
     done: the number of finished steps. measured: {key of log.jsonl: number}. show: keys for the bar. save(done) writes
     a checkpoint. evaluate() measures held-out data, {'val_…': number}, after the last step.
@@ -116,6 +117,8 @@ def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
         if run.is_master:
             bar.write('held-out: ' + ', '.join(f"{key.removeprefix('val_')} {v:{'.4f' if isinstance(v, float) else ''}}"
                                                for key, v in held_out.items()))
+    if run.is_master and (done % cfg.log_every == 0 or done == cfg.max_steps):
+        bar.health.tell(log_of(cfg.out_dir), bar.write, done == cfg.max_steps)
     save_if_due(run, cfg, done, save)
     if done == cfg.max_steps and run.is_master:
         bar.write(f"saved {cfg.out_dir}")

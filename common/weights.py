@@ -63,18 +63,24 @@ def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
     fail(f"{repo_id}: cannot fetch {filename} from the hub ({reason}); without it, put {files} into a folder and name "
          f"that folder instead{' (--source=)' if repo_type == 'dataset' else ''}")
 
+def check_folder(name, option):
+    """End the program where a name is no checkpoint; option: the one that gave it."""
+    if not on_hub(os.fspath(name)) and not os.path.exists(os.path.join(name, 'config.json')):
+        what = 'holds no config.json' if os.path.isdir(name) else 'no such folder'
+        fail(f"--{option}={name}: {what}; wanted a checkpoint, which an earlier stage such as sft.py makes, or a model "
+             f"on the hub ({', '.join(HUB_NAMES)}, OWNER/NAME)")
+
 def checkpoint_file(name, filename, absent_ok=False):
     """Return the path of a checkpoint's file; name: a folder or a model on the hub. See fetch_from_hub."""
     name = os.fspath(name)
     if on_hub(name):
         return fetch_from_hub(name, filename, absent_ok=absent_ok)
-    path = os.path.join(name, filename)
-    if os.path.exists(path):
-        return path
+    for path in (os.path.join(name, '.saved', filename), os.path.join(name, filename)): # .saved: a kill left it there
+        if os.path.exists(path):
+            return path
     if absent_ok:
         return None
-    fail(f"{path}: No such file or directory; wanted a checkpoint folder with config.json and model.safetensors, or a "
-         f"model on the hub: {', '.join(HUB_NAMES)} or OWNER/NAME (with no folder OWNER here)")
+    fail(f"{path}: No such file or directory; wanted a checkpoint folder, or {', '.join(HUB_NAMES)} or OWNER/NAME")
 
 # ---- reading ----------------------------------------------------------------------------------------------------
 

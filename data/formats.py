@@ -8,9 +8,9 @@ common/tokens.py. Keys that nobody looked at are counted by data/prepare_common.
 import re
 from os.path import commonprefix
 
-from common.records import check_record, is_number
-from data.prepare_common import (Item, as_prompt, clean, conversation, demonstrations, malformed, preference, ranks_of,
-                                 shown)
+from common.records import check_record, is_number, truth
+from data.prepare_common import (Item, as_prompt, clean, conversation, demonstrations, end_of, malformed, preference,
+                                 ranks_of, shown)
 
 ALIASES = {'PROMPT': ('prompt', 'question', 'instruction', 'query'), 'TALK': ('conversations', 'messages'),
            'ANSWER': ('completion', 'response', 'output', 'answer')}
@@ -72,12 +72,28 @@ def before(row, word='PROMPT'):
         question = '\n\n'.join(filter(None, (clean(part or '') for part in parts)))
     return first, to_messages(question, 'user')
 
-def label_of(row):
-    """Return a row's label: True (good), False (bad) or None."""
-    label = row.get('kto_tag') if dict.get(row, 'label') is None else row['label']
-    if label is not None and type(label) is not bool:
-        raise ValueError('label is not true or false')
-    return label
+def label_of(row, category=False):
+    """Return a row's label: True (good), False (bad) or None.
+
+    It may be a word, as in CSV. category: `label` may be any other word, and is then not read.
+    """
+    found = []
+    for key in ('label', 'kto_tag'):
+        label = dict.get(row, key)
+        if isinstance(label, str):
+            label = truth(label)
+        if label is None or category and key == 'label' and isinstance(label, str):
+            continue
+        if type(label) is not bool:
+            raise ValueError('label is not true or false')
+        found.append(truth(row[key]))
+    return all(found) if found else None
+
+def with_end(messages, row):
+    """Copy a row's `ended` into the answer that comes last."""
+    if messages and messages[-1]['role'] == 'assistant':
+        messages[-1].update(end_of(row))
+    return messages
 
 def judged(prompt, answers, label):
     """Turn demonstrations of answers into an Item. A bad answer is none; a label makes an unpaired record."""
@@ -87,11 +103,11 @@ def judged(prompt, answers, label):
     if len(answers) != 1:
         raise ValueError('label judges several answers, or none')
     records |= {'unpaired': [answers[0] | {'label': label}], 'demonstrations': answers if label else []}
-    return Item(prompt, records, judged=(answers[0]['response'], label))
+    return Item(prompt, records, judged=(answers[0]['response'], label, answers[0].get('ended', True)))
 
 def compared(chosen, rejected, **more):
     """Turn two whole conversations into an Item."""
-    if chosen == rejected:
+    if chosen == rejected and more.get('ended') not in ([True, False], [False, True]):
         raise ValueError('chosen equals rejected')
     if len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
         raise ValueError('chosen and rejected differ in more than their last turn')
@@ -125,13 +141,13 @@ def chosen_rejected(row):
         question, answers = to_messages(shared[:n], 'user'), [answer[n:] for answer in answers]
     whole = [to_messages(answer, 'assistant') for answer in answers]
     whole = [first + (m if not question or m and m[0]['role'] != 'assistant' else question + m) for m in whole]
-    return compared(*whole, **({} if row.get('margin') is None else {'margin': row['margin']}))
+    return compared(*whole, **({} if row.get('margin') is None else {'margin': row['margin']}), **end_of(row))
 
 def rejected_response(row):
     """Read an answer, or a conversation, and the answer that was rejected."""
     chosen = (sum(before(row, 'TALK'), []) if find(row, 'TALK') else
               sum(before(row), []) + to_messages(row[find(row, 'ANSWER')], 'assistant'))
-    return compared(chosen, chosen[:-1] + to_messages(row['rejected_response'], 'assistant'))
+    return compared(chosen, chosen[:-1] + to_messages(row['rejected_response'], 'assistant'), **end_of(row))
 
 def pku_safe_rlhf(row):
     """Read two answers. The more helpful one is chosen, where it is the safer one too."""
@@ -155,7 +171,7 @@ def ranking(row):
     prompt, responses, scores = as_prompt(sum(before(row), [])), row['responses'], row.get('scores')
     if not isinstance(responses, list) or len(responses) < 2:
         raise malformed('`responses` to be two texts or more')
-    record = {'prompt': prompt, 'responses': [one_answer(text) for text in responses]}
+    record = {'prompt': prompt, 'responses': [one_answer(text) for text in responses]} | end_of(row)
     if scores is not None:
         if not isinstance(scores, list) or len(scores) != len(responses) or not all(map(is_number, scores)):
             raise malformed('`scores` to be numbers, one a response')
@@ -164,7 +180,10 @@ def ranking(row):
     check_record(record, 'rankings')
     if len(set(record['ranks'])) == 1:
         raise ValueError('all answers tie')
-    best = {'prompt': prompt, 'response': record['responses'][record['ranks'].index(min(record['ranks']))]}
+    i = record['ranks'].index(min(record['ranks']))
+    best = {'prompt': prompt, 'response': record['responses'][i]}
+    if 'ended' in record:
+        best['ended'] = record['ended'][i]
     return Item(prompt, {'rankings': [record], 'demonstrations': [best], 'prompts': [{'prompt': prompt}]})
 
 def helpsteer(row):
@@ -172,14 +191,15 @@ def helpsteer(row):
     if not is_number(row['helpfulness']):
         raise malformed('`helpfulness` to be a number')
     prompt, answer = as_prompt(sum(before(row), [])), one_answer(row['response'])
-    demonstration = {'prompt': prompt, 'response': answer}
+    demonstration = {'prompt': prompt, 'response': answer} | end_of(row)
     check_record(demonstration, 'demonstrations')
     good = [demonstration] * (row['helpfulness'] >= 3)
-    return Item(prompt, {'demonstrations': good, 'prompts': [{'prompt': prompt}]}, judged=(answer, row['helpfulness']))
+    return Item(prompt, {'demonstrations': good, 'prompts': [{'prompt': prompt}]},
+                judged=(answer, row['helpfulness'], demonstration.get('ended', True)))
 
 def completion(row):
     """Read an answer, or messages of which every answer is learnt; a label may say that it is bad."""
-    messages, answer = sum(before(row), []), to_messages(row[find(row, 'ANSWER')], 'assistant')
+    messages, answer = sum(before(row), []), with_end(to_messages(row[find(row, 'ANSWER')], 'assistant'), row)
     answers = demonstrations(messages + answer, len(messages))
     if not answers:
         raise ValueError('completion without an answer')
@@ -187,8 +207,7 @@ def completion(row):
 
 def talk(row):
     """Read a conversation of which every answer is learnt; a label judges its last answer."""
-    messages = sum(before(row, 'TALK'), [])
-    label = None if isinstance(dict.get(row, 'label'), str) else label_of(row) # a category, not read
+    messages, label = with_end(sum(before(row, 'TALK'), []), row), label_of(row, category=True)
     if label is None:
         return conversation(messages)
     if len(messages) < 2 or messages[-1]['role'] != 'assistant':

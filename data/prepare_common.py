@@ -25,7 +25,7 @@ from common.weights import fetch_from_hub
 
 KINDS = ('text', 'demonstrations', 'comparisons', 'rankings', 'unpaired', 'prompts')
 ENDINGS = ('.jsonl', '.jsonl.gz', '.json', '.json.gz', '.csv', '.csv.gz', '.parquet')
-NOT_TEXT = ('label', 'labels', 'kto_tag', 'margin', 'preference', 'score_0', 'score_1', 'scores', 'ranks',
+NOT_TEXT = ('label', 'labels', 'kto_tag', 'margin', 'preference', 'score_0', 'score_1', 'scores', 'ranks', 'ended',
             'helpfulness', 'better_response_id', 'safer_response_id') # columns of CSV that hold Python or JSON values
 
 @dataclass
@@ -35,7 +35,7 @@ class Item:
     records: dict # kind -> list of records
     cut: tuple = () # why parts of the row were dropped, one reason a part
     place: str = '' # FILE:LINE, set by `read`
-    judged: tuple = () # an answer and how good it is: a prompt's answers make a ranking
+    judged: tuple = () # an answer, how good it is, whether it ended: a prompt's answers make a ranking
 
 @dataclass
 class PrepareOptions:
@@ -175,7 +175,7 @@ def read_rows(path, reasons=None):
     for place, row in places:
         try:
             row = parse(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if reasons is not None:
                 reasons[place] = error
             row = None
@@ -234,12 +234,20 @@ def as_prompt(messages):
 def preference(messages, chosen, rejected, **more):
     """Turn messages and two answers into an Item: comparison, demonstration, prompt."""
     prompt = as_prompt(messages)
-    return Item(prompt, {'comparisons': [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | more],
-                         'demonstrations': [{'prompt': prompt, 'response': chosen}], 'prompts': [{'prompt': prompt}]})
+    pair = {'prompt': prompt, 'chosen': chosen, 'rejected': rejected} | more
+    best = {'prompt': prompt, 'response': chosen}
+    if 'ended' in more:
+        check_record(pair, 'comparisons')
+        best['ended'] = more['ended'][0]
+    return Item(prompt, {'comparisons': [pair], 'demonstrations': [best], 'prompts': [{'prompt': prompt}]})
+
+def end_of(answer):
+    """Return {'ended': …} of a message or a row, {} where it says nothing."""
+    return {} if answer.get('ended') is None else {'ended': answer['ended']}
 
 def demonstrations(messages, start=0):
     """Return a demonstration of each answer from `start` on; one of `weight` 0 has none."""
-    return [{'prompt': as_prompt(messages[:i]), 'response': m['content']} for i, m in enumerate(messages)
+    return [{'prompt': as_prompt(messages[:i]), 'response': m['content']} | end_of(m) for i, m in enumerate(messages)
             if i >= start and m['role'] == 'assistant' and 'weight' not in m]
 
 def conversation(messages):
@@ -262,7 +270,7 @@ def conversation(messages):
             m['content'].strip() for m in messages):
         raise ValueError('turns do not alternate, or one is empty')
     prompt, silent = as_prompt(system + turns[:-1]), sum(m['role'] == 'assistant' and 'weight' in m for m in turns)
-    answers = [{'messages': system + turns}]
+    answers = [{'messages': as_prompt(system + turns)} | end_of(turns[-1])]
     if silent or isinstance(prompt, str):
         answers = demonstrations(system + turns)
     cut += ['an answer of weight 0'] * silent
@@ -280,10 +288,11 @@ def rank_judged(items):
         if item.judged:
             groups[str(item.group)].append(item)
     for group in groups.values():
-        answers, scores = zip(*(item.judged for item in group))
+        answers, scores, ended = zip(*(item.judged for item in group))
         if len(set(scores)) > 1:
             group[0].records['rankings'] = [
-                {'prompt': group[0].group, 'responses': list(answers), 'ranks': ranks_of(scores)}]
+                {'prompt': group[0].group, 'responses': list(answers), 'ranks': ranks_of(scores)}
+                | ({} if all(ended) else {'ended': list(ended)})]
     return items
 
 def n_user_turns(record):

@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from itertools import permutations
 from pathlib import Path
 
@@ -155,6 +155,19 @@ def read_verdict(reply):
     match = re.fullmatch(r'\W*(?:verdict\W+|answer\W+)?(A|B|TIE)\W*', lines[-1] if lines else '', re.IGNORECASE)
     return dict(A=1.0, B=0.0, TIE=0.5)[match[1].upper()] if match else None
 
+def settle(future, work, *args):
+    """Put what work(*args) returns, or raises, into a Future."""
+    try:
+        future.set_result(work(*args))
+    except BaseException as e:
+        future.set_exception(e)
+
+def in_thread(work, *args):
+    """Return the Future of work(*args). Its thread keeps no program from ending."""
+    future = Future()
+    threading.Thread(target=settle, args=(future, work, *args), daemon=True).start()
+    return future
+
 class ApiJudge(Judge):
     """Ask a server that speaks the OpenAI chat API at judge_url; its key stands in the environment's JUDGE_API_KEY.
 
@@ -163,8 +176,8 @@ class ApiJudge(Judge):
     pause = 1.0 # seconds before the second try; doubles from then on, up to a minute
     longest = 10**6 # bytes of a reply
 
-    def __init__(self, cfg):
-        super().__init__(cfg)
+    def __init__(self, cfg, run=None):
+        super().__init__(cfg, run)
         self.url = cfg.judge_url.rstrip('/') + '/chat/completions'
         self.key = os.environ.get('JUDGE_API_KEY', '').strip()
         if not (self.key.isascii() and self.key.isprintable()):
@@ -176,16 +189,29 @@ class ApiJudge(Judge):
         self.requests = self.retries = 0
         proxies = [urllib.request.ProxyHandler({})] * (parts.hostname in LOCAL) # or it would see the key
         self.opener = urllib.request.build_opener(NoRedirect, *proxies)
-        self.pool, self.lock, self.closed = ThreadPoolExecutor(cfg.judge_requests), threading.Lock(), threading.Event()
+        self.lock, self.closed = threading.Lock(), threading.Event()
 
     def ask(self, questions):
-        return {q: self.pool.submit(self.reply, q) for q in questions}
+        asked = {q: Future() for q in questions}
+        todo = iter(list(asked.items())) # the threads take turns
+        for _ in range(min(self.cfg.judge_requests, len(asked))):
+            in_thread(self.work, todo)
+        return asked
+
+    def work(self, todo):
+        for question, future in todo:
+            if self.closed.is_set():
+                break
+            settle(future, self.reply, question)
 
     def verdict(self, question):
+        while not wait([self.asked[question]], timeout=0.2).done: # a Ctrl-C wakes nobody who waits
+            if self.run.interrupted:
+                raise KeyboardInterrupt(self.run.interrupted)
         return read_verdict(self.asked[question].result())
 
     def reply(self, question):
-        """Return the judge's reply, from the cache or from the server. Runs in the pool's threads."""
+        """Return the judge's reply, from the cache or from the server. Runs in several threads."""
         body = json.dumps(dict(model=self.cfg.judge_model, messages=[dict(role='user', content=question)],
                                temperature=0, max_tokens=self.cfg.judge_tokens)).encode()
         key = hashlib.sha256(self.url.encode() + b'\n' + body).hexdigest()
@@ -208,24 +234,32 @@ class ApiJudge(Judge):
         """Return what a server says as it may be printed."""
         return visible(' '.join(self.hide(text).split()))[:300]
 
-    def request(self, body):
+    def fetch(self, body):
+        """Send a request once and return the bytes of its reply. A server that drips them makes this endless."""
         headers = {'Content-Type': 'application/json'} | ({'Authorization': f'Bearer {self.key}'} if self.key else {})
+        try:
+            request = urllib.request.Request(self.url, body, headers)
+            with self.opener.open(request, timeout=self.cfg.judge_timeout) as answer:
+                return answer.read(self.longest + 1)
+        except urllib.error.HTTPError as e:
+            if e.code == 429 or e.code >= 500:
+                raise
+            problem = f"HTTP {e.code} {e.reason}"
+            with contextlib.suppress(OSError, http.client.HTTPException): # its reasons may not come through
+                problem += ': ' + e.read(10_000).decode(errors='replace')
+            raise JudgeError(self.one_line(problem), 2)
+
+    def request(self, body):
         for attempt in range(self.cfg.judge_tries):
             pause = self.pause * 2**attempt * random.uniform(0.5, 1.5)
             try:
-                request = urllib.request.Request(self.url, body, headers)
-                with self.opener.open(request, timeout=self.cfg.judge_timeout) as answer:
-                    reply = answer.read(self.longest + 1)
+                reply = in_thread(self.fetch, body).result(10 * self.cfg.judge_timeout)
                 if len(reply) > self.longest:
                     raise JudgeError(f"a reply of more than {self.longest:,} bytes", 1)
                 text = json.loads(reply)['choices'][0]['message']['content']
                 return self.hide((text or '').encode(errors='replace').decode()) # half a surrogate pair is not stored
             except urllib.error.HTTPError as e:
                 problem = f"HTTP {e.code} {e.reason}"
-                if e.code != 429 and e.code < 500:
-                    with contextlib.suppress(OSError, http.client.HTTPException): # its reasons may not come through
-                        problem += ': ' + e.read(10_000).decode(errors='replace')
-                    raise JudgeError(self.one_line(problem), 2)
                 seconds = e.headers.get('Retry-After', '')
                 pause = max(pause, float(seconds) if seconds.isdecimal() else 0.0)
             except (OSError, http.client.HTTPException) as e:
@@ -244,7 +278,6 @@ class ApiJudge(Judge):
 
     def close(self):
         self.closed.set() # nobody waits any longer
-        self.pool.shutdown(cancel_futures=True)
         return super().close() + f"; {self.requests} requests answered, {self.retries} failed and tried again"
 
 def read_cache(path):

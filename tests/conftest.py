@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -5,6 +6,10 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)] # the repository's root, and `tiny` for tests in folders below
 
 import pytest
+
+for number in (signal.SIGINT, getattr(signal, 'SIGHUP', None)): # a shell's background job, or nohup, ignores them
+    if number and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 from tiny import RANKINGS, checkpoint, records
 

@@ -42,8 +42,17 @@ def begin(script, options, ranks):
             for r in range(ranks)]
 
 def end(processes, within=300):
-    """Wait for all of them; return the exit codes and what they said."""
-    said = [process.communicate(timeout=within)[1] for process in processes]
+    """Wait for all of them; return the exit codes and what they said.
+
+    Who still waits for one that was killed before they had met is killed, as torchrun does.
+    """
+    said = []
+    for process in processes:
+        try:
+            said.append(process.communicate(timeout=within)[1])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said.append(process.communicate()[1])
     return [process.returncode for process in processes], said
 
 def steps_of(folder):
@@ -79,7 +88,7 @@ def main():
             wait_for_step(processes, out, step)
             time.sleep(rng.random() * 0.05)
             processes[victim].send_signal(number)
-            codes, _ = end(processes)
+            codes, _ = end(processes, within=60)
             at, saved = steps_of(out), os.path.exists(os.path.join(out, 'state.pt'))
             again, said = end(begin(script, options | dict(out_dir=out, resume='auto'), ranks))
             same = again == [0] * ranks and (losses(read_log(os.path.join(out, 'log.jsonl'))), weights(out)) == whole[

@@ -3,6 +3,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -267,6 +268,46 @@ def test_resume_auto_goes_on_or_starts(tmp_path, given, monkeypatch):
     run(collect, out=out, resume='auto', **given)
     with open(whole, 'rb') as a, open(out, 'rb') as b:
         assert a.read() == b.read()
+
+def test_one_partial_holds_no_two_kinds_of_rows(tmp_path, given, monkeypatch, capsys):
+    """What shapes the rows stays the same, wherever a model lies. Older versions did not write it down."""
+    at = lambda name: str(tmp_path / name)
+    given |= dict(annotator='reward_model', reward_model=checkpoint(at('reward'), reward_head=True), out=at('r.jsonl'))
+    with monkeypatch.context() as m:
+        interrupted(m, 2)
+        assert launch(m, collect, **given) == 130
+    with open(at('r.jsonl.partial'), 'rb') as f:
+        before = f.read()
+    numbered = [row | dict(number='x') for row in read_records(given['prompts'], 'prompts')]
+    for change in (dict(seed=5), dict(n_answers=4), dict(max_new_tokens=4), dict(temperature=0.5), dict(tie=1.0),
+                   dict(rows=2), dict(repeat=0.3), dict(keep='best'), dict(annotator='simulated', reward_model=''),
+                   dict(policy=checkpoint(at('other'), seed=3)), dict(prompts=records(at('other.jsonl'), numbered)),
+                   dict(reward_model=checkpoint(at('other_reward'), seed=3, reward_head=True))):
+        said = stops(capsys, collect, resume=True, **given | change)
+        assert said.startswith(f"--{(*change,)[0]}={(*change.values(),)[0]}: {at('r.jsonl.partial')} began with "), said
+    with open(at('r.jsonl.partial'), 'rb') as f:
+        assert f.read() == before
+    shutil.copytree(given['policy'], at('moved'))
+    shutil.copytree(tmp_path, at('old'))
+    capsys.readouterr()
+    run(collect, resume=True, **given | dict(policy=at('moved'), max_prompts=8))
+    assert 'older' not in capsys.readouterr().out and not os.path.exists(at('r.jsonl.partial.json'))
+    os.remove(at('old/r.jsonl.partial.json'))
+    run(collect, resume=True, **given | dict(out=at('old/r.jsonl')))
+    assert 'r.jsonl.partial: of an older version, its options' in capsys.readouterr().out
+
+def test_a_partial_can_be_merged_where_all_is_ranked_once(tmp_path, given, monkeypatch, capsys):
+    said = [[*f' {letter}'.encode(), 256] for letter in 'abc']
+    monkeypatch.setattr(collect, 'sample_answers', lambda model, prompts, *a: (said * (len(prompts) // 3), []))
+    for name, options in dict(a={}, b=dict(seed=2), c=dict(repeat=0.4)).items():
+        with monkeypatch.context() as m:
+            interrupted(m, 2)
+            assert launch(m, collect, out=str(tmp_path / name), **given | options) == 130
+        assert ('read it as it is' in capsys.readouterr().out) == (name != 'c')
+    run(collect, merge=f"{tmp_path}/a.partial,{tmp_path}/b.partial", out=str(tmp_path / 'both.jsonl'))
+    assert [row['raters'] for row in read_records(tmp_path / 'both.jsonl', 'rankings')] == [2] * 6
+    run(collect, out=str(tmp_path / 'a'), resume=True, max_prompts=6, **given) # nothing more is asked
+    assert len(read_records(tmp_path / 'a', 'rankings')) == 6
 
 def test_an_empty_partial_does_not_block(tmp_path, given):
     out = str(tmp_path / 'r.jsonl')

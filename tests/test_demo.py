@@ -241,6 +241,7 @@ def test_a_stage_that_is_made_anew_does_not_resume_its_older_run(cfg, monkeypatc
     fake = Fake(monkeypatch, cfg)
     demo.main(cfg)
     Path('out/two/ppo/state.pt').touch()
+    os.utime('out/two/ppo/state.pt', (1e9, 1e9))
     os.remove('out/two/reward/model.safetensors')
     fake.fail_at = 'ppo'
     monkeypatch.setattr(Path, 'touch', lambda self: None) # nothing is saved
@@ -249,6 +250,7 @@ def test_a_stage_that_is_made_anew_does_not_resume_its_older_run(cfg, monkeypatc
     fake.fail_at = None
     demo.main(cfg)
     assert [c[-1] for c in fake.commands if c[1] == 'ppo.py'] == ['--overwrite=True'] * 3
+    assert os.path.exists('out/two/ppo/state.pt') # it may be that of a run started by hand
 
 def test_what_stands_on_a_changed_stage_is_made_anew(cfg, monkeypatch):
     fake = Fake(monkeypatch, cfg)

@@ -1,4 +1,6 @@
 """dpo.py: the losses and the logged pair metrics by hand, pairs, the reference. test_stages.py has the rest."""
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import dpo
 from common.batches import Row
 from dpo import dpo_loss, hinge_loss, ipo_loss, orpo_loss, pair_loss, reference_logp, simpo_loss
 from model import GPT
-from tiny import COMPARISONS, by_hand, records, run
+from tiny import COMPARISONS, by_hand, has_checkpoint, launch, records, run
 
 def T(values):
     return torch.tensor(values, requires_grad=True)
@@ -221,3 +223,17 @@ def test_the_reference_reads_only_the_rows_that_are_trained_on(tmp_path, sft_mod
     run(dpo, init_from=sft_model, train_data=data, out_dir=str(tmp_path / 'out'), max_steps=1, batch_size=2)
     assert sum(read) == 2 + 2 # once by the reference, once by the policy; the file has more
     assert read.count(2) == 2 and len(open(data).readlines()) > 2
+
+def test_a_signal_ends_the_reference_at_once(tmp_path, sft_model, data, monkeypatch):
+    """There is nothing to save yet, and a large file takes long."""
+    read, answers = [], GPT.answers
+
+    def reading(self, batch):
+        read.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return answers(self, batch)
+
+    monkeypatch.setattr(GPT, 'answers', reading)
+    assert launch(monkeypatch, dpo, init_from=sft_model, train_data=data, out_dir=str(tmp_path / 'out'),
+                  batch_size=2) == 143
+    assert len(read) == 1 and not has_checkpoint(str(tmp_path / 'out'))

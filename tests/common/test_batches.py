@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common.batches import (Batches, Demonstrations, Row, Windows, by_length, collate, collate_answers,
-                            encode_demonstrations, encode_prompts, encode_rankings, encode_text, load_training_set, pad,
-                            split, split_by_tokens, to_table, truncate)
+                            encode_demonstrations, encode_prompts, encode_rankings, encode_text, hold_out,
+                            load_training_set, pad, split, split_by_tokens, to_table, truncate)
 from common.records import write_records
 from tiny import PROMPT_HI, RESPONSE_YO, TOK, assistant, exits, user
 
@@ -224,6 +224,25 @@ def test_a_prompt_is_never_on_both_sides(tmp_path, record):
         found.append([{first(ids) for ids, _ in part.rows} for part in (train, val)])
         assert [len(part.rows) for part in (train, val)] == [45, 15]
     assert found[0] == found[1] and len(found[0][1]) == 5 and not found[0][0] & found[0][1]
+
+def test_a_first_question_is_never_on_both_sides():
+    """However a row spells it, and wherever in the conversation the answer stands."""
+    rows, places = [], []
+    for q in map(str, range(20)):
+        talk = [user(q), assistant("a"), user("more"), assistant("b")]
+        same = [dict(prompt=q, response="a"), dict(prompt=talk[:1], response="a"), dict(prompt=talk[:3], response="b"),
+                dict(messages=talk), dict(messages=talk, prompt="another", text="one for all"),
+                dict(prompt=MESSAGES("one for all", q), response="a")]
+        rows, places = rows + same, places + [q] * len(same)
+    train, val = hold_out(rows, 0.25)
+    assert [len(train), len(val)] == [90, 30]
+    question = lambda part: {q for row, q in zip(rows, places) if row in part}
+    assert len(question(val)) == 5 and not question(train) & question(val)
+
+def test_texts_are_held_out_by_their_text():
+    """Whatever other keys they have."""
+    rows = [dict(text=c, messages=None, prompt="one for all") for c in "abcdefgh"]
+    assert [len(part) for part in hold_out(rows, 0.25)] == [6, 2]
 
 def test_training_set_of_demonstrations(tmp_path, capsys):
     path = tmp_path / "demonstrations.jsonl"

@@ -16,7 +16,7 @@ from common.run import Run, start, stop
 from common.tokens import load_tokenizer
 from common.training import make_optimizer, optimizer_step
 from model import GPT, GPTConfig
-from tiny import ROOT, RUN, TOK, Config, checkpoint, one_line, records
+from tiny import ROOT, RUN, TOK, Config, checkpoint, in_processes, one_line, records
 
 def tiny(seed=0, n_embd=8):
     torch.manual_seed(seed)
@@ -343,6 +343,59 @@ def test_one_run_a_folder(tmp_path, capsys):
     prepare_out_dir(RUN, config(tmp_path)) # its own lock stops nobody
     assert os.path.realpath(tmp_path / '.lock') in LOCKS
 
+def test_a_folder_that_another_run_made_anew(tmp_path, capsys):
+    """The first run's folder was removed, its lock with it."""
+    pytest.importorskip('fcntl', reason="Windows has no such locks")
+    cfg = config(tmp_path / 'out')
+    prepare_out_dir(RUN, cfg)
+    shutil.rmtree(tmp_path / 'out')
+    os.makedirs(tmp_path / 'out')
+    import fcntl
+    with open(tmp_path / 'out/.lock', 'w') as other: # as another process holds it
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert 'another process is writing here' in one_line(capsys, lambda: log(RUN, cfg, 1, loss=1.0))
+    log(RUN, cfg, 1, loss=1.0)
+
+def test_what_a_kill_left_half_moved_is_read_as_one(tmp_path, monkeypatch):
+    """By whoever loads it, before any run completes it."""
+    save_step(tmp_path, 1)
+    replace, moved = os.replace, []
+
+    def once(old, new):
+        if moved and '.saved' in old:
+            raise KeyboardInterrupt
+        moved.extend([new] * ('.saved' in old))
+        replace(old, new)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', once)
+        with pytest.raises(KeyboardInterrupt):
+            save_step(tmp_path, 2)
+    assert len(moved) == 1 and load_policy(str(tmp_path)).wte.weight[0, 0].item() == 2.0
+
+@pytest.mark.parametrize('key, value', [
+    ('files', None), ('files', []), ('files', {}), ('inputs', None), ('inputs', [])])
+def test_options_of_an_odd_shape(tmp_path, capsys, key, value):
+    save_step(tmp_path, 1)
+    about = json.loads((tmp_path / 'options.json').read_text())
+    (tmp_path / 'options.json').write_text(json.dumps(about | {key: value, 'options': None}))
+    assert 'options.json: wanted `files` and `inputs`' in one_line(capsys, lambda: loaded_step(tmp_path))
+    load_policy(str(tmp_path)) # only resuming needs them
+
+def save_onto_a_file(folder):
+    cfg = config(os.path.join(folder, 'out'))
+    run = start(cfg)
+    prepare_out_dir(run, cfg)
+    if run.is_master:
+        shutil.rmtree(cfg.out_dir)
+        open(cfg.out_dir, 'w').close()
+    save_checkpoint(run, cfg, tiny(), TOK, 1, {})
+
+def test_a_save_that_fails_ends_all_processes(tmp_path, capfd):
+    assert in_processes(2, save_onto_a_file, str(tmp_path)) == [1, 1]
+    err = capfd.readouterr().err
+    assert err.count('error: ') == 1 and 'could not be written' in err and 'Traceback' not in err
+
 def test_resume_auto_goes_on_or_starts(tmp_path):
     cfg = config(tmp_path, resume='auto')
     prepare_out_dir(RUN, cfg)
@@ -370,6 +423,7 @@ def test_resuming_with_other_inputs(tmp_path, capsys):
     assert '--' not in resume() and '--' not in resume(init_from=str(moved))
     assert one_line(capsys, lambda: resume(init_from=other)) == (
         f"--init_from={other}: is not what the run in {tmp_path}/out began with; wanted the same model")
+    assert '--tokenizer=bytes: is not what the run in' in one_line(capsys, lambda: resume(tokenizer='bytes'))
     records(tmp_path / 'a.jsonl', [dict(text='b')])
     assert f"--train_data={data}: is not what the run in {tmp_path}/out began with; going on" in resume()
 
@@ -397,6 +451,12 @@ def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
     assert [(line['step'], line['loss'], line['lr']) for line in lines] == [(1, 0.5, 1e-5), (2, 1.0, 1e-5)]
     log(RUN, cfg, 3, loss=9.0)
     assert json.loads(open(tmp_path / 'log.jsonl').read().splitlines()[2])['loss'] == 9.0
+
+def test_resuming_says_which_options_changed(tmp_path, capsys):
+    save_step(tmp_path, 1)
+    capsys.readouterr()
+    load_checkpoint(RUN, config(tmp_path, resume=True, lr=0.5), tiny(), {'adam': make_optimizer(tiny(), Config())})
+    assert capsys.readouterr().out.splitlines()[0] == '--lr: 8.0 before, 0.5 from here on'
 
 def test_resuming_with_other_options(tmp_path):
     """What the optimizer is told is what this run's options say; what it has learnt stays."""

@@ -56,6 +56,10 @@ def test_what_people_type(args, key, value):
     got = getattr(parse_config(Config, args.split()), key)
     assert got == value and type(got) is type(value)
 
+def test_resume_and_overwrite_do_not_go_together(capsys):
+    assert '--overwrite: overwrite must be False with resume' in one_line(
+        capsys, lambda: parse_config(Config, ['--overwrite', '--resume=auto'])).replace('=True', '')
+
 def test_a_switch_takes_no_config_file(tmp_path):
     (tmp_path / 'a.py').write_text("seed = 4\n")
     cfg = parse_config(Config, ['--resume', str(tmp_path / 'a.py')])

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from common.records import (goodness, is_text_file, read_preferences, read_ranked, read_records, read_unpaired,
-                            write_atomic, write_records)
+from common.records import (goodness, is_text_file, read_json, read_preferences, read_ranked, read_records,
+                            read_unpaired, write_atomic, write_records)
 from tiny import assistant, exits, one_line, user
 
 def test_write_atomic(tmp_path):
@@ -86,6 +86,10 @@ def bad(kind, **changes):
     # what is not to be learnt
     bad("demonstrations", label=False) + ("wanted demonstrations, got a bad answer (`label` is false); kto.py",),
     bad("demonstrations", messages=[user("a"), assistant("b")], label=False) + ("kto.py learns from those",),
+    *[bad("demonstrations", **row, **{key: label}) + (f"a bad answer (`{key}` is {json.dumps(label)})",)
+      for row in ({}, {"messages": [user("a"), assistant("b")]}) for key in ("label", "kto_tag")
+      for label in (False, 0, 0.0, "false", "False", "0")],
+    bad("demonstrations", messages=[user("a"), assistant("b")], ended="false") + ("`ended` to be true or false",),
     bad("demonstrations", messages=[user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d")]) + (
         "wanted no `weight` of 0 in `messages`",),
 ])
@@ -94,6 +98,17 @@ def test_bad_row_is_named_by_file_and_line(tmp_path, capsys, kind, line, wish):
     path.write_bytes(json.dumps(GOOD[kind]).encode() + b"\n\n" + line + b"\n") # the empty line counts as a line
     exits(capsys, f"{path}:3: wanted", read_records, path, kind)
     exits(capsys, wish, read_records, path, kind)
+
+def test_good_answers_are_demonstrations(tmp_path):
+    """Labels of another sense are extra keys."""
+    rows = [GOOD["demonstrations"] | {"label": x} for x in (True, 1, "true", "1", "greeting", 2, None, [0])]
+    write_records(tmp_path / "rows.jsonl", rows)
+    assert read_records(tmp_path / "rows.jsonl", "demonstrations") == rows
+
+def test_json_that_is_nested_too_deeply(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    assert one_line(capsys, lambda: read_json(tmp_path / "config.json")).startswith(
+        f"{tmp_path / 'config.json'}: not JSON (")
 
 def test_files_that_cannot_be_read(tmp_path, capsys):
     exits(capsys, f"{tmp_path / 'no.jsonl'}: no such file", read_records, tmp_path / "no.jsonl", "prompts")

@@ -110,8 +110,8 @@ def test_unknown_tokenizers(tmp_path, capsys):
 
 def test_a_missing_checkpoint_is_not_a_tokenizers_fault(tmp_path, capsys):
     line = one_line(capsys, lambda: load_tokenizer("out/nowhere", "policy"))
-    assert line == ("--policy=out/nowhere: no such folder, and no model on the hub (OWNER/NAME, with no folder OWNER "
-                    "here); wanted a checkpoint made by an earlier stage, such as sft.py")
+    assert line.startswith("--policy=out/nowhere: no such folder; wanted a checkpoint, which an earlier stage such as "
+                           "sft.py makes, or a model on the hub (gpt2, ")
     for name in ("bytes", str(tmp_path / "own.tiktoken")): # tokenizers, but no models
         exits(capsys, f"--init_from={name}: no such folder", load_tokenizer, name, "init_from")
     line = one_line(capsys, lambda: load_tokenizer(tmp_path, "reward_model")) # a run that never saved
@@ -225,6 +225,15 @@ def test_dialogue_multi_turn():
     # the same conversation as a prompt of messages: only the last answer is learnt, and the ids are the same
     ids2, mask2 = dialogue(TOK, {"prompt": messages[:3], "response": "de"})
     assert ids2 == ids and mask2 == [0] * 58 + [1] * 4
+
+def test_dialogue_that_was_cut_off():
+    """Of `messages` the last answer alone has no end; the ids are those of the prompt and the response."""
+    messages = [user("a"), assistant("b"), user("c"), assistant("de")]
+    ids, mask = dialogue(TOK, {"messages": messages, "ended": False})
+    assert [i for i, m in zip(ids, mask) if m] == [32, 98, 256, 32, 100, 101]
+    assert ids == dialogue(TOK, {"prompt": messages[:3], "response": "de", "ended": False})[0]
+    whole = dialogue(TOK, {"messages": messages, "ended": True})
+    assert whole == (ids + [256], mask + [1]) == dialogue(TOK, {"messages": messages})
 
 def test_dialogue_with_system_or_assistant_first():
     ids, mask = dialogue(TOK, {"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b")]})

@@ -367,7 +367,7 @@ def test_a_model_larger_than_the_machine_is_told_in_one_line(tmp_path, capsys, s
 
 def test_a_missing_folder_is_told_in_one_line(tmp_path, capsys):
     line = one_line(capsys, lambda: load_policy(str(tmp_path / 'nowhere')))
-    assert str(tmp_path / 'nowhere') in line and 'No such file or directory' in line
+    assert str(tmp_path / 'nowhere') in line and 'no such folder' in line
 
 def test_the_wrong_kind_of_model_is_told_in_one_line(tmp_path, capsys):
     policy, reward = formula_folder(tmp_path / 'a'), formula_folder(tmp_path / 'b', reward=True)

@@ -26,6 +26,9 @@ def pair(prompt, chosen, rejected, **more):
 def answered(prompt, *responses):
     return {'demonstrations': [dict(prompt=prompt, response=r) for r in responses], 'prompts': [dict(prompt=prompt)]}
 
+def cut_off(prompt, response):
+    return {'demonstrations': [dict(prompt=prompt, response=response, ended=False)], 'prompts': [dict(prompt=prompt)]}
+
 PARIS = dict(chosen='The capital is Paris', rejected='The capital is Rome')
 TOLD = dict(system='Be kind.', history=[['a', 'b']])
 BEFORE = [system('Be kind.'), user('a'), assistant('b'), user('q')]
@@ -66,6 +69,33 @@ CASES = [
     (dict(instruction='q', output='x', kto_tag=False),
      answered('q') | {'unpaired': [dict(prompt='q', response='x', label=False)]}),
     (dict(messages=[user('q'), assistant('x')], label='greeting'), answered('q', 'x')), # a category
+    *[(row | {key: word}, (answered('q', 'x') if good else answered('q')) | {
+        'unpaired': [dict(prompt='q', response='x', label=good)]})
+      for row in (dict(messages=[user('q'), assistant('x')]), dict(prompt='q', completion='x'))
+      for key in ('label', 'kto_tag')
+      for word, good in (('false', False), ('FALSE', False), ('0', False), ('true', True), ('1', True))],
+    (dict(messages=[user('q'), assistant('x')], label='greeting', kto_tag=False),
+     answered('q') | {'unpaired': [dict(prompt='q', response='x', label=False)]}),
+    # answers that were cut off stay so; a weight of 0 or a later turn does not move this to another answer
+    (RATED | dict(ranks=[2, 1, 0], ended=[True, True, False]), {
+        'rankings': [RATED | dict(ended=[True, True, False], ranks=[2, 1, 0])],
+        'demonstrations': [dict(prompt='q', response='z', ended=False)], 'prompts': [dict(prompt='q')]}),
+    (dict(prompt='q', response='x', ended=False), cut_off('q', 'x')),
+    (dict(prompt='q', response='x', helpfulness=4, ended=False), cut_off('q', 'x')),
+    (dict(messages=[user('q'), assistant('x')], ended=False), cut_off('q', 'x')),
+    (dict(messages=BEFORE + [assistant('x')], ended=False), {
+        'demonstrations': [dict(messages=BEFORE + [assistant('x')], ended=False)], 'prompts': [dict(prompt=BEFORE)]}),
+    (dict(messages=[user('q'), assistant('x'), user('r'), assistant('y') | dict(weight=0)], ended=False),
+     answered('q', 'x') | {'prompts': [dict(prompt=[user('q'), assistant('x'), user('r')])]}),
+    (dict(messages=[user('q'), assistant('x'), user('r')], ended=False), answered('q', 'x')),
+    (dict(prompt='q', response='x', label=True, ended=False), cut_off('q', 'x') | {
+        'unpaired': [dict(prompt='q', response='x', ended=False, label=True)]}),
+    (dict(prompt='q', chosen='x', rejected='y', ended=[False, True]),
+     pair('q', 'x', 'y', ended=[False, True]) | {'demonstrations': cut_off('q', 'x')['demonstrations']}),
+    (dict(prompt='q', chosen='x', rejected='x', ended=[True, False]),
+     pair('q', 'x', 'x', ended=[True, False]) | {'demonstrations': [dict(prompt='q', response='x', ended=True)]}),
+    (dict(prompt='q', response='x', rejected_response='y', ended=[False, True]),
+     pair('q', 'x', 'y', ended=[False, True]) | {'demonstrations': cut_off('q', 'x')['demonstrations']}),
     # an answer of weight 0 is not learnt
     (dict(messages=[user('a'), assistant('b') | dict(weight=0), user('q'), assistant('x') | dict(weight=1)]),
      answered([user('a'), assistant('b'), user('q')], 'x')),
@@ -130,6 +160,8 @@ def test_every_format_has_a_case():
     (dict(messages=[user('q'), assistant('x')], label=0), 'label is not true or false'),
     (dict(prompt='q', completion='x', label=0), 'label is not true or false'),
     (dict(prompt='q', label=False), 'keys of no format'),
+    (dict(prompt='q', chosen='x', rejected='y', ended=True), 'wanted `ended` to be 2 times true or false'),
+    (dict(prompt='q', responses=['x', 'y'], ranks=[0, 1], ended=[True]), 'wanted `ended` to be 2 times true or false'),
 ])
 def test_rows_that_give_nothing(row, reason):
     with pytest.raises(ValueError) as said:
@@ -152,6 +184,16 @@ def test_ratings_of_one_prompt_are_a_ranking(tmp_path):
     assert records(tmp_path / 'out', 'rankings') == [dict(prompt='a', responses=['x', 'y'], ranks=[1, 0])]
     assert records(tmp_path / 'out', 'demonstrations') == [
         dict(prompt=p, response=r) for p, r in (('a', 'y'), ('b', 'x'), ('b', 'y'))]
+
+def test_judged_answers_that_were_cut_off(tmp_path):
+    """In CSV too, where labels and ends are told by their column."""
+    (tmp_path / 'k.csv').write_text('prompt,completion,label,ended\na,x,true,False\na,y,FALSE,\nb,z,True,true\n')
+    run(trl, source=tmp_path / 'k.csv', out_dir=tmp_path / 'out', val_fraction=0.4)
+    cut = dict(prompt='a', response='x', ended=False)
+    assert records(tmp_path / 'out', 'demonstrations') == [cut, dict(prompt='b', response='z', ended=True)]
+    assert records(tmp_path / 'out', 'unpaired')[0] == cut | dict(label=True)
+    assert records(tmp_path / 'out', 'rankings') == [
+        dict(prompt='a', responses=['x', 'y'], ranks=[0, 1], ended=[False, True])]
 
 @pytest.mark.parametrize('script, row', [
     (trl, dict(messages=[user('Q'), assistant('x')])),

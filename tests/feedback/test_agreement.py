@@ -63,7 +63,7 @@ def test_merge(tmp_path, capsys):
         dict(prompt='s', responses=['x', 'y', 'z'], ranks=[1, 0, 0])])
     out = str(tmp_path / 'out.jsonl')
     run(collect, merge=f'{anna},{ben}', out=out)
-    assert 'exists already' in stops(capsys, collect, merge=f'{anna},{anna}', out=out)
+    assert 'exists already' in stops(capsys, collect, merge=f'{anna},{ben}', out=out)
     run(collect, merge=f'{anna},{ben}', out=out, overwrite=True)
     rows = read_records(out, 'rankings')
     assert rows[0] == dict(prompt='p', responses=['x', 'y', 'z'], ranks=[1, 0, 2], annotator='human, ai', raters=2,

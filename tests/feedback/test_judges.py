@@ -3,13 +3,17 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from subprocess import DEVNULL, Popen
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +25,7 @@ from common.tokens import prompt_ids, response_ids
 from feedback import judges
 from feedback.judges import ApiJudge, GPTJudge, Judge, JudgeError, comparison, is_url, read_verdict
 from model import GPT
-from tiny import TOK, by_hand, checkpoint, one_line, records, run, stops
+from tiny import ROOT, TOK, by_hand, checkpoint, one_line, records, run, stops
 
 def test_comparison():
     """An answer that plays the other parts is indented: only the true parts begin a line."""
@@ -133,7 +137,7 @@ def test_read_verdict(reply, p):
     assert read_verdict(reply) == p
 
 class Server:
-    """Serve a chat API on loopback; behave(question, n) gives the n-th reply, a status, or (status, headers)."""
+    """Serve a chat API on loopback; behave(question, n) gives the n-th reply, a status, (status, headers) or pieces."""
 
     def __init__(self, behave, delay=0.0):
         self.bodies, self.headers, self.busy, self.most, lock = [], [], 0, 0, threading.Lock()
@@ -156,6 +160,11 @@ class Server:
                 with lock:
                     outer.busy -= 1
                 if said == 'hang up':
+                    return
+                if hasattr(said, 'send'): # a generator
+                    with suppress(OSError):
+                        for piece in said:
+                            self.wfile.write(piece)
                     return
                 status, headers = said if isinstance(said, tuple) else (said if isinstance(said, int) else 200, {})
                 self.send_response(status, headers.pop('reason', None))
@@ -322,6 +331,46 @@ def test_where_a_key_may_go(told, tmp_path, monkeypatch, capsys, url, ok, plain)
         monkeypatch.setenv('http_proxy', 'http://proxy.example:3128') # which would see it
         proxies = [h.proxies for h in ApiJudge(cfg).opener.handlers if isinstance(h, urllib.request.ProxyHandler)]
         assert ('https' in url.lower()) == any('http' in p for p in proxies)
+
+def dripping(head, seconds=5):
+    yield head
+    end = time.time() + seconds
+    while time.time() < end:
+        time.sleep(0.02)
+        yield b'x'
+
+@pytest.mark.parametrize('head', [b'HTTP/1.0 200 OK\r\nX: ', b'HTTP/1.0 200 OK\r\n\r\n', b'HTTP/1.0 401 No\r\n\r\n'])
+def test_a_server_that_drips_is_asked_again(api, capsys, head):
+    """Headers, a body, and what explains a refusal."""
+    began = time.time()
+    _, rows = api(lambda question, n: dripping(head) if n < 3 else honest(question), judge_timeout=0.1)
+    assert time.time() - began < 4 and [row['ranks'] for row in rows] == [[0, 2, 1]] * 4
+    assert re.search('24 requests answered, [2-9] failed and tried again', capsys.readouterr().out)
+
+def test_a_server_that_drips_lets_the_program_end(tmp_path, told):
+    endless = lambda: dripping(b'HTTP/1.0 200 OK\r\n\r\n', 20)
+    server = Server(lambda question, n: honest(question) if 'Q0' in question else endless())
+    rows = [dict(prompt=f'Q{n}', responses=['good', 'bad'], ranks=[0, 1]) for n in range(2)]
+    options = dict(annotator='ai', answers=records(tmp_path / 'a.jsonl', rows), judge_url=server.url, device='cpu',
+                   judge_model='m', judge_instruction=told, judge_cache='', rows=1)
+    codes, processes = {signal.SIGINT: 130, signal.SIGTERM: 143}, {}
+    for number in codes:
+        command = [f'--{k}={v}' for k, v in dict(options, out=tmp_path / f'{number}.jsonl').items()]
+        processes[number] = Popen([sys.executable, 'collect.py', *command], cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL)
+    try:
+        end = time.time() + 60
+        while len(server.bodies) < 8 and time.time() < end: # two for each prompt, of each process
+            time.sleep(0.02)
+        for number, process in processes.items():
+            process.send_signal(number)
+        for number, process in processes.items():
+            assert process.wait(8) == codes[number]
+            assert len((tmp_path / f'{number}.jsonl.partial').read_text().splitlines()) == 1
+    finally:
+        for process in processes.values():
+            process.kill()
+        server.server.shutdown()
+        server.server.server_close()
 
 def someone_at_nowhere(told, **more):
     return ApiJudge(SimpleNamespace(seed=1, judge_instruction=told, judge_url='https://nowhere.example',
