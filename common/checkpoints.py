@@ -18,7 +18,7 @@ import torch
 
 from common import weights
 from common.options import fail, note
-from common.records import lock, read_json, write_atomic
+from common.records import files_of, lock, read_json, write_atomic
 from common.run import is_spread, spread_like
 from model import GPT
 
@@ -38,13 +38,10 @@ def digest(*paths):
 def inputs_of(cfg):
     """Return {option: digest} of the models and data that a run reads."""
     given = lambda names: {name: getattr(cfg, name) for name in names if getattr(cfg, name, '') not in ('', 'scratch')}
-    files = lambda path: [path] if os.path.exists(path) else path.split(',') # a name may hold a comma
-    model = lambda folder: weights.weight_files(folder) + [
-        path for path in [weights.checkpoint_file(folder, 'tokenizer.tiktoken', absent_ok=True)] if path]
-    tokenizers = given(['tokenizer']) # a file or a name
-    return ({name: digest(*model(folder)) for name, folder in given(MODELS).items()}
-            | {name: digest(*files(path)) for name, path in given(DATA).items()}
-            | {name: digest(said) if os.path.isfile(said) else said for name, said in tokenizers.items()})
+    own = lambda folder: filter(None, [weights.checkpoint_file(folder, 'tokenizer.tiktoken', absent_ok=True)])
+    return ({name: digest(*weights.weight_files(folder), *own(folder)) for name, folder in given(MODELS).items()}
+            | {name: digest(*files_of(path)) for name, path in given(DATA).items()}
+            | {name: digest(said) if os.path.isfile(said) else said for name, said in given(['tokenizer']).items()})
 
 def prepare_out_dir(run, cfg):
     """Check and make the checkpoint's folder, after all input was read.

@@ -274,13 +274,16 @@ def goodness(record, use_scores=False):
     """Return how good a ranking's answers are, (K,), larger = better: -rank, or the scores if any."""
     return record['scores'] if use_scores and record.get('scores') else [-rank for rank in record['ranks']]
 
+def files_of(paths):
+    """Return the files that an option names, separated by commas; one whose own name holds a comma is one."""
+    return [paths] if os.path.exists(paths) else str(paths).split(',')
+
 def read_ranked(path, use_scores=False, name=''):
     """Read preferences without the records whose answers all tie: they teach nothing.
 
     path: one file, or several of one kind, separated by commas. use_scores: see goodness. name: what to call them.
     """
-    files = [path] if os.path.exists(path) else str(path).split(',') # a name may hold a comma
-    records = [r for file in files for r in read_preferences(file)]
+    records = [r for file in files_of(path) for r in read_preferences(file)]
     if len({'chosen' in r for r in records}) > 1:
         fail(f'{path}: wanted files of one kind, rankings or comparisons')
     ranked = [r for r in records if len(set(goodness(r, use_scores))) > 1]

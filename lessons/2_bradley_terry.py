@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's root
 
 from lessons.course import draw, tell_exercises
-from lessons.world import ALL, ANSWERS, REWARDS, WORDS, expected, log_pi, new_policy
+from lessons.world import ALL, ANSWERS, REWARDS, WORDS, descend, expected, log_pi, new_policy
 from reward import bradley_terry_loss, ranking_loss
 
 import torch
@@ -40,14 +40,6 @@ def person(n, noise, may=BETTER | ~BETTER):
     u = torch.rand(len(a))
     felt = REWARDS[a] - REWARDS[b] + noise * (u / (1 - u)).log() # logistic noise, whose distribution is the sigmoid
     return torch.stack([torch.where(felt > 0, a, b), torch.where(felt > 0, b, a)]), felt.abs()
-
-def descend(parameters, loss_of, steps, lr):
-    """Make steps of Adam on loss_of()."""
-    optimizer = torch.optim.Adam(parameters, lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of().backward()
-        optimizer.step()
 
 def learn(pairs, steps, start=0.0 * REWARDS, ranks=None):
     """Return a table of scores (N,) learnt from pairs (2, n), and the loss; ranks: (n, 2), for ties."""

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's 
 
 from common.rollout import kl_k1, kl_k3
 from lessons.course import draw, tell_exercises
-from lessons.world import ALL, NUMBER, REWARDS, WORDS, best_of, expected, kl, log_pi, new_policy, optimum
+from lessons.world import ALL, NUMBER, REWARDS, WORDS, best_of, descend, expected, kl, log_pi, new_policy, optimum
 
 import torch
 
@@ -61,12 +61,8 @@ def fit(seed, target, covering, steps):
     """Fit a policy that cannot see its earlier words to log target (156,); return log pi (156,)."""
     torch.manual_seed(seed)
     table = torch.randn(3, len(WORDS)).requires_grad_() # a distribution of words for each place
-    optimizer = torch.optim.Adam([table], lr=0.05)
     logp = lambda: (table.log_softmax(1)[torch.arange(3), ALL.idx[:, 1:]] * ALL.mask).sum(1) # (156,)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (kl(target, logp()) if covering else kl(logp(), target)).backward()
-        optimizer.step()
+    descend([table], lambda: kl(target, logp()) if covering else kl(logp(), target), steps, 0.05)
     return logp().detach()
 
 def main(seeds=(0, 1, 2), steps=300):

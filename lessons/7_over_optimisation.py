@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's 
 
 from common.rollout import kl_k1
 from lessons.course import draw, tell_exercises
-from lessons.world import ALL, ANSWERS, REWARDS, TOK, best_of, compare, expected, kl, log_pi, new_policy
+from lessons.world import ALL, ANSWERS, REWARDS, TOK, best_of, compare, descend, expected, kl, log_pi, new_policy
 from ppo import policy_loss
 from reinforce import advantages
 from reward import bradley_terry_loss, normalise_rewards
@@ -36,21 +36,14 @@ import torch
 TWICE = torch.tensor([len({*answer}) < len(answer) for answer in ANSWERS]) # (156,)
 GOLD = torch.where(TWICE, -3.0, REWARDS) # (156,)
 N_BEST = [2**i for i in range(13)] # 1 … 4096
+LR = 0.005
 BETAS = [2.0**i for i in range(4, -11, -1)] # 16 … 1/1024
-
-def descend(model, loss_of, steps):
-    """Make steps of Adam on loss_of()."""
-    optimizer = torch.optim.Adam(model.parameters(), 0.005)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of().backward()
-        optimizer.step()
 
 def new_reference(seed, steps):
     """Return a GPT that hardly ever says a word twice."""
     policy = new_policy(seed)
     target = (log_pi(policy).detach() - 3 * TWICE).log_softmax(0) # (156,)
-    descend(policy, lambda: kl(target, log_pi(policy)), steps)
+    descend(policy.parameters(), lambda: kl(target, log_pi(policy)), steps, LR)
     return policy
 
 def spread_of(ref, values):
@@ -63,7 +56,7 @@ def learn_proxy(seed, ref, n, steps):
     model = new_policy(1000 + seed, noise=0.05, reward_head=True) # the seed also chooses what people see
     chosen, rejected = compare(n, ref, GOLD) # (n,)
     scores = lambda: model.rewards(ALL.idx, ALL.lengths) # (156,)
-    descend(model, lambda: bradley_terry_loss(scores()[chosen], scores()[rejected]), steps)
+    descend(model.parameters(), lambda: bradley_terry_loss(scores()[chosen], scores()[rejected]), steps, LR)
     normalise_rewards(model, *spread_of(ref, scores().detach()))
     return scores().detach(), torch.bincount(torch.cat([chosen, rejected]), minlength=len(GOLD))
 
@@ -85,7 +78,7 @@ def rloo(seed, reference, proxy, beta, steps, n=256, K=4):
         R = proxy[y] - beta * kl_k1(logp.detach(), ref)[y].sum(1) # (n,)
         A = advantages(R.view(-1, K), 'rloo').view(-1, 1) * ALL.mask[y] # (n, 3)
         return policy_loss(logp[y], logp[y].detach(), A, ALL.mask[y], 0.2)
-    descend(policy, loss, steps + 1)
+    descend(policy.parameters(), loss, steps + 1, LR)
     return found
 
 def main(seeds=(0, 1, 2), people=3, comparisons=(100, 1000, 10000), steps=200):

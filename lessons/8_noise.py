@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's 
 from dpo import dpo_loss
 from feedback.annotators import SimulatedPerson
 from lessons.course import draw, tell_exercises
-from lessons.world import ALL, REWARDS, best_of, expected, kl, log_pi, new_policy
+from lessons.world import ALL, REWARDS, best_of, descend, expected, kl, log_pi, new_policy
 from reward import bradley_terry_loss
 
 import numpy as np
@@ -54,21 +54,13 @@ def label(seed, ref, n, noise=1.0, tie=0.0, wrong=0.0):
     pairs = pairs.gather(1, ranks.argsort(1))[ranks[:, 0] != ranks[:, 1]].T # (2, m), the better one first
     return torch.where(torch.rand(pairs.size(1)) < wrong, pairs.flip(0), pairs)
 
-def descend(model, loss_of, steps):
-    """Make steps of Adam on loss_of()."""
-    optimizer = torch.optim.Adam(model.parameters(), 0.003)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of().backward()
-        optimizer.step()
-
 def reward_model_line(seed, n, steps, **kind):
     """Return four numbers: labels, shares right of labels and model, reward of best of 8."""
     ref = log_pi(new_policy(seed)).detach() # (156,)
     chosen, rejected = label(seed, ref, n, **kind) # (m,)
     model = new_policy(1000 + seed, noise=0.05, reward_head=True)
     scores = lambda: model.rewards(ALL.idx, ALL.lengths) # (156,)
-    descend(model, lambda: bradley_terry_loss(scores()[chosen], scores()[rejected]), steps)
+    descend(model.parameters(), lambda: bradley_terry_loss(scores()[chosen], scores()[rejected]), steps, 0.003)
     r = scores().detach()
     clear = (REWARDS[:, None] > REWARDS) * (ref[:, None] + ref).exp() # (156, 156) how likely this pair is asked about
     right = (clear * (r[:, None] > r)).sum() / clear.sum()
@@ -84,7 +76,7 @@ def dpo_line(seed, n, steps, wrong, smoothing, beta):
     def loss():
         pi = log_pi(policy) # (156,)
         return dpo_loss(pi[w], pi[l], ref[w], ref[l], beta, smoothing)[0]
-    descend(policy, loss, steps)
+    descend(policy.parameters(), loss, steps, 0.003)
     logp = log_pi(policy).detach() # (156,)
     return [expected(logp).item(), kl(logp, ref).item()]
 

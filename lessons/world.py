@@ -87,3 +87,11 @@ def root(f, low, high):
         middle = (low + high) / 2
         low, high = (middle, high) if f(middle) > 0 else (low, middle)
     return middle
+
+def descend(parameters, loss_of, steps, lr):
+    """Make steps of Adam on loss_of()."""
+    optimizer = torch.optim.Adam(parameters, lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()

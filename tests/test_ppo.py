@@ -15,8 +15,8 @@ from common.training import make_optimizer
 from data.toy import world
 from model import GPT, GPTConfig
 from ppo import Models, adapt_kl_coef, gae, policy_loss, ppo_loss, roll_out, token_rewards, update, value_loss
-from tiny import (ANSWERS, BED_TOK, DEMONSTRATIONS, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes, bed,
-                  by_hand, checkpoint, enumerated, gradients, records, run)
+from tiny import (ANSWERS, BED_TOK, CLIPPED, DEMONSTRATIONS, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK,
+                  LikesOnes, bed, by_hand, checkpoint, enumerated, gradients, records, run)
 
 def T(values, requires_grad=False):
     return torch.tensor(values, requires_grad=requires_grad)
@@ -61,13 +61,7 @@ def test_gae_at_its_ends():
 # ---------------------------------------------------------------------------------------------------------------------
 # losses
 
-@pytest.mark.parametrize('ratio, advantage, loss, grad', [
-    (1.5, +1.0, -1.2, 0.0), # a good action is 50 % likelier already: clipped, no push
-    (0.5, +1.0, -0.5, -0.5), # a good action became rarer: not clipped, d/dlogp = -A ratio
-    (1.5, -1.0, +1.5, +1.5), # a bad action became likelier: not clipped
-    (0.5, -1.0, +0.8, 0.0), # a bad action has halved already: clipped
-    (1.1, +2.0, -2.2, -2.2), # within the clip
-])
+@pytest.mark.parametrize('ratio, advantage, loss, grad', CLIPPED)
 def test_policy_loss_by_hand(ratio, advantage, loss, grad):
     logp = T([[math.log(ratio) - 3, 9.0]], requires_grad=True) # the second token is padding
     out = policy_loss(logp, T([[-3., 1e6]]), T([[advantage, 1e6]]), T([[1., 0.]]), 0.2)

@@ -16,8 +16,8 @@ from data.toy import world
 from model import GPT
 from ppo import policy_loss
 from reinforce import advantages, reinforce_loss, roll_out, update
-from tiny import (ANSWERS, BED_TOK, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes, bed, by_hand,
-                  checkpoint, enumerated, records, run, weights)
+from tiny import (ANSWERS, BED_TOK, CLIPPED, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK, LikesOnes, bed,
+                  by_hand, checkpoint, enumerated, records, run, weights)
 
 KINDS = ['reinforce', 'rloo', 'grpo']
 
@@ -71,13 +71,7 @@ class Says:
         self.logp = lambda idx, mask: logp
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('ratio, advantage, loss, grad', [
-    (1.5, +1.0, -1.2, 0.0), # a good action is 50 % likelier already: clipped, no push
-    (0.5, +1.0, -0.5, -0.5), # a good action became rarer: not clipped, d/dlogp = -A ratio
-    (1.5, -1.0, +1.5, +1.5), # a bad action became likelier: not clipped
-    (0.5, -1.0, +0.8, 0.0), # a bad action has halved already: clipped
-    (1.1, +2.0, -2.2, -2.2), # within the clip
-])
+@pytest.mark.parametrize('ratio, advantage, loss, grad', CLIPPED)
 def test_the_clipped_surrogate_by_hand(kind, ratio, advantage, loss, grad):
     logp = T([[math.log(ratio) - 3, 9.0]], requires_grad=True) # the second token is padding
     b = dict(idx=None, mask=T([[1., 0.]]), old_logp=T([[-3., 1e6]]), ref_logp=T([[0., 0.]]),

@@ -305,3 +305,14 @@ class LikesOnes(torch.nn.Module):
         return torch.tensor([float((row[1:n] == 1).sum()) for row, n in zip(idx, lengths)])
 
 REWARDS = torch.tensor([float(a.count(1)) for a in ANSWERS])
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the clipped surrogate of one token at clip 0.2: ratio, advantage, loss, its gradient by log pi
+
+CLIPPED = [
+    (1.5, +1.0, -1.2, 0.0), # a good action is 50 % likelier already: clipped, no push
+    (0.5, +1.0, -0.5, -0.5), # a good action became rarer: not clipped, d/dlogp = -A ratio
+    (1.5, -1.0, +1.5, +1.5), # a bad action became likelier: not clipped
+    (0.5, -1.0, +0.8, 0.0), # a bad action has halved already: clipped
+    (1.1, +2.0, -2.2, -2.2), # within the clip
+]

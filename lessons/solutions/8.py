@@ -42,7 +42,7 @@ def exercise_3(seeds=(0, 1, 2), n=1000, steps=200, wrong=0.2, beta=1.0):
         def loss():
             ratio = log_pi(policy) - ref # (156,)
             return robust_loss(beta * (ratio[w] - ratio[l]), wrong).mean()
-        lesson.descend(policy, loss, steps)
+        lesson.descend(policy.parameters(), loss, steps, 0.003)
         logp = log_pi(policy).detach() # (156,)
         robust.append([expected(logp).item(), kl(logp, ref).item()])
     plain = [lesson.dpo_line(seed, n, steps, wrong, 0.0, beta) for seed in seeds]

@@ -11,7 +11,7 @@ import torch
 
 from common.checkpoints import (OPTIONAL, digest, finish_save, load_checkpoint, load_policy, load_reward_model, log,
                                 prepare_out_dir, read_log, save_checkpoint, save_if_due)
-from common.records import LOCKS, lock
+from common.records import LOCKS
 from common.run import Run, start, stop
 from common.tokens import load_tokenizer
 from common.training import make_optimizer, optimizer_step

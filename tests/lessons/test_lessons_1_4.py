@@ -15,21 +15,6 @@ LESSONS = {1: '1_policy_gradient', 2: '2_bradley_terry', 3: '3_ppo', 4: '4_gae'}
 SETTINGS = {1: dict(seeds=(0,), n_samples=4096, steps=3), 2: dict(seeds=(0,), n=5000, steps=120),
             3: dict(seeds=(0,), batches=1, iterations=3), 4: dict(seeds=(0,))}
 
-@pytest.fixture(scope='module')
-def ran(tmp_path_factory):
-    """Give a function of a lesson's number that runs it once: its module, what main returned, the folder."""
-    done, out = {}, tmp_path_factory.mktemp('root')
-
-    def run(n):
-        if n not in done:
-            lesson = course.load(LESSONS[n])
-            with pytest.MonkeyPatch.context() as m:
-                m.setattr(course, 'HERE', out / 'lessons')
-                done[n] = lesson, lesson.main(**SETTINGS[n]), out / 'out' / 'lessons'
-        return done[n]
-
-    return run
-
 @pytest.mark.parametrize('path', FILES)
 def test_a_lesson_has_at_most_150_lines(path):
     with open(os.path.join(ROOT, path), encoding='utf-8') as f:

@@ -11,21 +11,6 @@ LESSONS = {5: '5_kl', 6: '6_dpo', 7: '7_over_optimisation', 8: '8_noise'}
 SETTINGS = {5: dict(seeds=(0,), steps=150), 6: dict(steps=80, n=256),
             7: dict(seeds=(0,), people=1, comparisons=(100, 1000), steps=60), 8: dict(seeds=(0,), n=300, steps=30)}
 
-@pytest.fixture(scope='module')
-def ran(tmp_path_factory):
-    """Give a function of a lesson's number that runs it once: its module, what main returned, the folder."""
-    done, out = {}, tmp_path_factory.mktemp('root')
-
-    def run(n):
-        if n not in done:
-            lesson = course.load(LESSONS[n])
-            with pytest.MonkeyPatch.context() as m:
-                m.setattr(course, 'HERE', out / 'lessons')
-                done[n] = lesson, lesson.main(**SETTINGS[n]), out / 'out' / 'lessons'
-        return done[n]
-
-    return run
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the world
 
