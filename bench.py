@@ -38,12 +38,14 @@ import reward
 import sft
 from common.batches import Batches, Demonstrations, Row, Windows, encode_rankings
 from common.checkpoints import load_policy
-from common.options import RunOptions, fail, launch, require
+from common.options import RunOptions, fail, launch, require, unread
 from common.records import check_record, parse_line, read_lines
+from common.rewards import Reward
 from common.run import place_among_processes, start, stop
-from common.tokens import Tokenizer, load_tokenizer, train_bpe
+from common.tokens import Tokenizer, load_tokenizer
 from common.training import make_optimizer
 from common.weights import checkpoint_file
+from data.bpe import train_bpe
 from lab import memory
 from model import GPT, GPTConfig
 
@@ -75,6 +77,12 @@ class Config(RunOptions):
         one_of = dict(workload=DEFAULT_BATCHES, preset=PRESETS, dtype=('float32', 'bfloat16', 'float16'))
         require(self, **{k: (getattr(self, k) >= low, f"at least {low}") for k, low in at_least.items()})
         require(self, **{k: (getattr(self, k) in these, f"one of {', '.join(these)}") for k, these in one_of.items()})
+        memory = self.workload == 'memory'
+        unread(self, memory, 'workload=memory', 'tokens')
+        unread(self, not memory, 'a workload that is timed', 'preset', 'init_from', 'data', 'steps', 'repeats',
+               'threads', 'compile', 'checkpointing')
+        unread(self, not self.init_from, 'a run without init_from', 'preset')
+        unread(self, self.workload not in ('generate', 'ppo'), 'a workload of optimizer steps', 'steps')
 
 # ---- models and rows --------------------------------------------------------------------------------------------
 
@@ -211,16 +219,17 @@ def dpo_lap(cfg, run, model, rows):
 
 def ppo_lap(cfg, run, model, rows):
     options = ppo.Config(prompts='rows', max_new_tokens=32, batch_size=cfg.batch_size)
-    prompts, tok = make_prompts(cfg, model, rows, 32, 32), SimpleNamespace(eos=-1) # an id that is never sampled
+    prompts = make_prompts(cfg, model, rows, 32, 32)
+    tok = SimpleNamespace(eos=-1, decode=str) # an id that is never sampled
     frozen = lambda **heads: run.freeze(make_model(cfg, run, **heads))
-    models = ppo.Models(model, make_model(cfg, run, value_head=True), frozen(reward_head=True), frozen())
+    models = ppo.Models(model, make_model(cfg, run, value_head=True), Reward([frozen(reward_head=True)]), frozen())
     optimizers = {}
     for name in ('policy', 'critic'):
         run.prepare(getattr(models, name), cfg)
         optimizers[name] = make_optimizer(getattr(models, name), options, eps=1e-5)
 
     def lap():
-        batch, lengths, _ = ppo.roll_out(models, prompts, None, tok, options, options.kl_coef, run)
+        batch, lengths, _ = ppo.roll_out(models, prompts, [{}] * len(prompts), tok, options, options.kl_coef, run)
         ppo.update(models, optimizers, batch, lengths, options, run, 0)
         return int(batch['mask'].sum()), batch['idx'].numel()
 

@@ -1,13 +1,15 @@
-"""Collect preferences: sample K answers per prompt, have an annotator rank them, write ranking records.
+"""Collect preferences: sample K answers per prompt, have an annotator rank or rate them, write records of it.
 
     python collect.py config/toy/collect.py --policy=out/toy/sft --prompts=data/toy/prompts_train.jsonl
     python collect.py --annotator=human --page=True --policy=out/sft --prompts=prompts.jsonl --out=out/anna.jsonl
+    python collect.py --annotator=human --ask=ratings --policy=out/sft --prompts=prompts.jsonl --out=out/anna.jsonl
     python collect.py --annotator=ai --judge=out/judge --answers=out/anna.jsonl --out=out/ai.jsonl
     python collect.py --merge=out/anna.jsonl,out/ben.jsonl --out=out/both.jsonl
 
 Pairs follow from the ranks: C > A > B gives three (Ouyang et al. 2022, section 3.4). --keep=best is best of n or
 rejection sampling (Llama 2, Touvron et al. 2023, https://arxiv.org/abs/2307.09288, section 3.2.3): a prompt's best
-answer becomes a demonstration for sft.py. docs/feedback.md describes the annotators.
+answer becomes a demonstration for sft.py. --ask=ratings asks for numbers, and writes a rating record per answer.
+docs/feedback.md describes the annotators.
 
 OUT.partial keeps the ranked tasks, the n-th task in its n-th line. Each number of processes (torchrun) samples answers
 of its own, the same every time. `ended` says of each answer whether the model wrote its end, or was cut off by
@@ -25,20 +27,23 @@ import torch
 
 from common.batches import encode_prompts
 from common.checkpoints import digest, load_policy
-from common.options import RunOptions, fail, launch, note, require
-from common.records import (check, check_record, is_text, lock, parse_line, read_json, read_lines, read_preferences,
-                            read_records, to_lines, write_records)
-from common.rollout import load_gold, sample_answers
+from common.options import RunOptions, fail, launch, note, require, unread
+from common.records import (QUALITIES, check, check_record, is_number, is_text, lock, parse_line, read_json, read_lines,
+                            read_preferences, read_records, to_lines, write_records)
+from common.rollout import sample_answers
 from common.run import default_signals, progress, start, stop
 from common.tokens import load_tokenizer
 from common.weights import weight_files
 from feedback import agreement
-from feedback.annotators import RewardModel, SimulatedPerson, Terminal, Undo, answers_of, check_finite
+from feedback.annotators import (PolicyReward, RewardFunction, RewardModel, SimulatedPerson, Terminal, Undo, answers_of,
+                                 check_finite)
+from feedback.functions import load_reward_function
 from feedback.judges import ApiJudge, GPTJudge, JudgeError, is_url
 from feedback.page import Page
 from feedback.select_labels import choose, load_ensemble
 
-OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label')
+OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label', 'ratings')
+ANNOTATORS = ('simulated', 'human', 'ai', 'reward_model', 'function', 'policy')
 ANSWERS = ('response', 'responses', 'ended', 'policies', 'messages', 'text')
 FREE = ('out', 'device', 'dtype', 'page', 'port', 'judge_url', 'judge_requests', 'judge_timeout', 'judge_tries',
         'judge_cache', 'compare', 'merge', 'resume', 'overwrite') # shape no row; a judge may have moved
@@ -57,8 +62,15 @@ class Config(RunOptions):
     n_answers: int = 4 # K, answers per prompt
     max_new_tokens: int = 64
     temperature: float = 1.0 # of sampling
-    annotator: str = 'simulated' # simulated: a person who knows the gold score; human: you; ai: a judge; reward_model
+    annotator: str = 'simulated' # simulated: a person who knows the gold score; human: you; ai: a judge; reward_model;
+    # function: of your own; policy: by its likelihood
     reward_model: str = '' # for annotator=reward_model: the one whose scores rank
+    reward: str = '' # function: MODULE:FUNCTION or FILE.py:FUNCTION of (record, response); this runs that file
+    reward_policy: str = '' # policy: the one whose mean log pi(y|x) per token ranks, as in RRHF
+    reward_reference: str = '' # policy: with it log pi(y|x) - log pi_reference(y|x) does, as in DPO
+    ask: str = 'ranks' # of a person, simulated or not: ranks, or ratings, numbers for each answer
+    qualities: str = 'score' # of ratings: what gets a number, among helpful,harmless,honest,score
+    scale: int = 0 # of ratings: whole numbers from 1 to this; 0 = 5 for score alone, else 10
     gold: str = '' # simulated: MODULE:FUNCTION of (prompt, response), the gold score, as in data.toy.world:gold
     noise: float = 0.15 # of the simulated person: a gold difference of `noise` is seen with sigmoid(1) = 73 %; 0 = none
     tie: float = 0.0 # neighbours that seem at most this far apart (in units of its score) get the same rank
@@ -84,24 +96,36 @@ class Config(RunOptions):
         super().__post_init__()
         if self.merge:
             files = self.merge.split(',')
-            return require(self, merge=(len(files) > 1 and len(set(files)) == len(files),
-                                        'two files or more, each once, separated by commas'))
+            require(self, merge=(len(files) > 1 and len(set(files)) == len(files),
+                                 'two files or more, each once, separated by commas'))
+            others = [key for key in Config.__annotations__ if key not in ('merge', 'out', 'resume', 'overwrite')]
+            return unread(self, False, 'a run without merge', *others)
         at_least = dict(noise=0, tie=0, rows=0, max_prompts=0, judge_requests=1, judge_tokens=1, judge_tries=1,
-                        n_answers=max(2, len(self.policy.split(','))))
+                        n_answers=max(2 - (self.ask == 'ratings' and not self.select), len(self.policy.split(','))))
         require(self, **{key: (getattr(self, key) >= low, f"at least {low}") for key, low in at_least.items()})
-        ai, uncertain = self.annotator == 'ai', self.select == 'uncertain'
+        ai, uncertain, qualities = self.annotator == 'ai', self.select == 'uncertain', self.qualities.split(',')
         require(self, resume=(self.resume in (True, False, 'auto'), 'True, False or auto'),
                 prompts=(bool(self.prompts) != bool(self.answers), 'a file of prompts, unless answers is given'
                                + ' (an empty --prompts= takes back what a config file says)' * bool(self.answers)),
                 temperature=(self.temperature > 0, 'above 0'), keep=(self.keep in ('all', 'best'), 'all or best'),
-                annotator=(self.annotator in ('simulated', 'human', 'ai', 'reward_model'),
-                           'one of simulated, human, ai, reward_model'),
+                annotator=(self.annotator in ANNOTATORS, f"one of {', '.join(ANNOTATORS)}"),
                 select=(self.select in ('', 'random', 'uncertain', 'diverse'), 'random, uncertain, diverse or empty'),
                 budget=(self.budget > 0 if self.select else self.budget == 0, 'at least 1 with select, else 0'),
                 ensemble=(',' in self.ensemble if uncertain else not self.ensemble,
                           'two reward models or more with select=uncertain, else empty'),
                 reward_model=(bool(self.reward_model) == (self.annotator == 'reward_model'),
                               "a reward model's folder with annotator=reward_model, else empty"),
+                reward=(bool(self.reward) == (self.annotator == 'function'),
+                        'MODULE:FUNCTION or FILE.py:FUNCTION with annotator=function, else empty'),
+                reward_policy=(bool(self.reward_policy) == (self.annotator == 'policy'),
+                               "a language model's folder with annotator=policy, else empty"),
+                reward_reference=(not self.reward_reference or self.annotator == 'policy',
+                                  'empty unless annotator=policy'),
+                ask=(self.ask == 'ranks' or self.ask == 'ratings' and self.annotator in ('simulated', 'human'),
+                     'ranks, or with annotator=simulated or human ratings'),
+                qualities=({*qualities} <= {*QUALITIES} and len({*qualities}) == len(qualities),
+                           f"some of {','.join(QUALITIES)}, each once"),
+                scale=(self.scale == 0 or 2 <= self.scale <= 10, 'from 2 to 10, or 0'),
                 gold=(self.gold or self.annotator != 'simulated',
                       'MODULE:FUNCTION with annotator=simulated, as in data.toy.world:gold'),
                 repeat=(0 <= self.repeat <= 0.5, 'between 0 and 0.5'), port=(0 <= self.port < 65536, '0 to 65535'),
@@ -112,6 +136,17 @@ class Config(RunOptions):
                            'http://HOST… or https://HOST… with annotator=ai, else empty'),
                 judge_model=(self.judge_model or not self.judge_url, "the model's name at judge_url"),
                 judge_timeout=(0 < self.judge_timeout <= 3600, 'above 0 and at most 3600'))
+        rated = self.ask == 'ratings'
+        unread(self, rated, 'ask=ratings', 'qualities', 'scale')
+        unread(self, not rated, 'ask=ranks', 'keep', 'repeat', 'compare', 'tie')
+        unread(self, not self.answers, 'a run without answers', 'policy', 'n_answers', 'max_new_tokens', 'temperature')
+        unread(self, self.annotator == 'simulated', 'annotator=simulated', 'gold', 'noise')
+        unread(self, self.annotator != 'human', 'any annotator but human', 'tie')
+        unread(self, self.page, 'page=True', 'port')
+        unread(self, ai, 'annotator=ai', 'judge_instruction')
+        unread(self, self.judge_url, 'judge_url', 'judge_model', 'judge_requests', 'judge_tokens', 'judge_timeout',
+               'judge_tries', 'judge_cache')
+        self.scale = self.scale or (5 if self.qualities == 'score' else 10)
         self.rows = self.rows or (16 if self.annotator == 'human' else 256)
 
 def task(record, without=OPINIONS):
@@ -122,14 +157,16 @@ def n_tasks(cfg, n_prompts):
     """Return how many tasks a stretch of so many prompts has: some are asked a second time."""
     return n_prompts + round(cfg.repeat * n_prompts)
 
-def make_annotator(cfg, run, gold):
-    """Make the annotator that cfg asks for; gold: for the simulated person."""
-    if cfg.annotator == 'simulated':
-        return SimulatedPerson(cfg, gold)
+def make_annotator(cfg, run, reward):
+    """Make the annotator that cfg asks for; reward: what a simulated person or annotator=function goes by."""
+    if cfg.annotator in ('simulated', 'function'):
+        return (SimulatedPerson if cfg.annotator == 'simulated' else RewardFunction)(cfg, reward)
     if cfg.annotator == 'human':
         return Page(cfg) if cfg.page else Terminal(cfg)
     if cfg.annotator == 'reward_model':
         return RewardModel(cfg, run)
+    if cfg.annotator == 'policy':
+        return PolicyReward(cfg, run)
     return ApiJudge(cfg, run) if cfg.judge_url else GPTJudge(cfg, run)
 
 def load_writer(name, cfg, run, records):
@@ -196,8 +233,10 @@ def check_kept(row, firsts):
         raise ValueError('was written by an older version, which did not say whose second ranks these are; wanted it '
                          'finished by that version, or --overwrite=True')
     check_record(row, 'rankings' if 'ranks' in row else 'prompts')
-    texts, number = row.get('responses'), row.get('repeat', 0)
+    texts, number, rated = row.get('responses'), row.get('repeat', 0), row.get('ratings')
     check('`responses` to be a list of texts', isinstance(texts, list) and all(map(is_text, texts)))
+    check('`ratings` to be an object of numbers for each response', rated is None or isinstance(rated, list) and len(
+        rated) == len(texts) and all(isinstance(said, dict) and all(map(is_number, said.values())) for said in rated))
     check('`repeat` to be the number of a prompt before it', type(number) is int and 0 <= number < max(len(firsts), 1))
 
 def shape_of(cfg):
@@ -206,7 +245,7 @@ def shape_of(cfg):
     if not (cfg.repeat or cfg.select):
         del shape['max_prompts'] # more prompts do not change the first ones
     folders = dict(policy=[] if cfg.answers else cfg.policy.split(','), ensemble=cfg.ensemble.split(','),
-                   reward_model=[cfg.reward_model], judge=[cfg.judge])
+                   **{k: [getattr(cfg, k)] for k in ('reward_model', 'reward_policy', 'reward_reference', 'judge')})
     files = {key: [path for name in names if name for path in weight_files(name)] for key, names in folders.items()}
     files |= dict(prompts=[cfg.prompts], answers=[cfg.answers],
                   judge_instruction=[cfg.judge_instruction] * (cfg.annotator == 'ai'))
@@ -257,9 +296,9 @@ def left_to_rank(cfg, rows, done, first, seed):
     again = [rows[i] | dict(repeat=first + i) for i in again] # the number of the prompt
     return (rows + again)[len(done):][::-1]
 
-def keep(cfg, kept, row, ranks, scores):
-    """Add a row, with its ranks and scores if any, to OUT.partial."""
-    kept.append(row | {k: v for k, v in (('ranks', ranks), ('scores', scores)) if v})
+def keep(cfg, kept, row, **said):
+    """Add a row, with what was said of it, to OUT.partial."""
+    kept.append(row | {k: v for k, v in said.items() if v})
     with open(cfg.out + '.partial', 'a', encoding='utf-8') as f:
         f.write(to_lines(kept[-1:]))
         f.flush()
@@ -269,10 +308,33 @@ def keep(cfg, kept, row, ranks, scores):
 def take_back(cfg, kept, todo):
     """Move the row shown last, and all after it, back to `todo`."""
     while kept:
-        todo.append(task(kept.pop(), without=('ranks',)))
-        if len(set(answers_of(todo[-1]))) > 1:
+        todo.append(task(kept.pop(), without=('ranks', 'ratings')))
+        if len(set(answers_of(todo[-1]))) > (cfg.ask == 'ranks'):
             break # this one was shown
     os.truncate(cfg.out + '.partial', len(to_lines(kept).encode()))
+
+def tidy(cfg):
+    """Remove what stands beside OUT while it is made."""
+    for end in ('.partial', '.partial.json', '.lock'):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(cfg.out + end)
+
+def write_ratings(cfg, kept):
+    """Write OUT in place of OUT.partial: a rating of each distinct answer. Return them."""
+    ratings, lost = [], sum('ratings' not in row for row in kept)
+    for row in kept:
+        rated = dict(zip(answers_of(row), row.get('ratings', [])))
+        writers = dict(zip(answers_of(row), row.get('policies', [])))
+        for answer, said in rated.items():
+            ratings.append(task(row, OPINIONS + ANSWERS + QUALITIES) | dict(response=answer[0], ended=answer[1]) | said)
+            if writers:
+                ratings[-1]['policy'] = writers[answer]
+    if ratings:
+        write_records(cfg.out, ratings)
+    tidy(cfg)
+    print(f"{cfg.out}: {len(kept) - lost} prompts, {len(ratings)} answers rated from 1 to {cfg.scale}, {lost} prompts "
+          "left out" + " (skipped, or without an answer that is not empty)" * (lost > 0))
+    return ratings
 
 def write_rankings(cfg, kept):
     """Write OUT in place of OUT.partial, and return the ranked rows; without any there is nothing to write."""
@@ -288,9 +350,7 @@ def write_rankings(cfg, kept):
         best.append(dict(prompt=row['prompt'], response=response, ended=ended))
     if ranked:
         write_records(cfg.out, best if cfg.keep == 'best' else ranked)
-    for end in ('.partial', '.partial.json', '.lock'):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(cfg.out + end)
+    tidy(cfg)
     pairs, lost = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks']), len(firsts) - len(ranked)
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
           + 'the best answers kept, ' * (cfg.keep == 'best') + f"{lost} prompts left out"
@@ -315,13 +375,14 @@ def main(cfg):
     records = read_preferences(cfg.answers) if cfg.answers else read_records(cfg.prompts, 'prompts')
     without = OPINIONS if cfg.answers else OPINIONS + ANSWERS # prompts may come with answers that are not asked about
     records = [task(record, without) for record in records[:cfg.max_prompts or None]]
-    gold = load_gold(cfg.gold, records, cfg.answers or cfg.prompts) if cfg.annotator == 'simulated' else None
+    option = dict(simulated='gold', function='reward').get(cfg.annotator)
+    reward = option and load_reward_function(getattr(cfg, option), option, records, cfg.answers or cfg.prompts)
     writers = [] if cfg.answers else [load_writer(name, cfg, run, records) for name in cfg.policy.split(',')]
     ensemble = load_ensemble(cfg, run, writers)
     if cfg.select:
         rows = [row for _, _, rows in stretches(cfg, run, writers, records) for row in rows]
         records, writers = choose(rows, cfg, run, ensemble), [] # they have their answers
-    annotator = make_annotator(cfg, run, gold) if run.is_master else None # the first process ranks and writes
+    annotator = make_annotator(cfg, run, reward) if run.is_master else None # the first process ranks and writes
     kept = run.first(lambda: read_partial(cfg, records)) # once all input is read
     size, (whole, rest) = n_tasks(cfg, cfg.rows), divmod(len(records), cfg.rows)
     total = whole * size + n_tasks(cfg, rest)
@@ -337,12 +398,14 @@ def main(cfg):
                     annotator.look_ahead(todo)
                 while todo and (cfg.annotator == 'simulated' or not run.interrupted):
                     row, annotator.progress = todo.pop(), (len(kept), total)
-                    ranks = scores = None
+                    ranks = scores = ratings = None
                     try:
-                        if len(row['responses']) >= 2:
-                            ranks, scores = annotator.rank(row['prompt'], row['responses'], row.get('ended'))
+                        if cfg.ask == 'ratings' and row['responses']:
+                            ratings = annotator.rate(row)
+                        elif cfg.ask == 'ranks' and len(row['responses']) >= 2:
+                            ranks, scores = annotator.rank(row)
                             check_finite(scores or (), f"--annotator={cfg.annotator}: its scores of an answer")
-                        keep(cfg, kept, row, ranks, scores)
+                        keep(cfg, kept, row, ranks=ranks, scores=scores, ratings=ratings)
                         bar.update()
                     except Undo:
                         todo.append(row)
@@ -353,7 +416,8 @@ def main(cfg):
                         break # all processes stop together
                 if number := run.stop_requested():
                     raise KeyboardInterrupt(number)
-        ranked = write_rankings(cfg, kept) if run.is_master else [] # before the page's server closes
+        write = write_ratings if cfg.ask == 'ratings' else write_rankings
+        ranked = write(cfg, kept) if run.is_master else [] # before the page's server closes
     except KeyboardInterrupt:
         ready = kept and all('ranks' in row and 'repeat' not in row for row in kept)
         note(f"kept {cfg.out}.partial, {len(kept)} of {total}; --resume=True continues"
@@ -374,7 +438,7 @@ def main(cfg):
     if said:
         print(said)
     if not ranked:
-        print(f"error: --out={cfg.out}: not written, no prompt has ranks", file=sys.stderr)
+        print(f"error: --out={cfg.out}: not written, no prompt has {cfg.ask}", file=sys.stderr)
         raise SystemExit(1)
     if cfg.repeat:
         print(f"with themself: {agreement.with_oneself(ranked)}")

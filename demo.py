@@ -4,15 +4,25 @@
 
     python demo.py
     python demo.py --methods=all --seed=2 --out_dir=out/toy2
+    python demo.py --world=sums
 
 It prints and runs the commands that one would type. A second run reuses what is finished, and resumes what is not.
 Ctrl-C, SIGTERM and SIGHUP reach the stages: they save and end. If demo.py itself is killed, Linux ends them likewise.
 
 The methods: ppo, dpo, reinforce, rloo, grpo, rrhf, ipo, hinge, simpo, orpo, kto, rejection, distill.
 
-With --rounds=N the feedback is online (Bai et al. 2022, https://arxiv.org/abs/2204.05862, section 4.5): the last PPO
-policy answers the training prompts, its answers are ranked, the reward model is trained anew from the SFT model on all
-rankings so far, and PPO trains that policy further. That policy is the reference: beta prices what one round changes.
+With --world=sums the reward is a checker: a model that adds and subtracts is pretrained, fine-tuned and trained by
+grpo, with and without a scratch line (data/sums/world.py, lab/sums.py). There the methods are grpo, rloo and ppo.
+
+With --rounds=N the feedback is online (Bai et al. 2022, https://arxiv.org/abs/2204.05862, section 4.5): the last policy
+answers the training prompts, its answers are ranked, and the method --rounds_of trains that policy further. That policy
+is the reference: beta prices what one round changes.
+
+    ppo          the reward model is trained anew from the SFT model, on all rankings so far
+    dpo, rrhf    on the new rankings alone: those of before were of another policy's answers, and are learnt already
+
+The simulated person ranks the first round. --rounds_by says who ranks the later ones: also the toy world's AI judge or,
+for dpo and rrhf, the reward model of the first round (Guo et al. 2024, https://arxiv.org/abs/2402.04792).
 """
 
 import ctypes
@@ -27,10 +37,12 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-from common.options import fail, launch, leave_closed_terminal, require
+from common.options import fail, launch, leave_closed_terminal, require, unread
 from common.records import LOCKS, lock, read_json, write_atomic
+from lab import sums
 
 DEFAULT = 'out/toy' # where the files in config/toy point
 RANKINGS = ['collect train', 'collect test']
@@ -39,39 +51,59 @@ METHODS = dict( # a config file and a folder each: the script, and the stages th
     rloo=('reinforce.py', ['reward']), grpo=('reinforce.py', ['reward']), rrhf=('rrhf.py', RANKINGS),
     ipo=('dpo.py', RANKINGS), hinge=('dpo.py', RANKINGS), simpo=('dpo.py', RANKINGS), orpo=('dpo.py', RANKINGS),
     kto=('kto.py', RANKINGS), rejection=('sft.py', ['collect best']), distill=('sft.py', ['rejection']))
+ANNOTATORS = dict( # of later rounds: collect.py's config file, options that differ from it, and the stage it stands on
+    person=('collect', {}, 'sft'), reward_model=('collect_best', dict(keep='all'), 'reward'),
+    ai=('collect_ai', dict(answers='', compare='', max_new_tokens=32), 'judge'))
 AT_ONCE = 2 # stages that run side by side, where they do not stand on one another
 POSIX = os.name == 'posix' # else Windows, where none of this was ever run
 
 @dataclass
 class Config:
-    out_dir: str = DEFAULT # everything that is made, but for the data
-    methods: str = 'ppo,dpo' # what to train from the preferences: some of the methods above, or all
-    rounds: int = 1 # of collecting, reward model and PPO; those after the first start from the round before
+    world: str = 'toy' # toy, or sums
+    out_dir: str = DEFAULT # everything that is made, but for the data; in sums out/sums
+    methods: str = 'ppo,dpo' # what to train from the preferences: some of the methods above, or all; in sums grpo
+    rounds: int = 1 # of collecting and training; those after the first start from the round before
+    rounds_of: str = 'ppo' # ppo, dpo or rrhf, one of the methods
+    rounds_by: str = 'person' # who ranks after the first round: person, ai or reward_model
     seed: int = 1 # of every stage
     fresh: bool = False # do everything again
 
     def __post_init__(self):
+        known = sums.METHODS if self.world == 'sums' else METHODS
+        if self.world == 'sums': # its own defaults
+            self.out_dir, self.methods = ({DEFAULT: 'out/sums'}.get(self.out_dir, self.out_dir),
+                                          {Config.methods: 'grpo'}.get(self.methods, self.methods))
         if self.methods == 'all':
-            self.methods = ','.join(METHODS)
+            self.methods = ','.join(known)
         names = self.methods.split(',')
+        require(self, world=(self.world == 'toy' or self.world == 'sums' and self.rounds == 1,
+                             'toy, or sums with rounds=1'))
         require(self, seed=(0 <= self.seed < 2**32, 'at least 0 and below 2^32'),
                 out_dir=(re.fullmatch('[^,=]+', self.out_dir), 'a folder with no comma and no = in its name'),
-                rounds=(self.rounds == 1 or self.rounds > 1 and 'ppo' in names,
-                        '1, or more with ppo among the methods'),
-                methods=(set(names) <= set(METHODS) and len(set(names)) == len(names),
-                         f"all, or names among {','.join(METHODS)}, each once"))
-        require(self, methods=('distill' not in names or 'rejection' in names, 'with rejection, who teaches distill'))
+                rounds_of=(self.rounds_of in ('ppo', 'dpo', 'rrhf'), 'ppo, dpo or rrhf'),
+                rounds=(self.rounds == 1 or self.rounds > 1 and self.rounds_of in names,
+                        f"1, or more with {self.rounds_of} among the methods"),
+                rounds_by=(self.rounds_by in ANNOTATORS, f"one of {', '.join(ANNOTATORS)}"),
+                methods=(set(names) <= set(known) and len(set(names)) == len(names),
+                         f"all, or names among {','.join(known)}, each once"))
+        require(self, methods=('distill' not in names or 'rejection' in names, 'with rejection, who teaches distill'),
+                rounds_by=(self.rounds_by != 'reward_model' or self.rounds_of != 'ppo',
+                           'person or ai with rounds_of=ppo, whose reward model learns from these rankings'))
+        unread(self, self.rounds > 1, '--rounds above 1', 'rounds_of', 'rounds_by')
 
-def ppo_of_rounds(cfg):
-    """Return the folder and stage of each round's policy: ppo, ppo2, ppo3, …"""
-    return ['ppo', *(f'ppo{n}' for n in range(2, cfg.rounds + 1))]
+def policies_of_rounds(cfg):
+    """Return the folder and stage of each round's policy: ppo, ppo2, …; or dpo, dpo2_ai, …"""
+    by = '' if cfg.rounds_by == 'person' else f'_{cfg.rounds_by}'
+    return [cfg.rounds_of, *(f'{cfg.rounds_of}{n}{by}' for n in range(2, cfg.rounds + 1))]
 
 def stages(cfg):
     """List every stage: name, script, config file or '', further options, product, stages that it stands on.
 
     The product is the file that is there once the stage is done.
     """
-    out, methods, ppos = cfg.out_dir, cfg.methods.split(','), ppo_of_rounds(cfg)
+    if cfg.world == 'sums':
+        return sums.stages(cfg.out_dir, cfg.methods.split(','))
+    out, methods, policies = cfg.out_dir, cfg.methods.split(','), policies_of_rounds(cfg)
     todo = [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken', [])]
 
     def add(name, script, config, product, *needs, **options):
@@ -89,18 +121,28 @@ def stages(cfg):
     for name in methods:
         script, needs = METHODS[name]
         add(name, script, name, f'{name}/model.safetensors', *needs)
+    if cfg.rounds > 1 and cfg.rounds_by == 'ai':
+        todo.append(('verdicts', 'data/toy/judge.py', '', {}, 'data/toy/verdicts_train.jsonl', ['data']))
+        add('judge', 'sft.py', 'judge', 'judge/model.safetensors', 'pretrain', 'verdicts')
+    config, options, annotator = ANNOTATORS[cfg.rounds_by]
     rankings = f'{out}/rankings_train.jsonl' # of all rounds so far
-    for n, (last, ppo) in enumerate(zip(ppos, ppos[1:]), start=2):
-        file, policy, reward = f'rankings_train{n}.jsonl', f'{out}/{last}', f'{out}/reward{n}'
-        rankings += f',{out}/{file}'
-        add(f'collect train{n}', 'collect.py', 'collect', file, last, prompts='data/toy/prompts_train.jsonl',
-            out=f'{out}/{file}', policy=policy)
-        add(f'reward{n}', 'reward.py', 'reward', f'reward{n}/model.safetensors', f'collect train{n}',
-            train_data=rankings, out_dir=reward)
-        add(ppo, 'ppo.py', 'ppo', f'{ppo}/model.safetensors', f'reward{n}', policy=policy, reward_model=reward,
-            out_dir=f'{out}/{ppo}')
-    models = ','.join(f'{name}={out}/{name}' for name in ['base', 'sft', *methods, *ppos[1:]])
-    add('evaluate', 'evaluate.py', 'evaluate', 'evaluate/results.json', 'reward', *methods, *ppos[1:], models=models)
+    for last, name in pairwise(policies):
+        new, start, folder = f'rankings_{name}.jsonl', f'{out}/{last}', f'{out}/{name}'
+        rankings += f',{out}/{new}'
+        add(f'collect {name}', 'collect.py', config, new, last, annotator, prompts='data/toy/prompts_train.jsonl',
+            out=f'{out}/{new}', policy=start, **options)
+        if cfg.rounds_of == 'ppo':
+            reward = name.replace('ppo', 'reward')
+            add(reward, 'reward.py', 'reward', f'{reward}/model.safetensors', f'collect {name}', train_data=rankings,
+                out_dir=f'{out}/{reward}')
+            add(name, 'ppo.py', 'ppo', f'{name}/model.safetensors', reward, policy=start, out_dir=folder,
+                reward_model=f'{out}/{reward}')
+        else:
+            add(name, METHODS[cfg.rounds_of][0], cfg.rounds_of, f'{name}/model.safetensors', f'collect {name}',
+                init_from=start, train_data=f'{out}/{new}', out_dir=folder)
+    trained = [*methods, *policies[1:]]
+    models = ','.join(f'{name}={out}/{name}' for name in ['base', 'sft', *trained])
+    add('evaluate', 'evaluate.py', 'evaluate', 'evaluate/results.json', 'reward', *trained, models=models)
     return todo
 
 def command_of(stage, cfg):
@@ -109,7 +151,7 @@ def command_of(stage, cfg):
     text = Path(config).read_text(encoding='utf-8') if config and cfg.out_dir != DEFAULT else ''
     paths = re.findall(rf'^(\w+) = ["\']([^"\']*{DEFAULT}[^"\']*)', text, re.MULTILINE)
     options = {key: path.replace(DEFAULT, cfg.out_dir) for key, path in paths} | options
-    if name != 'data':
+    if not script.startswith('data/'):
         options.setdefault('seed', cfg.seed)
     return ['python', script, *([config] if config else []), *(f'--{k}={v}' for k, v in options.items())]
 
@@ -220,7 +262,7 @@ def run_stages(todo, cfg):
             state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
             stopped = same and not ended and os.path.exists(state) and os.path.getmtime(state) >= began
             put(name, command, time.time(), None)
-            if name != 'data':
+            if not script.startswith('data/'):
                 if stopped: # and a later start sees again that it is not of an older run
                     os.utime(state)
                 command = [*command, '--resume=True' if stopped else '--overwrite=True']
@@ -245,17 +287,39 @@ def run_stages(todo, cfg):
         raise SystemExit(code)
     return {name: round(record[name][2] - record[name][1], 2) for name, *_ in todo}
 
+def drop_foreign(path, names):
+    """Remove results without these models: evaluate.py was run into this folder by hand."""
+    if os.path.exists(path) and not set(names) <= read_json(path).get('models', {}).keys():
+        os.remove(path)
+
+def run_sums(cfg):
+    """Run everything in the world of sums; write and print the results."""
+    methods, path = cfg.methods.split(','), f'{cfg.out_dir}/results.json'
+    todo = stages(cfg)
+    for *_, product, _ in todo:
+        if product.endswith('results.json'):
+            drop_foreign(product, methods)
+    seconds, record = run_stages(todo, cfg), read_record(cfg)
+    began, ended = (f(record[name][i] for name, *_ in todo) for f, i in ((min, 1), (max, 2)))
+    results = sums.results(cfg.out_dir, methods) | dict(seconds=round(ended - began, 2), stages=seconds, seed=cfg.seed)
+    write_atomic(path, json.dumps(results, indent=1))
+    sums.print_results([results])
+    print(f"results: {path}; the figure: python -m lab.sums --runs={cfg.out_dir}")
+    print(f'talk to it: python sample.py --policy={cfg.out_dir}/{methods[0]} --prompt="345+278"')
+
 def main(cfg):
-    began, methods, ppos = time.time(), cfg.methods.split(','), ppo_of_rounds(cfg)
+    began, methods, policies = time.time(), cfg.methods.split(','), policies_of_rounds(cfg)
     claim(cfg)
+    if cfg.world == 'sums':
+        return run_sums(cfg)
     path = f'{cfg.out_dir}/evaluate/results.json'
-    if os.path.exists(path) and not {*methods, *ppos[1:]} <= read_json(path).get('models', {}).keys():
-        os.remove(path) # evaluate.py was run into this folder by hand
+    drop_foreign(path, [*methods, *policies[1:]])
     seconds = run_stages(stages(cfg), cfg)
     results = read_json(path) | dict(seconds=seconds, seed=cfg.seed)
     if cfg.rounds > 1:
-        results['rounds'] = [results['models'][ppo]['gold'] for ppo in ppos]
-        print('\ngold score of PPO, sampled, by round: ' + ', '.join(f'{gold:.3f}' for gold in results['rounds']))
+        results['rounds'] = [results['models'][policy]['gold'] for policy in policies]
+        print(f"\ngold score of {cfg.rounds_of}, sampled, by round: "
+              + ', '.join(f'{gold:.3f}' for gold in results['rounds']))
     write_atomic(path, json.dumps(results, indent=1))
     print(f"\nseconds: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}; {time.time() - began:.0f} in all, "
           f"{AT_ONCE} at a time")

@@ -14,15 +14,14 @@ In these functions pi and ref are log-probabilities of whole answers, log pi(y|x
     python dpo.py config/toy/dpo.py
     python dpo.py config/toy/simpo.py --simpo_margin=1.0
 
-Differs from the papers: a ranking of K answers makes all its pairs, and each answer passes through the model once. The
-reference is the model that training starts from, and its log-probabilities are computed once. AdamW replaces RMSprop.
+docs/differences.md says what differs from the papers.
 """
 
 from dataclasses import dataclass
 
 from common.batches import Batches, by_length, collate_answers, load_rankings, split_by_tokens
-from common.checkpoints import load_checkpoint, load_policy, log, prepare_out_dir, save_checkpoint
-from common.options import TrainOptions, launch, require
+from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.options import DataOptions, launch, require, unread
 from common.rollout import beats
 from common.run import progress, start, stop
 from common.tokens import load_tokenizer
@@ -31,38 +30,28 @@ from common.training import Means, finish_step, make_optimizer, take_step, train
 import torch
 import torch.nn.functional as F
 
-LOSSES = ('dpo', 'ipo', 'hinge', 'simpo', 'orpo')
+BETAS = dict(dpo=0.1, ipo=0.1, hinge=0.1, simpo=2.0, orpo=0.1) # the losses, and beta where it is not given
 PER_TOKEN = ('ipo', 'simpo', 'orpo') # these take an answer's mean log-probability per token, the others the sum
 REFERENCE_FREE = ('simpo', 'orpo')
 
 @dataclass
-class Config(TrainOptions):
+class Config(DataOptions):
     out_dir: str = 'out/dpo' # the checkpoint
     init_from: str = 'out/sft' # the SFT model, a folder or a model on the hub; also the reference where there is one
     train_data: str = '' # comparisons or rankings; several files are separated by commas
-    val_data: str = '' # the same, held out
     loss: str = 'dpo' # dpo, ipo, hinge, simpo or orpo
-    beta: float = 0.1 # pull towards the reference; simpo: scale of the margin, 2 to 10; orpo: weight of the odds ratio
+    beta: float = 0.0 # pull to the reference; simpo: scale of the reward; orpo: weight of the odds; 0 = 0.1, simpo 2.0
     label_smoothing: float = 0.0 # dpo: share of the preferences assumed to be the wrong way round
     simpo_margin: float = 0.5 # simpo: gamma, the margin that is asked for
-    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
-    epochs: int = 1 # with max_steps=0
-    batch_size: int = 32 # prompts per optimizer step, each with all its answers
-    grad_accum: int = 1 # micro-batches a batch is split into
     lr: float = 5e-6
-    lr_schedule: str = 'linear' # after warmup: constant, linear (to 0), cosine (to a tenth)
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    beta2: float = 0.99 # AdamW
-    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
-    eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, train_data=(self.train_data != '', 'a file of comparisons or rankings'),
-                loss=(self.loss in LOSSES, f"one of {', '.join(LOSSES)}"), beta=(self.beta > 0, 'above 0'),
-                label_smoothing=(0 <= self.label_smoothing < 0.5, 'at least 0 and below 0.5'),
-                simpo_margin=(self.simpo_margin >= 0, 'at least 0'))
+        require(self, loss=(self.loss in BETAS, f"one of {', '.join(BETAS)}"),
+                label_smoothing=(0 <= self.label_smoothing < 0.5, 'at least 0 and below 0.5'))
+        unread(self, self.loss == 'dpo', 'loss=dpo', 'label_smoothing')
+        unread(self, self.loss == 'simpo', 'loss=simpo', 'simpo_margin')
+        self.beta = self.beta or BETAS[self.loss]
 
 def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """Return the DPO loss (Rafailov et al. 2023, equation 7), w = chosen and l = rejected.
@@ -99,9 +88,8 @@ def hinge_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta):
         Zhao et al. 2023, equation 1:   L = max(0, delta - pi_w + pi_l)
         here, with delta = 1:           h = beta * [(pi_w - ref_w) - (pi_l - ref_l)]         L = max(0, 1 - h)
 
-    The second is "hinge-norm" of Liu et al. 2023, https://arxiv.org/abs/2309.06657, the support-vector counterpart of
-    DPO. The reference replaces SLiC's second term, a cross-entropy that keeps the policy near the SFT model. All four
-    are (B,), SUMMED over the answer's tokens. Returns as dpo_loss.
+    The second is "hinge-norm" of Liu et al. 2023, https://arxiv.org/abs/2309.06657; the reference replaces SLiC's
+    cross-entropy. All four are (B,), SUMMED over the answer's tokens. Returns as dpo_loss.
     """
     chosen_rewards = beta * (pi_chosen - ref_chosen) # (B,)
     rejected_rewards = beta * (pi_rejected - ref_rejected) # (B,)
@@ -123,8 +111,7 @@ def simpo_loss(pi_chosen, pi_rejected, beta, gamma):
 def orpo_loss(pi_chosen, pi_rejected, beta):
     """Return the ORPO loss (Hong et al. 2024, equations 6 and 7; their lambda is beta).
 
-    The log odds ratio of the answers joins the cross-entropy on the chosen one. P = exp(pi) is the geometric mean of
-    the token probabilities:
+    The log odds ratio joins the cross-entropy on the chosen answer. P = exp(pi), the tokens' geometric mean:
 
         odds = P / (1 - P)            L = -pi_w - beta * log sigmoid( log odds_w - log odds_l )
 
@@ -154,11 +141,10 @@ def pair_loss(logp, ref_logp, answers, cfg):
     else:
         out = orpo_loss(pi[w], pi[l], cfg.beta)
     loss, chosen_rewards, rejected_rewards = out
-    metrics = dict(accuracy=beats(chosen_rewards, rejected_rewards).mean(),
-                   margin=(chosen_rewards - rejected_rewards).mean(), chosen_reward=chosen_rewards.mean(),
-                   rejected_reward=rejected_rewards.mean(), chosen_logp=logp.detach()[w].mean(),
-                   rejected_logp=logp.detach()[l].mean())
-    return loss, metrics
+    return loss, dict(
+        accuracy=beats(chosen_rewards, rejected_rewards).mean(), margin=(chosen_rewards - rejected_rewards).mean(),
+        chosen_reward=chosen_rewards.mean(), rejected_reward=rejected_rewards.mean(),
+        chosen_logp=logp.detach()[w].mean(), rejected_logp=logp.detach()[l].mean())
 
 @torch.no_grad()
 def reference_logp(model, rows, cfg, run, name):
@@ -173,8 +159,7 @@ def reference_logp(model, rows, cfg, run, name):
         if run.interrupted and run.world_size == 1:
             raise KeyboardInterrupt(run.interrupted) # nothing to save yet
         mine |= zip(part, logp.cpu().split([len(rows[i].answers) for i in part]))
-    everybody = run.merge(mine)
-    return [everybody[i] for i in range(len(rows))]
+    return [logp for _, logp in sorted(run.merge(mine).items())]
 
 @torch.no_grad()
 def evaluate(model, rows, ref, cfg, run):
@@ -213,8 +198,7 @@ def main(cfg):
     rows = load_rankings(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val')
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
-    cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
-    prepare_out_dir(run, cfg)
+    prepare_out_dir(run, cfg, batches.epoch_steps)
     used = sorted({i for step in range(min(cfg.max_steps, batches.epoch_steps)) for i in batches.at(step)})
     ref = dict(zip(used, reference_logp(model, [rows[i] for i in used], cfg, run, 'train'))) # not yet trained
     val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
@@ -223,18 +207,13 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
 
-    measure = lambda: evaluate(model, val, val_ref, cfg, run)
-
-    def save(step):
-        save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-
-    bar = training_bar(run, cfg, state)
+    measure = (lambda: evaluate(model, val, val_ref, cfg, run)) if val else None
+    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
+    bar = training_bar(run, cfg, state, measure)
     for step in bar:
-        if val and cfg.eval_every and step % cfg.eval_every == 0:
-            log(run, cfg, step, **measure())
         chosen = batches.at(step)
         measured = update(model, optimizer, [rows[i] for i in chosen], [ref[i] for i in chosen], cfg, run, step)
-        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure if val else None)
+        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure)
     stop(run)
 
 if __name__ == '__main__':

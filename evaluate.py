@@ -17,16 +17,17 @@ import sys
 import time
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
-from itertools import chain, permutations
+from itertools import chain, permutations, repeat
 
-from common.batches import collate, encode_prompts, load_training_set
+from common.batches import by_length, collate, collate_answers, encode_prompts, encode_rankings, load_training_set
 from common.checkpoints import load_policy, load_reward_model
-from common.options import RunOptions, fail, launch, require
+from common.options import RunOptions, fail, launch, require, unread
 from common.records import lock, read_preferences, read_records, write_atomic, write_records
-from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chunks, load_gold, pack, sample_answers,
-                            score_answers, score_records)
+from common.rollout import beats, check_same_vocabulary, frozen_rewards, in_chunks, pack, sample_answers, score_packed
 from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
+from feedback.functions import guarded, load_reward_function
+from feedback.scores import score_answers
 from lab import figures
 
 import torch
@@ -35,6 +36,8 @@ DECODINGS = {'sampled': 1.0, 'greedy': 0.0} # and their temperatures
 # The KL at each token, summed along an answer: a mean over sampled answers estimates the KL between the distributions
 # of answers; along the greedy answer it is that of one path
 KL = {'sampled': 'kl', 'greedy': 'path_kl'}
+# What is said to an answerable question. All else is wrong, broken text too
+SAID = {'right': 'right', "doesn't know": 'abstains', 'declines': 'declines'}
 TOKENS = 2048 # so many tokens' logits (N, V) are in memory at once
 # One model's answers to all prompts, their rewards, and the row of results. parts: a dict for each answer, with `gold`
 # and, if the gold score's module has a function `explain`, whatever that returns (kind, category, content, …)
@@ -52,9 +55,11 @@ class Config(RunOptions):
     max_prompts: int = 0 # use the first so many; 0 = all
     max_new_tokens: int = 64 # longest answer, EOS included
     text: str = '' # held-out text or demonstrations, for the perplexity; empty = none
-    rankings: str = '' # held-out rankings or comparisons, for the reward model; empty = none
-    comparisons: str = '' # controlled pairs with a key `category`, for the reward model; empty = none
-    gold: str = '' # a gold score, MODULE:FUNCTION, as in data.toy.world:gold; empty = none
+    rankings: str = '' # held-out rankings or comparisons, for the reward model and the policies as one; empty = none
+    comparisons: str = '' # the same, controlled pairs with a key `category`; empty = none
+    reward: str = '' # a reward function, named like gold; its value is the reward, or is added to the reward model's
+    reward_weight: float = 1.0 # of it
+    gold: str = '' # a gold score, MODULE:FUNCTION or FILE.py:FUNCTION, as in data.toy.world:gold; empty = none
     overwrite: bool = False # replace the results in out_dir
     figures: bool = True # draw them (needs matplotlib)
     figure_runs: str = '' # label=folder,… of PPO runs: also draw overoptimisation.png from their logs
@@ -67,6 +72,9 @@ class Config(RunOptions):
                 max_prompts=(self.max_prompts >= 0, 'at least 0'),
                 best_of=(self.best_of == 0 or self.best_of >= 2 and self.reward_model != '',
                          '0, or at least 2 together with a reward_model'))
+        unread(self, self.reward, 'reward', 'reward_weight')
+        unread(self, self.models, 'models', *(key for key in Config.__annotations__
+                                              if key not in ('out_dir', 'models', 'overwrite', 'figure_runs')))
 
 def named_folders(text, option):
     """Parse 'a=out/a,b=out/b' to {'a': 'out/a', 'b': 'out/b'}. A name may hold '=', a folder may not."""
@@ -135,6 +143,28 @@ def wilson(p, n, z=1.959964):
     scale = 1 + z * z / n
     return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
 
+def length_controlled(wins, lengths, baseline_lengths):
+    """Return the win rate that answers of equal length would have.
+
+    Length-controlled AlpacaEval, Dubois et al. 2024, https://arxiv.org/abs/2404.04475:
+
+        P(win) = sigmoid(theta + phi tanh((l - l_b) / std(l - l_b)))            result: sigmoid(theta)
+
+    Maximum likelihood finds theta and phi from wins (N,), 0 to 1, and the answers' lengths in characters, (N,) each.
+    -phi^2 / 2 is added to the log-likelihood, so phi stays finite where length alone decides. Left out is the paper's
+    term for the difficulty of each instruction, which is learnt from many models.
+    """
+    y = torch.tensor(wins, dtype=torch.float64) # (N,)
+    if y.mean() in (0.0, 1.0): # theta is infinite
+        return y.mean().item()
+    d = torch.tensor(lengths, dtype=torch.float64) - torch.tensor(baseline_lengths, dtype=torch.float64) # (N,)
+    x = torch.stack([torch.ones_like(d), torch.tanh(d / d.std(correction=0).clamp(min=1e-6))], 1) # (N, 2)
+    b, penalty = torch.zeros_like(x[0]), torch.tensor([0.0, 1.0], dtype=torch.float64) # (2,): theta, phi
+    for _ in range(30): # Newton's method
+        p = torch.sigmoid(x @ b) # (N,)
+        b = b + torch.linalg.solve((x.T * p * (1 - p)) @ x + penalty.diag(), x.T @ (y - p) - penalty * b)
+    return torch.sigmoid(b[0]).item()
+
 def calibration(pairs, bins=10):
     """Compare sigmoid(score_a - score_b) with the share of pairs that prefer a.
 
@@ -180,29 +210,60 @@ def check_finite(values, model, what):
         print(f"\nerror: {model}: its {what} are not finite; wanted sound weights, or --dtype=float32", file=sys.stderr)
         raise SystemExit(1)
 
-def measure_reward_model(model, tok, cfg, preferences, block_size, device):
+# ---- scores of held-out pairs -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def score_rows(score, rows, model, what):
+    """Return [(row, its answers' scores)]. score: rows of like length -> (N,), a number for each answer of theirs."""
+    out = [None] * len(rows)
+    for part in by_length(rows, max(1, TOKENS // max(row.length for row in rows))):
+        values = iter(score([rows[i] for i in part]).tolist())
+        for i in part:
+            out[i] = rows[i], [next(values) for _ in rows[i].answers]
+    check_finite([x for _, scores in out for x in scores], model, what)
+    return out
+
+def pairs(scored):
+    """Return the scores (better answer, worse answer) of all pairs in [(row, scores)]."""
+    return [(a, b) for row, scores in scored for (a, i), (b, j) in permutations(zip(scores, row.ranks), 2) if i < j]
+
+def share(found):
+    """Return the share of pairs in which the better answer scores more."""
+    return win_rate([a for a, _ in found], [b for _, b in found])
+
+def measure_policy(scored, reference):
+    """Measure how often a policy's own likelihoods order pairs as preferred.
+
+        mean_logp    log pi(y|x) / |y|                    RRHF's score, Yuan et al. 2023, equation 1
+        log_ratio    beta log(pi(y|x) / pi_ref(y|x))      DPO's reward, Rafailov et al. 2023, equation 5 without Z(x)
+
+    beta > 0 changes no order. scored, reference: [(row, log pi of its answers)] of the policy and of pi_ref.
+    """
+    means = [(row, [x / len(ids) for x, ids in zip(logp, row.answers)]) for row, logp in scored]
+    ratios = [(row, [x - y for x, y in zip(logp, ref_logp)]) for (row, logp), (_, ref_logp) in zip(scored, reference)]
+    return dict(mean_logp=share(pairs(means)), log_ratio=share(pairs(ratios)))
+
+def measure_reward_model(model, cfg, preferences, run):
     """Measure how often a reward model orders pairs as preferred.
 
-    preferences: {'rankings' or 'comparisons': records}. `ceiling` says how often the annotator's own scores without
+    preferences: {'rankings' or 'comparisons': rows}. `ceiling` says how often the annotator's own scores without
     noise agree with the ranks, and `shorter_wins` how often the shorter answer is preferred. `pairs` says of how many
     pairs each is a share.
     """
-    pairs = lambda scored: [(a, b) for record, scores in scored # better answer, worse answer
-                            for (a, i), (b, j) in permutations(zip(scores, record['ranks']), 2) if i < j]
-    share = lambda found: win_rate([a for a, _ in found], [b for _, b in found])
     out, groups = {}, defaultdict(list)
-    for option, records in preferences.items():
-        scored = score_records(model, tok, records, block_size, option, device)
-        check_finite([x for _, scores in scored for x in scores], f"--reward_model={cfg.reward_model}", 'scores')
+    for option, rows in preferences.items():
+        scored = score_rows(lambda some: score_packed(model, some, run), rows, f"--reward_model={cfg.reward_model}",
+                            'scores')
         if option == 'rankings':
             found = dict(
-                accuracy=pairs(scored), ceiling=pairs([(r, r['scores']) for r, _ in scored if r.get('scores')]),
-                shorter_wins=pairs([(r, [-len(text) for text in r['responses']]) for r, _ in scored]))
+                accuracy=pairs(scored),
+                ceiling=pairs([(r, r.record['scores']) for r in rows if r.record.get('scores')]),
+                shorter_wins=pairs([(r, [-len(text) for text in r.record['responses']]) for r in rows]))
             out |= {name: share(these) for name, these in found.items()}
             out['calibration'], out['calibration_error'] = calibration([(a - b, 1.0) for a, b in found['accuracy']])
         else:
-            for record, scores in scored:
-                groups[str(record.get('category', 'all'))].append((record, scores))
+            for row, scores in scored:
+                groups[str(row.record.get('category', 'all'))].append((row, scores))
             found = {category: pairs(scored) for category, scored in groups.items()}
             out['by_category'] = {category: share(these) for category, these in found.items()}
         out['pairs'] = out.get('pairs', {}) | {name: len(these) for name, these in found.items()}
@@ -217,6 +278,9 @@ def describe(r, written):
         right = lambda key, value: mean(p['content'] for p in parts if p[key] == value)
         row |= {kind: right('kind', kind) for kind in ('helpful', 'honest', 'harmless')}
         row['by_category'] = {c: right('category', c) for c in sorted({p['category'] for p in parts})}
+    if parts and {'kind', 'said'} <= {*parts[0]}:
+        said = [SAID.get(p['said'], 'wrong') for p in parts if p['kind'] == 'helpful']
+        row['answerable'] = {what: mean(s == what for s in said) for what in ('right', 'abstains', 'wrong', 'declines')}
     if written.rewards:
         row['reward'] = mean(written.rewards)
     return row | dict(distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2), self_bleu=self_bleu(texts),
@@ -236,11 +300,15 @@ def print_results(results, samples, baseline):
     """Print the tables of results.json, and three prompts with everybody's answers."""
     names = list(results['models'])
     for title, table in (('sampled at temperature 1', results['models']), ('greedy', results['greedy'])):
-        columns = [c for c in table[baseline] if c not in ('by_category', 'win_rate_interval')]
+        columns = [c for c, value in table[baseline].items() if not isinstance(value, (dict, list))]
         rows = [[name] + [show(row[c]) for c in columns] for name, row in table.items()]
         for row in rows if 'win_rate_interval' in table[baseline] else ():
             row[-1] += ' [{:.2f}, {:.2f}]'.format(*table[row[0]]['win_rate_interval'])
         print_table(f"answers {title}", ['model'] + columns, rows)
+        if 'answerable' in table[baseline]:
+            said = list(table[baseline]['answerable'])
+            print_table(f"what is said to answerable questions, {title}", ['model'] + said, [
+                [name] + [show(row['answerable'][s]) for s in said] for name, row in table.items()])
         if 'by_category' in table[baseline]:
             print_table(f"right content by category, {title}", ['category'] + names, [
                 [c] + [show(table[name]['by_category'][c]) for name in names] for c in table[baseline]['by_category']])
@@ -249,6 +317,11 @@ def print_results(results, samples, baseline):
         shares = quality | quality.get('by_category', {})
         rows = [[name, show(shares[name]), str(n)] for name, n in quality['pairs'].items()]
         print_table("reward model: pairs ordered as preferred", ['pairs', 'share', 'n'], rows)
+    own = results['policies_as_reward']
+    if own:
+        columns = [(option, score) for option, shares in own[baseline].items() for score in shares]
+        print_table("policies as reward models: share of pairs in order", ['model', *map(', '.join, columns)], [
+            [name] + [show(row[option][score]) for option, score in columns] for name, row in own.items()])
     first = {} # one prompt of each kind, or without kinds the first three
     for i in range(0, len(samples), len(names)):
         first.setdefault(str(samples[i].get('kind', i)), i)
@@ -286,15 +359,18 @@ def evaluate(cfg, run):
     baseline, reference, K = cfg.baseline, models[cfg.reference or cfg.baseline].to(run.device), cfg.best_of
     block_size = min(model.config.block_size for model in [*models.values(), reward_model] if model)
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]
-    gold = load_gold(cfg.gold, records, cfg.prompts)
-    explain = getattr(sys.modules.get(cfg.gold.partition(':')[0]), 'explain', lambda prompt, answer: {})
+    gold = load_reward_function(cfg.gold, 'gold', records, cfg.prompts)
+    function = load_reward_function(cfg.reward, 'reward', records, cfg.prompts)
+    module = os.path.basename(cfg.gold.partition(':')[0]).removesuffix('.py')
+    explain = getattr(sys.modules.get(module), 'explain', lambda record, response: {})
+    explain = guarded(explain, 'gold', cfg.gold, cfg.prompts)
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
     held_out = []
     if cfg.text:
         data, _ = load_training_set(cfg.text, tok, block_size, max(1, TOKENS // block_size), cfg.seed, name='text')
         held_out = data.in_order(0) # every token is predicted once
-    options = ('rankings', 'comparisons') if reward_model else ()
-    preferences = {option: read_preferences(path) for option in options if (path := getattr(cfg, option))}
+    preferences = {option: encode_rankings(tok, read_preferences(path), block_size, option)
+                   for option in ('rankings', 'comparisons') if (path := getattr(cfg, option))}
     prepare_out_dir(cfg) # all input was read
     answered = {decoding: dict.fromkeys(models) for decoding in DECODINGS} # decoding -> name -> Written
     scores = lambda w: [p['gold'] for p in w.parts] or w.rewards
@@ -305,8 +381,10 @@ def evaluate(cfg, run):
         texts = [tok.decode(a).removeprefix(' ') for a in answers]
         rewards = frozen_rewards(reward_model, r.idx, r.lengths).tolist() if reward_model else []
         check_finite(rewards, f"--reward_model={cfg.reward_model}", 'scores')
-        asked = zip((record['prompt'] for record in records), texts)
-        parts = [explain(*pair) | {'gold': gold(*pair)} for pair in asked] if gold else []
+        if function: # alone, or beside the reward model
+            values = [cfg.reward_weight * function(*pair) for pair in zip(records, texts)]
+            rewards = [a + b for a, b in zip(rewards or repeat(0.0), values)]
+        parts = [explain(*pair) | {'gold': gold(*pair)} for pair in zip(records, texts)] if gold else []
         row = {}
         answered[decoding][name] = written = Written(texts, rewards, parts, row)
         row |= describe(r, written)
@@ -320,19 +398,30 @@ def evaluate(cfg, run):
         if held_out:
             row['perplexity'] = ppl
         if scores(written): # the baseline against itself is a half by definition
-            share = win_rate(scores(written), scores(answered[decoding][baseline]))
-            row[f'win_rate_vs_{baseline}'] = share
-            row['win_rate_interval'] = [0.5, 0.5] if name == baseline else wilson(share, len(texts))
+            theirs = answered[decoding][baseline]
+            wins = [0.5] * len(texts) if name == baseline else [*map(beats, scores(written), scores(theirs))]
+            row['length_controlled'] = length_controlled(wins, [*map(len, texts)], [*map(len, theirs.texts)])
+            row[f'win_rate_vs_{baseline}'] = mean(wins)
+            row['win_rate_interval'] = [0.5, 0.5] if name == baseline else wilson(mean(wins), len(texts))
         bar.update()
+
+    def policy_scores(name, model):
+        """Return {option: [(row, log pi of its answers)]}."""
+        score = lambda some: model.answers(collate_answers(some).to(run.device))[0]
+        return {option: score_rows(score, rows, f"--models: {name}", 'log-probabilities')
+                for option, rows in preferences.items()}
 
     bar = progress(total=2 * len(models) + (K > 0), desc='evaluate', unit='passes')
     with run.autocast():
         quality = {}
         if reward_model:
-            quality = measure_reward_model(reward_model, tok, cfg, preferences, block_size, run.device)
+            quality = measure_reward_model(reward_model, cfg, preferences, run)
+        ref_scores, own = policy_scores(cfg.reference or baseline, reference), dict.fromkeys(models)
         for name, model in sorted(models.items(), key=lambda item: item[0] != baseline): # the baseline first
             model.to(run.device)
             ppl = perplexity(model, held_out, run.device) if held_out else None
+            scored = ref_scores if model is reference else policy_scores(name, model)
+            own[name] = {option: measure_policy(scored[option], ref_scores[option]) for option in preferences}
             for decoding, temperature in DECODINGS.items():
                 # one seed for all, so that no model's answers depend on which others are in the list; another for the
                 # baseline, so that the answers compared with its own are independent of them
@@ -353,8 +442,9 @@ def evaluate(cfg, run):
             answered['greedy']['best_of_n'] = answered['greedy'][baseline] # the best of n equal answers
     bar.close()
     sampled, greedy = ({name: w.row for name, w in of_decoding.items()} for of_decoding in answered.values())
-    return dict(models=sampled, greedy=greedy, reward_model=quality, seconds={}, seed=cfg.seed, baseline=baseline,
-                reference=cfg.reference or baseline, prompts=len(prompts)), samples_of(records, answered)
+    return dict(models=sampled, greedy=greedy, reward_model=quality, policies_as_reward=own if preferences else {},
+                seconds={}, seed=cfg.seed, baseline=baseline, reference=cfg.reference or baseline,
+                prompts=len(prompts)), samples_of(records, answered)
 
 def samples_of(records, answered):
     """Make a record for each prompt and model, with answers and scores."""

@@ -6,18 +6,17 @@ optimization, https://arxiv.org/abs/2402.01306.
     python kto.py config/toy/kto.py
     python kto.py config/toy/kto.py --undesirable_weight=0.5
 
-Records: `prompt`, `response`, `label` (true = good). Rankings and comparisons are taken apart, see read_unpaired:
-chosen is good, rejected is bad.
+Records: `prompt`, `response`, `label` (true = good). Rankings and comparisons are taken apart, see read_unpaired.
 
-Differs from the paper: z0, the KL that answers are compared with, is of the whole batch.
+docs/differences.md says what differs from the papers.
 """
 
 import random
 from dataclasses import dataclass
 
 from common.batches import Batches, Row, collate, encode_rankings, split_by_tokens, truncate
-from common.checkpoints import load_checkpoint, load_policy, log, prepare_out_dir, save_checkpoint
-from common.options import TrainOptions, fail, launch, note, require
+from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.options import DataOptions, fail, launch, note, require
 from common.records import read_unpaired
 from common.rollout import frozen_logp
 from common.run import start, stop
@@ -27,32 +26,18 @@ from common.training import Means, finish_step, make_optimizer, take_step, train
 import torch
 
 @dataclass
-class Config(TrainOptions):
+class Config(DataOptions):
     out_dir: str = 'out/kto' # the checkpoint
     init_from: str = 'out/sft' # the SFT model; also the reference
     train_data: str = '' # answers with labels, or comparisons or rankings
-    val_data: str = '' # the same, held out
     beta: float = 0.1 # strength of the pull towards the reference
     desirable_weight: float = 1.0 # lambda_D, of a good answer
     undesirable_weight: float = 1.0 # lambda_U, of a bad one; the paper keeps lambda_D n_D within 1 to 4/3 lambda_U n_U
-    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
-    epochs: int = 1 # with max_steps=0
-    batch_size: int = 32 # answers per optimizer step, at least 2: z0 needs mismatched ones
-    grad_accum: int = 1 # micro-batches a batch is split into
     lr: float = 5e-6
-    lr_schedule: str = 'linear' # after warmup: constant, linear (to 0), cosine (to a tenth)
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    beta2: float = 0.99 # AdamW
-    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
-    eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, train_data=(self.train_data != '', 'a file of answers with labels, comparisons or rankings'),
-                beta=(self.beta > 0, 'above 0'), batch_size=(self.batch_size >= 2, 'at least 2'),
-                desirable_weight=(self.desirable_weight >= 0, 'at least 0'),
-                undesirable_weight=(self.undesirable_weight >= 0, 'at least 0'))
+        require(self, beta=(self.beta > 0, 'above 0'), batch_size=(self.batch_size >= 2, 'at least 2'))
 
 def kto_loss(pi, ref, label, z0, beta, desirable_weight=1.0, undesirable_weight=1.0):
     """Return the KTO loss () and implicit rewards (B,) (Ethayarajh et al. 2024, section 4, L_KTO).
@@ -138,15 +123,13 @@ def describe(rewards, labels, run):
 def evaluate(model, reference, rows, cfg, run):
     """Measure the loss and its metrics on held-out rows; one z0 for all of them."""
     model, at_once = run.whole(model).eval(), cfg.batch_size // cfg.grad_accum
-    z0, total, rewards, labels = estimate_kl(model, reference, rows, run, at_once), 0.0, [], []
-    for part in run.rows([rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]):
-        pi, ref = (log_probs(m, part, run, at_once) for m in (model, reference)) # (B,)
-        label = labels_of(part) # (B,)
-        loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
-        total += loss.item() * len(part)
-        rewards, labels = rewards + reward.tolist(), labels + label.tolist()
+    z0, mine = estimate_kl(model, reference, rows, run, at_once), run.rows(rows) # (), the share of this process
+    pi, ref = (log_probs(m, mine, run, at_once) for m in (model, reference)) # (B,)
+    label = labels_of(mine) # (B,)
+    loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
     model.train()
-    means = dict(loss=run.sum(total).item() / len(rows), kl=z0.item()) | describe(rewards, labels, run)
+    total = run.sum(loss * len(mine) if mine else 0.0).item()
+    means = dict(loss=total / len(rows), kl=z0.item()) | describe(reward.tolist(), label.tolist(), run)
     return {'val_' + name: value for name, value in means.items()}
 
 def update(model, reference, optimizer, rows, cfg, run, step):
@@ -177,24 +160,17 @@ def main(cfg):
     rows = load_data(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
-    cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
-    prepare_out_dir(run, cfg)
-
+    prepare_out_dir(run, cfg, batches.epoch_steps)
     run.prepare(model, cfg)
     optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
 
-    measure = lambda: evaluate(model, reference, val, cfg, run)
-
-    def save(step):
-        save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-
-    bar = training_bar(run, cfg, state)
+    measure = (lambda: evaluate(model, reference, val, cfg, run)) if val else None
+    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
+    bar = training_bar(run, cfg, state, measure)
     for step in bar:
-        if val and cfg.eval_every and step % cfg.eval_every == 0:
-            log(run, cfg, step, **measure())
         measured = update(model, reference, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step)
-        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'margin'], save, measure if val else None)
+        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'margin'], save, measure)
     stop(run)
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from pathlib import Path
 import ppo
 from common.batches import encode_prompts
 from common.checkpoints import load_policy, read_log
-from common.options import RunOptions, fail, launch, parse_config, require
+from common.options import RunOptions, fail, launch, parse_config, require, unread
 from common.records import read_json, read_records, write_atomic
 from common.rollout import check_context, check_same_vocabulary, frozen_logp, frozen_rewards, kl_k1, masked_mean, whiten
 from common.run import default_signals, start, stop
@@ -58,6 +58,7 @@ class Config(RunOptions):
                 prompts=(not (self.prompt and self.prompts), 'left out where there is a prompt'),
                 max_prompts=(self.max_prompts >= 1, 'at least 1'), n_answers=(self.n_answers >= 1, 'at least 1'),
                 out=(self.out.endswith('.html'), 'a file that ends with .html'))
+        unread(self, not self.prompt, 'a run without prompt', 'max_prompts')
 
 def check_out(path):
     """End the program where the page cannot be written."""
@@ -92,8 +93,12 @@ def load_models(cfg, ppo_cfg, folder, run, tok):
     shared = cfg.critic == 'shared'
     if shared and not open_pretrained(folder)[0]['value_head']:
         fail(f"--critic=shared: {folder} has no value head; wanted a policy of ppo.py --critic=shared")
-    models = ppo.load_models(dataclasses.replace(ppo_cfg, policy=folder, reward_model=cfg.reward_model,
-                                                 critic='shared' if shared else 'separate'), run, tok)
+    unread = 'critic_lr' if shared else 'value_coef' # by this critic
+    own = dict(policy=folder, reward_model=cfg.reward_model, critic='shared' if shared else 'separate',
+               **{unread: getattr(ppo.Config, unread)})
+    alone = dict(ensemble='mean', reward='', reward_policy='', reward_reference='', user='', max_turns=1,
+                 turn_rewards=False) # the reward model's score alone can be shown of every prefix
+    models = ppo.load_models(dataclasses.replace(ppo_cfg, **own, **alone), run, tok)
     reference = run.freeze(load_policy(cfg.reference, 'reference').to(run.device))
     check_same_vocabulary(models.policy, reference, 'reference', cfg.reference, tok)
     check_context(models.policy, reference, 'reference', cfg.reference)
@@ -155,11 +160,11 @@ def look(models, prompts, n_shown, tok, cfg, run):
 
     Each is a dict of lists. The steps are those of ppo.roll_out, which keeps fewer of their results.
     """
-    batch, lengths, _ = ppo.roll_out(models, prompts, None, tok, cfg, cfg.kl_coef, run)
+    batch, lengths, _ = ppo.roll_out(models, prompts, [{}] * len(prompts), tok, cfg, cfg.kl_coef, run)
     idx, mask, old_logp, values = (batch[k] for k in ('idx', 'mask', 'old_logp', 'old_values')) # (B, T), (B, T-1) …
     with torch.no_grad(), run.autocast():
         ref_logp = frozen_logp(models.reference, idx, mask, lengths) # (B, T-1)
-        reward = frozen_rewards(models.reward, idx, lengths) # (B,)
+        reward = frozen_rewards(models.reward.models[0], idx, lengths) # (B,)
     ended = idx.gather(1, lengths[:, None] - 1)[:, 0] == tok.eos # (B,)
     scores, kl = reward - cfg.missing_eos_penalty * (~ended).float(), kl_k1(old_logp, ref_logp) # (B,), (B, T-1)
     rewards = ppo.token_rewards(scores, kl, mask, cfg.kl_coef) # (B, T-1)
@@ -174,7 +179,8 @@ def look(models, prompts, n_shown, tok, cfg, run):
         tops = [model.logits_at(idx, mask).log_softmax(-1) for model in (models.policy, models.reference)]
         rows = torch.arange(len(idx), device=idx.device).repeat_interleave(sizes + 1) # a row for every prefix
         stops = torch.cat([torch.arange(n - k, n + 1, device=idx.device) for n, k in zip(ends, sizes)])
-        prefixes = frozen_rewards(models.reward, idx[rows], stops).split((sizes + 1).tolist()) # first: no answer yet
+        prefixes = frozen_rewards(models.reward.models[0], idx[rows], stops) # first of each: no answer yet
+        prefixes = prefixes.split((sizes + 1).tolist())
     # of each token: its five likeliest, as log-probabilities and ids
     tops = [list(zip(*(x.tolist() for x in q.topk(min(5, q.size(1)))))) for q in tops]
     columns = dict(logp=old_logp, ref_logp=ref_logp, kl=kl, entropy=entropy, reward=rewards, value=values,

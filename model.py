@@ -12,8 +12,7 @@ common/weights.py reads and writes its weights in the Hugging Face layout. The m
     answers(batch)                  (N,), (N,)          log-probabilities and rewards of answers that share prompts
     generate(prompts, …)            lists of ids        sampling; `stream` gives it token by token
 
-Letters for shapes, here and everywhere: B sequences, T positions, V vocabulary, C channels, K answers per prompt, nh
-heads, hs head size. () is a scalar.
+Shapes: B sequences, T positions, V vocabulary, C channels, K answers per prompt, nh heads, hs head size, () a scalar.
 
 Two conventions hold in the whole code base:
 1. Sequences are right-padded. A causal model never looks at later tokens, so pads need no attention mask.
@@ -59,9 +58,7 @@ class Attention(nn.Module):
             k, v, mask = cache.extend(self.layer, qkv[1:]) # S keys and values: (B, nh, S, hs) each, (B, 1, 1, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0) # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C) # (B, T, C)
-        if keep is not None:
-            y = pick(y, keep) # (N, C)
+        y = pick(y.transpose(1, 2).reshape(B, T, C), keep) # (B, T, C), or (N, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 class MLP(nn.Module):
@@ -72,8 +69,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')) # as x
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')), self.dropout, self.training) # as x
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -85,21 +81,18 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None, mask=None, keep=None):
         """Map x (B, T, C) to (B, T, C), or with keep (N,) to (N, C), at these places alone."""
-        y = self.attn(self.ln_1(x), cache, mask, keep)
-        if keep is not None:
-            x = pick(x, keep) # (N, C)
-        x = x + y
+        x = pick(x, keep) + self.attn(self.ln_1(x), cache, mask, keep)
         return x + self.mlp(self.ln_2(x))
 
 def pick(x, keep):
-    """Return the vectors (N, C) of x (B, T, C) at the places keep (N,).
+    """Return the vectors (N, C) of x (B, T, C) at the places keep (N,); all of x where keep is None.
 
     Places are counted through the flattened B * T. The last layer computes its output, after attention, at these alone.
 
         x, B = 2 rows of T = 4:   a b c d      places:  0 1 2 3      keep = [1, 6, 7]  ->  b g h
                                   e f g h               4 5 6 7
     """
-    return x.flatten(0, 1).index_select(0, keep)
+    return x if keep is None else x.flatten(0, 1).index_select(0, keep)
 
 def last_places(lengths, T):
     """Return the places (B,) of the rows' last tokens, as `pick` counts them; lengths: (B,)."""
@@ -110,29 +103,23 @@ def places(mask):
     return (mask > 0).flatten().nonzero()[:, 0]
 
 class KVCache:
-    """Hold the keys and values of earlier tokens, for B rows.
+    """Hold the keys and values of earlier tokens, for B rows of any length.
 
-    The rows may differ in length. The first pass stores whole prompts, right-padded. Each later pass adds one token per
-    row, at that row's own position, over the padding there. static: each later pass looks at all max_length places,
-    many of them hidden. So its shapes stay the same.
+    The first pass stores right-padded prompts. Each later one adds one token per row, at that row's own position, over
+    the padding. static: each looks at all max_length places, many of them hidden, so that its shapes stay the same.
     """
 
     def __init__(self, config, lengths, max_length, static=False):
-        self.lengths = lengths # (B,) tokens stored per row
-        self.max_length, self.static = max_length, static
+        self.lengths, self.max_length, self.static = lengths, max_length, static # lengths: (B,) tokens stored per row
         self.longest = max_length if static else int(lengths.max()) # S, the places that a pass looks at
         self.kv = [None] * config.n_layer # (2, B, nh, max_length, hs) each
-        self.mask = None # (B, 1, 1, S), 0 where a row may look, -inf elsewhere; None in the first pass
+        self.mask = None # (B, 1, 1, S), True where a row may look; None in the first pass
 
     def next(self):
         """Make room for one more token per row; return its positions (B,)."""
-        positions = self.lengths
-        self.lengths = self.lengths + 1
-        if not self.static:
-            self.longest += 1
-        hidden = torch.arange(self.longest, device=positions.device) >= self.lengths[:, None] # (B, S)
-        self.mask = torch.zeros(hidden.shape, dtype=self.kv[0].dtype, device=positions.device)
-        self.mask = self.mask.masked_fill_(hidden, -math.inf)[:, None, None, :]
+        positions, self.lengths = self.lengths, self.lengths + 1
+        self.longest += not self.static
+        self.mask = (torch.arange(self.longest, device=positions.device) < self.lengths[:, None])[:, None, None, :]
         self.rows = torch.arange(len(positions), device=positions.device)
         return positions
 
@@ -153,15 +140,14 @@ class KVCache:
         if not self.static:
             self.longest = int(self.lengths.max())
 
-def check_size(config):
-    """End the program where a model outgrows this machine's memory."""
-    n = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.block_size) * config.n_embd # less biases
+def check_size(c):
+    """End the program where a model outgrows this machine's memory; c: its GPTConfig."""
+    n = 12 * c.n_layer * c.n_embd**2 + (c.vocab_size + c.block_size) * c.n_embd # less biases
     known = 'SC_PHYS_PAGES' in getattr(os, 'sysconf_names', ()) # not on Windows
     holds = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4 if known else 2**40
-    if n > holds or config.n_layer > 1000: # so many layers take minutes to make
-        fail(f"n_layer={config.n_layer}, n_embd={config.n_embd}, block_size={config.block_size}, a vocabulary of "
-             f"{config.vocab_size}: {n:.3g} parameters; wanted at most 1000 layers and the {holds:.3g} parameters that "
-             "fit this machine's memory")
+    if n > holds or c.n_layer > 1000: # so many layers take minutes to make
+        fail(f"n_layer={c.n_layer}, n_embd={c.n_embd}, block_size={c.block_size}, vocab_size={c.vocab_size}: {n:.3g} "
+             f"parameters; wanted at most 1000 layers and the {holds:.3g} parameters that fit this machine's memory")
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -179,7 +165,11 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias or config.reward_head or config.value_head)
         self.value_head = nn.Linear(config.n_embd, 1) if config.value_head else None
         self.reward_head = nn.Linear(config.n_embd, 1, bias=False) if config.reward_head else None
-        self.apply(self._init_weights)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, 'bias', None) is not None:
+                    nn.init.zeros_(module.bias)
         for name, p in self.named_parameters(): # the sum of 2 * n_layer residual branches is not to grow with depth
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -188,20 +178,13 @@ class GPT(nn.Module):
         if self.reward_head is not None: # Stiennon et al. 2020, appendix B.1
             nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(config.n_embd + 1))
 
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, 'bias', None) is not None:
-                nn.init.zeros_(module.bias)
-
     def trunk(self, idx, positions, cache=None, mask=None, keep=None):
         """Return the last layer's output (B, T, C) for tokens idx (B, T) at positions (T,) or (B, T).
 
         A token looks at itself, at earlier tokens and at the cache; with a mask (B, 1, T, T), where that is True. With
         keep (N,) the output is (N, C), at these places alone, see `pick`.
         """
-        x = self.wte(idx) + self.wpe(positions) # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(self.wte(idx) + self.wpe(positions), self.config.dropout, self.training) # (B, T, C)
         *blocks, last = self.h
         for block in blocks:
             x = self.through(block, x, cache, mask)
@@ -264,8 +247,7 @@ class GPT(nn.Module):
     def answers(self, batch):
         """Return log pi(y|x) (N,) and scores (N,) of common.batches.Answers.
 
-        log pi(y|x) sums over the tokens of an answer that `batch.targets` holds, EOS included. Scores are read off each
-        answer's last token. They are None without a reward head.
+        log pi(y|x) sums over an answer's tokens in `batch.targets`. Scores, off its last token, need a reward head.
         """
         T = batch.idx.size(1)
         before = torch.ones(T, T, dtype=torch.bool, device=batch.idx.device).tril() # (T, T)
@@ -289,9 +271,8 @@ class GPT(nn.Module):
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None):
         """Continue ragged prompts (lists of token ids, none empty) token by token.
 
-        Each step yields the indices (n,) of the rows that have not ended, their new tokens (n,), and these tokens'
-        log-probabilities (n,) in the distribution that was sampled. A row ends with eos, which is yielded, or after
-        max_new_tokens. temperature=0 takes the likeliest token. top_k=0 and top_p=1 change nothing.
+        Each step yields the rows that go on (n,), their new tokens (n,) and these tokens' log-probabilities (n,) as
+        sampled. A row ends with eos, which is yielded. temperature=0 is greedy; top_k=0 and top_p=1 change nothing.
         """
         device, longest = self.wte.weight.device, max(len(p) for p in prompts)
         if min(len(p) for p in prompts) == 0:
@@ -360,9 +341,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, name, **overrides):
         """Read a GPT-2 in the Hugging Face layout: a folder, or a model on the hub ("gpt2", "OWNER/NAME").
 
-        overrides: fields of GPTConfig to replace, as dropout; value_head=True or reward_head=True adds a fresh head. A
-        value head added to a reward model starts as its reward head. Weights of any precision become float32. A
-        checkpoint that does not fit ends the program with one line.
+        overrides: fields of GPTConfig to replace. value_head=True or reward_head=True adds a fresh head; that of values
+        begins as a reward model's own. Weights become float32. A checkpoint that does not fit ends the program.
         """
         fields, path, tensors = weights.open_pretrained(name)
         model = cls(GPTConfig(**fields | overrides))
@@ -373,19 +353,12 @@ class GPT(nn.Module):
         model.was_reward_model = fields['reward_head'] # in the checkpoint, before the overrides
         return model
 
-    def save_pretrained(self, folder, eos=None, pad=None):
-        """Write the model's files into a folder; eos, pad: as for common.weights.save_pretrained."""
-        weights.save_pretrained(self, folder, eos, pad)
+    save_pretrained = weights.save_pretrained # (self, folder, eos=None, pad=None)
 
 def token_logp(logits, idx, mask):
-    """Return log-probabilities (B, T-1) of the tokens counted by mask, 0 elsewhere.
-
-    logits: (N, V) at the N counted tokens. idx: (B, T). mask: (B, T-1). Position t of the result describes token t+1.
-    The shift of packed rows is in Answers.sources.
-    """
-    counted = mask > 0
-    picked = -F.cross_entropy(logits, idx[:, 1:][counted], reduction='none') # (N,)
-    return torch.zeros_like(mask).masked_scatter(counted, picked)
+    """Return log-probabilities (B, T-1) of idx (B, T) where mask (B, T-1) counts N, 0 elsewhere; logits: (N, V)."""
+    picked = -F.cross_entropy(logits, idx[:, 1:][mask > 0], reduction='none') # (N,)
+    return torch.zeros_like(mask).masked_scatter(mask > 0, picked)
 
 def token_entropy(logits, mask):
     """Return the entropy (B, T-1) in nats of logits (N, V), placed as in token_logp."""

@@ -1,58 +1,53 @@
-"""Train a policy by proximal policy optimisation (PPO) from a reward model.
+"""Train a policy by proximal policy optimisation (PPO) from a reward model or a reward function.
 
 PPO: Schulman et al. 2017, https://arxiv.org/abs/1707.06347. GAE: Schulman et al. 2016,
 https://arxiv.org/abs/1506.02438. For language models: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, and Ouyang
 et al. 2022 (InstructGPT), https://arxiv.org/abs/2203.02155. Four models: the policy, the critic (it starts as the
-reward model), the reward model, and the reference (the policy before training, frozen).
+reward model, without one as the policy), the reward model, and the reference (the policy before training, frozen).
 
     python ppo.py config/toy/ppo.py
     python ppo.py config/toy/ppo.py --critic=shared --out_dir=out/toy/ppo_shared
+    python ppo.py config/toy/ppo.py --reward_model= --reward=data.toy.world:gold --out_dir=out/toy/ppo_gold
 
 One iteration:
     1. roll out: sample answers to a batch of prompts at temperature 1, no top-k or top-p, recording log pi_old
-    2. score: r(x, y) from the reward model, less a penalty where an answer does not end
+    2. score: the reward r(x, y) (common/rewards.py), less a penalty where an answer does not end
     3. reward per token: the KL penalty -beta * (log pi_old - log pi_ref), plus the score on the last token
     4. advantages by GAE from the critic's values, whitened
     5. several epochs of the clipped surrogate and the clipped value loss
 
-Differs from InstructGPT: the score's shift and gain are in the reward model's weights (see reward.py). An answer that
-does not end loses a fixed amount; the code of Ziegler et al. scores it -1.
+docs/differences.md says what differs from the papers.
 """
 
 from collections import namedtuple
 from dataclasses import dataclass
 
 from common.batches import Batches, collate, encode_prompts, load_training_set, split_by_tokens
-from common.checkpoints import load_checkpoint, load_reward_model, load_weights, prepare_out_dir, save_checkpoint
-from common.options import TrainOptions, fail, launch, require
-from common.records import read_records
-from common.rollout import (describe, describe_critic, frozen_logp, frozen_rewards, frozen_values, kl_k1, load_actors,
-                            load_gold, masked_mean, mean_gold, micro_batches, minibatches, pack, ratio_stats,
-                            sample_answers, whiten)
+from common.checkpoints import (load_checkpoint, load_policy, load_reward_model, load_weights, prepare_out_dir,
+                                save_checkpoint)
+from common.options import fail, launch, require, unread
+from common.records import files_of, read_records
+from common.rewards import RolloutOptions, load_actors, mean_gold
+from common.rollout import (describe, describe_critic, frozen_logp, frozen_values, kl_k1, masked_mean, micro_batches,
+                            minibatches, ratio_stats, sample_rollouts, whiten)
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, check_finite, finish_step, lr_at, make_optimizer, optimizer_step, training_bar
+from feedback.functions import load_functions
 
 import torch
 
 @dataclass
-class Config(TrainOptions):
+class Config(RolloutOptions):
     out_dir: str = 'out/ppo' # the checkpoint
-    policy: str = 'out/sft' # where the policy starts, a folder or a model on the hub; also the reference
-    reward_model: str = 'out/reward' # a folder or a model on the hub
-    prompts: str = '' # prompt records
-    max_new_tokens: int = 64 # longest answer, EOS included
     critic: str = 'separate' # separate: a model of its own; shared: a value head on the policy
     kl_coef: float = 0.05 # beta, the weight of the KL penalty, per nat
     kl_target: float = 0.0 # above 0: adapt beta so that the KL per answer comes to this many nats (Ziegler et al. 2.2)
-    kl_horizon: int = 10000 # answers over which beta adapts
-    missing_eos_penalty: float = 1.0 # taken off the score of an answer that does not end
+    kl_gain: float = 0.1 # K: how fast beta adapts
     whiten_rewards: bool = False # per-token rewards to variance 1, mean kept
     gamma: float = 1.0 # discount
     lam: float = 0.95 # lambda of GAE
     epochs: int = 4 # passes over the answers of an iteration
-    minibatches: int = 1 # optimizer steps per epoch
-    clip: float = 0.2 # of the probability ratio
     value_clip: float = 0.2 # of the critic's change
     value_coef: float = 0.1 # weight of the value loss where the critic is shared
     entropy_coef: float = 0.0 # entropy bonus, per nat
@@ -60,28 +55,18 @@ class Config(TrainOptions):
     ptx_coef: float = 0.0 # above 0: weight of the cross-entropy on ptx_data (PPO-ptx, InstructGPT equation 2)
     ptx_data: str = '' # demonstrations or text
     ptx_batch_size: int = 32 # rows of ptx_data per optimizer step
-    max_steps: int = 100 # iterations
-    batch_size: int = 64 # answers per optimizer step; an iteration samples batch_size * minibatches
-    grad_accum: int = 1 # micro-batches, of answers of like length
-    lr: float = 1e-5
-    critic_lr: float = 1e-5
-    lr_schedule: str = 'linear' # after warmup: constant, linear (to 0), cosine (to a tenth)
-    warmup_steps: int = 0 # iterations
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
-    save_every: int = 50 # iterations between checkpoints; 0 = only at the end
-    log_every: int = 1
-    gold: str = '' # MODULE:FUNCTION: also log this score, which the policy never sees, as in data.toy.world:gold
+    critic_lr: float = 1e-5 # of a separate critic
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, prompts=(self.prompts != '', 'a file of prompts'), max_steps=(self.max_steps >= 1, 'at least 1'),
-                critic=(self.critic in ('separate', 'shared'), 'separate or shared'),
+        require(self, critic=(self.critic in ('separate', 'shared'), 'separate or shared'),
                 gamma=(0 <= self.gamma <= 1, 'between 0 and 1'), lam=(0 <= self.lam <= 1, 'between 0 and 1'),
                 kl_coef=(self.kl_coef > 0 or self.kl_target == 0, 'above 0 with kl_target, which multiplies it'),
-                kl_horizon=(self.kl_target == 0 or self.kl_horizon >= self.batch_size * self.minibatches,
-                            'at least batch_size * minibatches, the answers of an iteration'),
+                kl_gain=(0 < self.kl_gain < 5, 'above 0 and below 5'), # beta stays above 0
                 ptx_data=((self.ptx_data != '') == (self.ptx_coef > 0), 'given together with ptx_coef'))
+        unread(self, self.critic == 'shared', 'critic=shared', 'value_coef')
+        unread(self, self.kl_target, 'kl_target', 'kl_gain')
+        unread(self, self.ptx_coef, 'ptx_coef', 'ptx_batch_size')
 
 def token_rewards(scores, kl, mask, kl_coef):
     """Return the reward per token (B, T-1) (Ziegler et al. 2019, equation 2).
@@ -101,15 +86,17 @@ def gae(rewards, values, mask, gamma, lam):
 
         delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lam A_{t+1}          return_t = A_t + V_t
 
-    V and A are 0 after the answer's last token. All (B, T-1); mask is 1 on one contiguous stretch per row. Returns
-    advantages and returns, (B, T-1) each, 0 outside the mask.
+    t + 1 is the next token that the policy wrote: what a user says in between takes no step. V and A are 0 after the
+    last one. All (B, T-1). Returns advantages and returns, (B, T-1) each, 0 outside the mask.
     """
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0]) # (B,)
     for t in reversed(range(values.size(1))):
+        written = mask[:, t] > 0 # (B,)
         delta = rewards[:, t] + gamma * next_value - values[:, t] # (B,)
         advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
-        next_value, next_advantage = values[:, t] * mask[:, t], advantages[:, t]
+        next_value = torch.where(written, values[:, t], next_value)
+        next_advantage = torch.where(written, advantages[:, t], next_advantage)
     return advantages, (advantages + values) * mask
 
 def policy_loss(logp, old_logp, advantages, mask, clip):
@@ -134,27 +121,30 @@ def value_loss(values, old_values, returns, mask, clip):
     clipped = old_values + (values - old_values).clamp(-clip, clip) # (B, T-1)
     return masked_mean(0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
-def adapt_kl_coef(kl_coef, kl, target, n, horizon):
-    """Adapt beta to the KL per answer (Ziegler et al. 2019, section 2.2).
+def adapt_kl_coef(kl_coef, kl, target, gain):
+    """Adapt beta to the KL per answer (Ziegler et al. 2019, section 2.2; the gain is their K, 0.1).
 
-        e = clamp(KL / target - 1, -0.2, 0.2)          beta <- beta (1 + e n / horizon), n answers were sampled
-
-    The paper has a constant K = 0.1 for n / horizon.
+        e = clamp(KL / target - 1, -0.2, 0.2)          beta <- beta (1 + K e)
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * n / horizon)
+    return kl_coef * (1 + gain * error)
 
-Models = namedtuple('Models', 'policy critic reward reference') # a shared critic is the policy itself
+Models = namedtuple('Models', 'policy critic reward reference') # reward: a Reward; a shared critic is the policy
 
-def load_models(cfg, run, tok):
-    """Load the four models; a separate critic starts as the reward model, its value head as the reward head."""
+def load_models(cfg, run, tok, function=None):
+    """Load the four models; a separate critic starts as the reward model, its value head as the reward head.
+
+    Without a reward model it starts as the policy, with a value head of zeros. function: of --reward.
+    """
     shared = cfg.critic == 'shared'
-    policy, reward, reference = load_actors(cfg, run, tok, value_head=shared)
+    policy, reward, reference = load_actors(cfg, run, tok, function, value_head=shared)
     if shared:
         if not policy.config.bias: # the value head brings a final bias, which a saved policy has not
             policy.ln_f.bias.requires_grad_(False)
         return Models(policy, policy, reward, reference)
-    critic = load_reward_model(cfg.reward_model, value_head=True).to(run.device)
+    if not cfg.reward_model:
+        return Models(policy, load_policy(cfg.policy, value_head=True).to(run.device), reward, reference)
+    critic = load_reward_model(files_of(cfg.reward_model)[0], value_head=True).to(run.device)
     critic.reward_head, critic.config.reward_head = None, False # its value head took over
     return Models(policy, critic, reward, reference)
 
@@ -178,46 +168,47 @@ def ppo_loss(models, b, cfg, run):
     return loss, stats, largest
 
 def ptx_backward(policy, examples, cfg, run):
-    """Add the gradient of PPO-ptx (Ouyang et al. 2022, InstructGPT, equation 2, second term, negated).
+    """Add the gradient of ptx_coef L; return L (Ouyang et al. 2022, InstructGPT, equation 2, second term, negated).
 
-        L = -ptx_coef * mean over the tokens of examples (ids, mask) of log pi
+        L = -mean over the tokens of examples (ids, mask) of log pi
     """
     parts = split_by_tokens(examples, [len(ids) for ids, _ in examples], cfg.grad_accum, run.world_size)
     micro = [collate(run.rows(part)) for part in parts] # (B, T), (B, T-1) each
     n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
+    total = 0.0
     for idx, mask in micro:
         with run.autocast():
             logp = policy.logp(idx.to(run.device), mask.to(run.device)) # (B, T-1), 0 where mask is
         run.backward(-cfg.ptx_coef * logp.sum() / n_tokens)
+        total -= logp.detach().sum() / n_tokens
+    return run.sum(total).item()
 
-def roll_out(models, prompts, questions, tok, cfg, kl_coef, run, gold=None):
-    """Make steps 1 to 4 for prompts, lists of ids.
+def roll_out(models, prompts, records, tok, cfg, kl_coef, run, gold=None, user=None):
+    """Make steps 1 to 4 for prompts, lists of ids, and their records.
 
-    questions: the same prompts as text, which only the gold score reads. Returns a batch of tensors, idx (B, T) and the
-    rest (B, T-1), the rows' lengths (B,), and metrics.
+    gold, user: see feedback/functions.py. Returns tensors, idx (B, T) and the rest (B, T-1), lengths (B,), and metrics.
     """
-    # 1. roll out: sample answers at temperature 1, recording log pi_old
+    # 1. roll out: sample answers, or dialogues with the user, at temperature 1, recording log pi_old
     with run.autocast():
-        answers, logps = sample_answers(run.whole(models.policy), prompts, tok, cfg.max_new_tokens)
-    rolls = pack(prompts, answers, logps, tok.eos).to(run.device)
+        rolls = sample_rollouts(run.whole(models.policy), prompts, records, tok, cfg, user).to(run.device)
     idx, mask, old_logp, lengths = rolls.idx, rolls.mask, rolls.logp, rolls.lengths # (B, T), (B, T-1) twice, (B,)
     with run.autocast():
         ref_logp = frozen_logp(models.reference, idx, mask, lengths, cfg.batch_size // cfg.grad_accum) # (B, T-1)
         values = frozen_values(run.whole(models.critic), idx, mask, lengths) # (B, T-1)
-        reward = frozen_rewards(models.reward, idx, lengths) # (B,)
+        reward, earlier, parts = models.reward(rolls) # (B,), and of it (B, T-1) at the ends of earlier answers
     # 2. score: less a penalty where an answer does not end
     scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (B,)
     # 3. reward per token: the KL's price everywhere, the score on the last token
-    rewards = token_rewards(scores, kl_k1(old_logp, ref_logp), mask, kl_coef) # (B, T-1)
+    rewards = token_rewards(scores - earlier.sum(1), kl_k1(old_logp, ref_logp), mask, kl_coef) + earlier # (B, T-1)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, run) + masked_mean(rewards, mask, run) * mask
     # 4. advantages by GAE, whitened
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam) # (B, T-1) each
     batch = dict(idx=idx, mask=mask, old_logp=old_logp, old_values=values, returns=returns,
                  advantages=whiten(advantages, mask, run))
-    measured = describe(rolls, ref_logp, reward, scores, run) | describe_critic(values, returns, mask, run)
+    measured = describe(rolls, ref_logp, reward, scores, run) | parts | describe_critic(values, returns, mask, run)
     if gold:
-        measured['gold'] = mean_gold(gold, questions, answers, tok)
+        measured['gold'] = mean_gold(gold, rolls)
     return batch, lengths, measured
 
 def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
@@ -225,7 +216,7 @@ def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
 
     first_ratio: the largest |ratio - 1| before the first update, 0 but for rounding unless sampling and scoring differ.
     """
-    updates, norms, first_ratio, lr = [], [], 0.0, lr_at(step, cfg)
+    updates, steps, first_ratio, lr = [], [], 0.0, lr_at(step, cfg)
     # 5. several epochs of the clipped surrogate and the clipped value loss
     for rows in minibatches(len(lengths), cfg):
         means = Means()
@@ -239,30 +230,30 @@ def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
         if cfg.early_stop_kl and updates[-1]['approx_kl'] > cfg.early_stop_kl:
             models.policy.zero_grad(), models.critic.zero_grad() # this update is not made
             break
+        steps.append({})
         if ptx:
-            ptx_backward(models.policy, ptx.at(step * cfg.epochs * cfg.minibatches + len(updates) - 1), cfg, run)
+            examples = ptx.at(step * cfg.epochs * cfg.minibatches + len(updates) - 1)
+            steps[-1]['ptx_loss'] = ptx_backward(models.policy, examples, cfg, run)
         last = 'critic' not in optimizers # a separate critic steps after the policy
-        norms.append(optimizer_step(run, cfg, step, models.policy, optimizers['policy'], lr, last))
+        steps[-1]['grad_norm'] = optimizer_step(run, cfg, step, models.policy, optimizers['policy'], lr, last)
         if 'critic' in optimizers:
             optimizer_step(run, cfg, step, models.critic, optimizers['critic'], lr_at(step, cfg, cfg.critic_lr))
-    measured = {k: sum(line[k] for line in updates) / len(updates) for k in updates[0]}
-    measured |= dict(grad_norm=sum(norms) / len(norms)) if norms else {} # none where the first one goes too far
-    return measured | dict(first_ratio=max(run.gather(first_ratio)), updates=len(norms), lr=lr)
+    measured = {k: sum(line[k] for line in lines) / len(lines) # no steps where the first update goes too far
+                for lines in (updates, steps) if lines for k in lines[0]}
+    return measured | dict(first_ratio=max(run.gather(first_ratio)), updates=len(steps), lr=lr)
 
 def main(cfg):
     run = start(cfg)
     tok = load_tokenizer(cfg.policy, 'policy')
     if cfg.ptx_coef and cfg.ptx_batch_size < (least := run.world_size * cfg.grad_accum):
         fail(f"--ptx_batch_size={cfg.ptx_batch_size}: must be at least {least}, processes x grad_accum")
-    models = load_models(cfg, run, tok)
     records = read_records(cfg.prompts, 'prompts')
-    gold = load_gold(cfg.gold, records, cfg.prompts)
+    reward, gold, user = load_functions(cfg, records)
+    models = load_models(cfg, run, tok, reward)
     block_size, n = models.policy.config.block_size, cfg.batch_size * cfg.minibatches # n answers an iteration
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
     batches = Batches([0] * len(prompts), n, cfg.seed) # of equal lengths: in random order
-    ptx = None
-    if cfg.ptx_coef:
-        ptx, _ = load_training_set(cfg.ptx_data, tok, block_size, cfg.ptx_batch_size, cfg.seed)
+    ptx = load_training_set(cfg.ptx_data, tok, block_size, cfg.ptx_batch_size, cfg.seed)[0] if cfg.ptx_coef else None
     prepare_out_dir(run, cfg)
 
     trained = dict(policy=models.policy) | (dict(critic=models.critic) if cfg.critic == 'separate' else {})
@@ -281,12 +272,12 @@ def main(cfg):
     bar = training_bar(run, cfg, state)
     for step in bar:
         chosen = run.rows(batches.at(step))
-        batch, lengths, measured = roll_out(models, [prompts[i] for i in chosen],
-                                            [records[i]['prompt'] for i in chosen], tok, cfg, kl_coef, run, gold)
+        batch, lengths, measured = roll_out(models, [prompts[i] for i in chosen], [records[i] for i in chosen],
+                                            tok, cfg, kl_coef, run, gold, user)
         measured = {k: (run.sum(v) / run.world_size).item() for k, v in measured.items()} | dict(kl_coef=kl_coef)
         measured |= update(models, optimizers, batch, lengths, cfg, run, step, ptx)
         if cfg.kl_target:
-            kl_coef = adapt_kl_coef(kl_coef, measured['kl'], cfg.kl_target, n, cfg.kl_horizon)
+            kl_coef = adapt_kl_coef(kl_coef, measured['kl'], cfg.kl_target, cfg.kl_gain)
         finish_step(run, cfg, bar, step + 1, measured, ['reward', 'kl', 'ended'], save)
     stop(run)
 

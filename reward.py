@@ -6,55 +6,47 @@ https://arxiv.org/abs/2203.02155. K ranked answers make all their K(K-1)/2 pairs
 
     python reward.py config/toy/reward.py
     python reward.py --init_from=out/hh/sft --train_data=data/hh_rlhf/comparisons_train.jsonl
+    python reward.py --loss=regression --init_from=out/sft --train_data=out/anna.jsonl,out/ben.jsonl
 
-With --lm_coef the model keeps predicting the preferred answers, which preserves its knowledge: text-generation
-regularisation, Yang et al. 2024 (GRM), https://arxiv.org/abs/2406.10216, section 3.
+With --loss=regression it learns numbers that people gave single answers: Wang et al. 2024 (HelpSteer2),
+https://arxiv.org/abs/2406.08673. With --lm_coef the model keeps predicting the preferred answers (of rated ones those
+above the mean), which preserves its knowledge: text-generation regularisation, Yang et al. 2024 (GRM),
+https://arxiv.org/abs/2406.10216, section 3.
 
-Differs from InstructGPT: ties make no pair. The final shift and gain are folded into the weights (mean 0, standard
-deviation 1 on training answers; Ziegler et al. 2019).
+docs/differences.md says what differs from the papers.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 from common.batches import Batches, collate_answers, load_rankings, split, split_by_tokens, to_table
-from common.checkpoints import load_checkpoint, load_policy, load_weights, log, prepare_out_dir, save_checkpoint
-from common.options import TrainOptions, launch, require
+from common.checkpoints import load_checkpoint, load_policy, load_weights, prepare_out_dir, save_checkpoint
+from common.options import DataOptions, fail, launch, require
 from common.rollout import beats, pair_agreement, score_packed
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, finish_step, make_optimizer, take_step, training_bar
+from feedback.agreement import standardise
 
 import torch
 import torch.nn.functional as F
 
 @dataclass
-class Config(TrainOptions):
+class Config(DataOptions):
     out_dir: str = 'out/reward' # the checkpoint
     init_from: str = 'out/sft' # the SFT model: a folder, or a model on the hub
     dropout: float = 0.0
-    train_data: str = '' # rankings or comparisons; several files are separated by commas
-    val_data: str = '' # the same, held out
-    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
-    epochs: int = 1 # with max_steps=0; reward models overfit after one or two
-    batch_size: int = 32 # prompts per optimizer step, each with all its answers
-    grad_accum: int = 1 # micro-batches a batch is split into
+    train_data: str = '' # rankings, comparisons or ratings; several files are separated by commas
+    loss: str = 'pairwise' # or regression, on ratings; rankings with `scores` are such too
     lr: float = 1e-5
-    lr_schedule: str = 'cosine' # after warmup: constant, linear (to 0), cosine (to a tenth)
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    beta2: float = 0.99 # AdamW
-    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
-    eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
-    lm_coef: float = 0.0 # above 0: weight of the cross-entropy on each prompt's best answers, see the docstring
+    lr_schedule: str = 'cosine'
+    lm_coef: float = 0.0 # above 0: weight of the cross-entropy on the preferred answers, see the docstring
     normalise_on: int = 500 # training prompts whose answers are to score mean 0, standard deviation 1 in the end
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, train_data=(self.train_data != '', 'a file of rankings or comparisons'),
-                lm_coef=(self.lm_coef >= 0, 'at least 0'), normalise_on=(self.normalise_on >= 1, 'at least 1'),
-                dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'))
+        require(self, loss=(self.loss in ('pairwise', 'regression'), 'pairwise or regression'),
+                dropout=(self.dropout < 1, 'below 1'))
 
 def bradley_terry_loss(chosen, rejected, margin=None):
     """Return the mean () of -log P(chosen is preferred), by Bradley and Terry 1952.
@@ -74,8 +66,7 @@ def ranking_loss(scores, ranks):
 
         L = mean over prompts of  mean over its pairs, w ranked above l, of  -log sigmoid(score_w - score_l)
 
-    scores: (B, K). ranks: (B, K) integers, 0 = best; -1 marks an answer that is not there. Ties make no pair. A prompt
-    without a pair does not count.
+    scores: (B, K). ranks: (B, K), 0 = best; -1 marks an answer that is not there. Prompts without a pair do not count.
     """
     there = ranks >= 0
     better = ((ranks[:, :, None] < ranks[:, None, :]) & there[:, :, None] & there[:, None, :]).float() # (B, K, K)
@@ -83,6 +74,13 @@ def ranking_loss(scores, ranks):
     n_pairs = better.sum((1, 2)) # (B,)
     per_prompt = (losses * better).sum((1, 2)) / n_pairs.clamp(min=1) # (B,)
     return per_prompt.sum() / (n_pairs > 0).sum().clamp(min=1)
+
+def regression_loss(scores, ratings):
+    """Return the mean squared distance () of scores to standardised ratings; both (N,).
+
+        L = mean of (score - z)^2            z = (rating - mean) / std, both over all answers of the file
+    """
+    return ((scores - ratings) ** 2).mean()
 
 @torch.no_grad()
 def normalise_rewards(model, mean, std):
@@ -95,8 +93,14 @@ def normalise_rewards(model, mean, std):
     w /= std
     model.ln_f.bias -= (mean / std) * w / w.dot(w)
 
-def preference_loss(scores, rows, margins):
-    """Return the loss () of scores (N,), of all answers of rows: a mean over prompts; margins: as in update."""
+def ratings_of(rows):
+    """Return the standardised ratings (N,) of all answers of rows."""
+    return torch.tensor([rating for row in rows for rating in row.record['ratings']])
+
+def preference_loss(scores, rows, margins, loss='pairwise'):
+    """Return the loss () of scores (N,), of all answers of rows; margins: as in update."""
+    if loss == 'regression':
+        return regression_loss(scores, ratings_of(rows).to(scores.device))
     ranks = torch.tensor([rank for row in rows for rank in row.ranks], device=scores.device) # (N,)
     if margins: # of comparisons, a pair each
         margin = torch.tensor([margin_of(row) for row in rows], device=scores.device) # (B,)
@@ -111,26 +115,29 @@ def score_rows(model, rows, run):
     model.train()
     return [score for i in range(len(parts)) for score in scores[i]]
 
-def evaluate(model, rows, run, margins=False):
+def evaluate(model, rows, run, margins=False, loss='pairwise'):
     """Measure the loss and the share of held-out pairs ordered as preferred.
 
-    val_loss: as in update, without the part of lm_coef. val_accuracy: by the model. val_ceiling: by the annotator's own
-    noise-free scores, where the records have them. val_shorter_wins: by length, the shorter one first. val_pairs: their
-    number. margins: as in update.
+    val_loss: as in update, without the part of lm_coef. val_correlation: of scores and ratings. val_accuracy: by the
+    model. val_ceiling: by the annotator's own noise-free scores, where the records have them. val_shorter_wins: by
+    length, the shorter one first. val_pairs: their number. margins: as in update.
     """
     flat, points, start = score_rows(run.whole(model), rows, run), {}, 0
-    loss = preference_loss(torch.tensor(flat), rows, margins).item()
+    scores = torch.tensor(flat) # (N,)
+    measured = dict(val_loss=preference_loss(scores, rows, margins, loss).item())
+    if loss == 'regression':
+        measured['val_correlation'] = torch.stack([scores, ratings_of(rows)]).corrcoef()[0, 1].item()
     for row in rows:
         guesses = dict(val_accuracy=flat[start:start + len(row.answers)], val_ceiling=row.record.get('scores'),
                        val_shorter_wins=[-len(text) for text in row.record['responses']])
         start += len(row.answers)
-        for name, scores in guesses.items():
-            if scores is not None:
-                right, n = pair_agreement(scores, row.ranks)
+        for name, guess in guesses.items():
+            if guess is not None:
+                right, n = pair_agreement(guess, row.ranks)
                 total = points.setdefault(name, [0, 0])
                 total[0], total[1] = total[0] + right, total[1] + n
-    shares = {name: right / n for name, (right, n) in points.items()}
-    return dict(val_loss=loss) | shares | dict(val_pairs=points['val_accuracy'][1])
+    shares = {name: right / n for name, (right, n) in points.items() if n} # ratings need not make a pair
+    return measured | shares | dict(val_pairs=points['val_accuracy'][1])
 
 def margin_of(row):
     """Return how much better chosen was found than rejected, 0 for rankings."""
@@ -143,9 +150,13 @@ def update(model, optimizer, rows, cfg, run, step, margins=False):
 
         L = ranking_loss - lm_coef / n * sum of log pi of these tokens
 
-    margins: the training set has some, and the loss is bradley_terry_loss.
+    With loss=regression it is regression_loss, and every answer weighs the same; the best ones are those rated above
+    the mean. margins: the training set has some, and the loss is bradley_terry_loss.
     """
-    best = lambda row: [rank == min(row.ranks) for rank in row.ranks]
+    regression = cfg.loss == 'regression'
+    best = lambda row: ([rating > 0 for rating in row.record['ratings']] if regression
+                        else [rank == min(row.ranks) for rank in row.ranks])
+    weight = lambda rows: sum(len(row.answers) for row in rows) if regression else len(rows)
     n_best = sum(len(answer) for row in rows for answer, is_best in zip(row.answers, best(row)) if is_best) # tokens
     means, right, n_pairs = Means(), 0.0, 0
     for part in split_by_tokens(rows, [row.length for row in rows], cfg.grad_accum, run.world_size):
@@ -155,33 +166,35 @@ def update(model, optimizer, rows, cfg, run, step, margins=False):
         with run.autocast():
             logp, scores = model.answers(answers) # (N,) each, logp of the best answers alone
         better, worse = scores[answers.pairs].unbind(1) # one entry per pair
-        loss = preference_loss(scores, part, margins) * len(part) / len(rows)
+        loss = preference_loss(scores, part, margins, cfg.loss) * weight(part) / weight(rows)
         if cfg.lm_coef:
-            loss = loss - cfg.lm_coef * logp.sum() / n_best
+            loss = loss - cfg.lm_coef * logp.sum() / max(n_best, 1)
         run.backward(loss)
         means.add(dict(loss=loss), 1.0)
         right, n_pairs = right + beats(better, worse).sum(), n_pairs + len(better)
-    measured = means.sum(run) | dict(accuracy=(run.sum(right) / run.sum(n_pairs)).item())
+    measured = means.sum(run)
+    if n_pairs := run.sum(n_pairs): # ratings need not make one
+        measured['accuracy'] = (run.sum(right) / n_pairs).item()
     return take_step(run, cfg, step, model, optimizer, measured)
 
 def main(cfg):
     run = start(cfg)
     tok = load_tokenizer(cfg.init_from, 'init_from')
     model = load_policy(cfg.init_from, 'init_from', reward_head=True, dropout=cfg.dropout).to(run.device)
-    rows = load_rankings(cfg.train_data, tok, model.config.block_size, 'train')
-    val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val')
+    rows, val = (load_rankings(path, tok, model.config.block_size, name, ties=cfg.loss == 'regression')
+                 for path, name in ((cfg.train_data, 'train'), (cfg.val_data, 'val')))
+    if cfg.loss == 'regression':
+        rows, val = standardise(rows, cfg.train_data), val and standardise(val, cfg.val_data)
     margins = any(map(margin_of, rows))
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
-    cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
-    prepare_out_dir(run, cfg)
-
+    prepare_out_dir(run, cfg, batches.epoch_steps)
     run.prepare(model, cfg)
     optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
     if state: # its weights are normalised
         load_weights(model, state['before_normalising'])
 
-    measure = lambda: evaluate(model, val, run, margins)
+    measure = (lambda: evaluate(model, val, run, margins, cfg.loss)) if val else None
 
     def save(step):
         whole = run.whole(model)
@@ -190,18 +203,15 @@ def main(cfg):
         if 1e-6 < scores.std() < math.inf:
             normalise_rewards(whole, scores.mean(), scores.std())
         elif step == cfg.max_steps: # only one text, or a model that scores all alike
-            print(f"error: the scores of the training answers do not differ, they cannot be normalised; nothing "
-                  f"was saved since the last checkpoint in {cfg.out_dir}", file=sys.stderr)
-            raise SystemExit(1)
+            fail("the scores of the training answers do not differ, they cannot be normalised; nothing was saved "
+                 f"since the last checkpoint in {cfg.out_dir}", code=1)
         save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
         load_weights(whole, before) # training goes on with these
 
-    bar = training_bar(run, cfg, state)
+    bar = training_bar(run, cfg, state, measure)
     for step in bar:
-        if val and cfg.eval_every and step % cfg.eval_every == 0:
-            log(run, cfg, step, **measure())
         measured = update(model, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step, margins)
-        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure if val else None)
+        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure)
     stop(run)
 
 if __name__ == '__main__':

@@ -7,15 +7,14 @@ reference, no critic, no sampling while it trains.
     python rrhf.py config/toy/rrhf.py
     python rrhf.py --init_from=out/hh/sft --train_data=data/hh_rlhf/comparisons_train.jsonl
 
-Differs from the paper: the cross-entropy is a mean over tokens, not a sum, so that both parts of the loss are per
-token. `rank_coef` weighs the ranking part. Prompts whose answers all tie are left out.
+docs/differences.md says what differs from the papers.
 """
 
 from dataclasses import dataclass
 
 from common.batches import Batches, by_length, collate_answers, load_rankings, split_by_tokens, to_table
-from common.checkpoints import load_checkpoint, load_policy, log, prepare_out_dir, save_checkpoint
-from common.options import TrainOptions, launch, require
+from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.options import DataOptions, launch
 from common.records import goodness
 from common.rollout import beats
 from common.run import start, stop
@@ -25,29 +24,13 @@ from common.training import Means, finish_step, make_optimizer, take_step, train
 import torch
 
 @dataclass
-class Config(TrainOptions):
+class Config(DataOptions):
     out_dir: str = 'out/rrhf' # the checkpoint
     init_from: str = 'out/sft' # the SFT model, a folder or a model on the hub
     train_data: str = '' # rankings or comparisons; several files are separated by commas
-    val_data: str = '' # the same, held out
     use_scores: bool = True # rank by the records' scores where they have them; False: by the ranks always
     rank_coef: float = 1.0 # weight of the ranking part; that of the cross-entropy is 1
-    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
-    epochs: int = 1 # with max_steps=0
-    batch_size: int = 32 # prompts per optimizer step, each with all its answers
-    grad_accum: int = 1 # micro-batches a batch is split into
     lr: float = 5e-6
-    lr_schedule: str = 'linear' # after warmup: constant, linear (to 0), cosine (to a tenth)
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    beta2: float = 0.99 # AdamW
-    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
-    eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, train_data=(self.train_data != '', 'a file of rankings or comparisons'),
-                rank_coef=(self.rank_coef >= 0, 'at least 0'))
 
 def rrhf_loss(mean_logp, scores):
     """Return the ranking part (), a mean over prompts (Yuan et al. 2023, equations 1 and 2).
@@ -114,24 +97,17 @@ def main(cfg):
     rows = load_rankings(cfg.train_data, tok, model.config.block_size, 'train', cfg.use_scores)
     val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val', cfg.use_scores)
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
-    cfg.max_steps = cfg.max_steps or cfg.epochs * batches.epoch_steps
-    prepare_out_dir(run, cfg)
-
+    prepare_out_dir(run, cfg, batches.epoch_steps)
     run.prepare(model, cfg)
     optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
 
-    measure = lambda: evaluate(model, val, cfg, run)
-
-    def save(step):
-        save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-
-    bar = training_bar(run, cfg, state)
+    measure = (lambda: evaluate(model, val, cfg, run)) if val else None
+    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
+    bar = training_bar(run, cfg, state, measure)
     for step in bar:
-        if val and cfg.eval_every and step % cfg.eval_every == 0:
-            log(run, cfg, step, **measure())
         measured = update(model, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step)
-        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure if val else None)
+        finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure)
     stop(run)
 
 if __name__ == '__main__':

@@ -14,11 +14,12 @@ import sys
 from dataclasses import dataclass
 
 from common.checkpoints import load_policy, load_reward_model
-from common.options import RunOptions, fail, launch, require
-from common.rollout import check_context, check_same_vocabulary, score_answers
+from common.options import RunOptions, fail, launch, require, unread
+from common.rollout import check_context, check_same_vocabulary
 from common.run import default_signals, start, stop
 from common.tokens import SPEAKER, load_tokenizer, prompt_ids, response_ids
 from feedback.annotators import check_finite, visible
+from feedback.scores import score_answers
 
 STOP = SPEAKER['user'].rstrip() # "### Human:"
 
@@ -36,6 +37,7 @@ class Config(RunOptions):
         super().__post_init__()
         require(self, temperature=(self.temperature >= 0, 'at least 0'), top_k=(self.top_k >= 0, 'at least 0'),
                 top_p=(0 < self.top_p <= 1, 'above 0 and at most 1'))
+        unread(self, self.temperature > 0, 'a temperature above 0', 'top_k', 'top_p')
 
 def stream_text(tok, tokens):
     """Turn token ids, one by one, into pieces of text.

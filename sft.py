@@ -4,30 +4,35 @@ On demonstrations the loss counts the tokens of the responses, end of text inclu
 (Ouyang et al. 2022, InstructGPT, https://arxiv.org/abs/2203.02155, section 3.5, step 1). With --loss_on=all every token
 counts. On plain text this is ordinary language modelling (Radford et al. 2019). With --teacher=FOLDER a student learns
 the teacher's whole distribution at the same tokens (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2).
+With --on_policy it does so on answers of its own; no gradient flows through their sampling (Agarwal et al. 2024, GKD,
+https://arxiv.org/abs/2306.13649, algorithm 1).
 
     python sft.py config/toy/pretrain.py
     python sft.py config/toy/sft.py --lr=1e-3
     python sft.py config/toy/distill.py --temperature=2
+    python sft.py config/toy/gkd.py --divergence=jsd --jsd_beta=0.9
 
-Differs from InstructGPT: no dropout; the loss is a mean over all tokens of the whole batch. Differs from Hinton et al.:
-the KL divergence, so that a perfect student's loss is 0, and no second term on the texts' own tokens.
+docs/differences.md says what differs from the papers.
 """
 
+import math
 from dataclasses import dataclass
 
-from common.batches import collate, load_training_set, split_by_tokens
-from common.checkpoints import load_checkpoint, load_policy, log, prepare_out_dir, save_checkpoint
-from common.options import TrainOptions, launch, require
-from common.rollout import check_context, check_same_vocabulary, masked_mean
+from common.batches import Demonstrations, collate, encode_prompts, load_training_set, split_by_tokens
+from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.options import DataOptions, fail, launch, require, unread
+from common.records import first_row, is_text_file, read_records
+from common.rollout import check_context, check_same_vocabulary, masked_mean, sample_answers
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, finish_step, make_optimizer, take_step, training_bar
 from model import GPT, GPTConfig
 
+import numpy as np
 import torch
 
 @dataclass
-class Config(TrainOptions):
+class Config(DataOptions):
     out_dir: str = 'out/sft' # the checkpoint
     init_from: str = 'scratch' # scratch, a checkpoint folder, or a model on the hub: gpt2, gpt2-xl, OWNER/NAME
     tokenizer: str = 'gpt2' # with scratch: gpt2, bytes or a .tiktoken file
@@ -36,33 +41,38 @@ class Config(TrainOptions):
     n_embd: int = 768
     block_size: int = 1024 # with scratch: the model's context; rows are at most this long
     dropout: float = 0.0
-    train_data: str = '' # demonstrations (.jsonl), or text (.jsonl or .txt)
-    val_data: str = '' # the same, held out
+    train_data: str = '' # demonstrations (.jsonl), or text (.jsonl or .txt); with on_policy=1 prompts do
     val_fraction: float = 0.0 # without val_data: hold out this share of train_data's prompts, of packed text the end
     loss_on: str = 'response' # response, or all tokens; text always counts all
     packed: bool = True # text: windows of block_size tokens, across documents; False: one document a row
     teacher: str = '' # a checkpoint folder: learn its token distributions in place of the tokens; empty = none
     temperature: float = 1.0 # with a teacher: both distributions are softened by it
-    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
-    epochs: int = 1 # with max_steps=0
-    batch_size: int = 32 # rows per optimizer step, over all processes and micro-batches
-    grad_accum: int = 1 # micro-batches a batch is split into
+    divergence: str = 'forward' # with a teacher: forward or reverse (KL), or jsd
+    jsd_beta: float = 0.5 # jsd: above 0 and below 1; near 0 it acts like forward, near 1 like reverse
+    on_policy: float = 0.0 # with a teacher: lambda, the share of the batches whose answers the student writes
+    max_new_tokens: int = 64 # on_policy: longest answer, EOS included; longer prompts lose their beginning
     lr: float = 1e-4
-    lr_schedule: str = 'cosine' # after warmup: constant, linear (to 0), cosine (to a tenth)
-    warmup_steps: int = 20
-    weight_decay: float = 0.0
-    beta2: float = 0.99 # AdamW
-    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
+    lr_schedule: str = 'cosine'
     eval_every: int = 200 # steps between measurements on val_data; 0 = only at the end
     eval_batches: int = 50 # batches of val_data per measurement; 0 = all of it
 
     def __post_init__(self):
         super().__post_init__()
         require(self, loss_on=(self.loss_on in ('response', 'all'), 'response or all'),
-                train_data=(self.train_data != '', 'a file of demonstrations or text'),
                 val_fraction=(0 <= self.val_fraction < 1, 'at least 0 and below 1'),
                 dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'),
-                temperature=(self.temperature > 0, 'above 0'))
+                temperature=(self.temperature > 0, 'above 0'),
+                divergence=(self.divergence in ('forward', 'reverse', 'jsd'), 'forward, reverse or jsd'),
+                jsd_beta=(0 < self.jsd_beta < 1, 'above 0 and below 1'),
+                on_policy=(0 <= self.on_policy <= 1, 'at least 0 and at most 1'))
+        require(self, loss_on=(self.on_policy == 0 or self.loss_on == 'response', 'response with on_policy'))
+        unread(self, self.init_from == 'scratch', 'init_from=scratch', 'tokenizer', 'n_layer', 'n_head', 'n_embd',
+               'block_size')
+        unread(self, not self.val_data, 'a run without val_data', 'val_fraction')
+        unread(self, self.val_data or self.val_fraction, 'val_data', 'eval_batches')
+        unread(self, self.teacher, 'teacher', 'temperature', 'divergence', 'on_policy')
+        unread(self, self.divergence == 'jsd', 'divergence=jsd', 'jsd_beta')
+        unread(self, self.on_policy > 0, 'on_policy', 'max_new_tokens')
 
 def sft_loss(logp, mask):
     """Return the cross-entropy () in nats per counted token (Radford et al. 2018, equation 1, negated).
@@ -73,28 +83,48 @@ def sft_loss(logp, mask):
     """
     return -masked_mean(logp, mask)
 
-def distillation_loss(student, teacher, temperature):
-    """Return the KL () from teacher to student, in nats per counted token.
+def distillation_loss(student, teacher, temperature, divergence='forward', beta=0.5):
+    """Return the divergence () of student from teacher, in nats per counted token.
 
-    Both are softened by the temperature T (Hinton et al. 2015, section 2). Softening shrinks the gradient by 1 / T^2,
-    so T^2 restores its size:
+    Both are softened by the temperature T (Hinton et al. 2015, section 2); T^2 restores the gradient's size:
 
-        p = softmax(teacher / T)      q = softmax(student / T)      L = T^2 * mean over n of sum_v p log(p / q)
+        p = softmax(teacher / T)      q = softmax(student / T)      L = T^2 * mean over n of D(p, q)
 
-    student, teacher: logits (N, V) at the N counted tokens. The teacher's carry no gradient.
+        forward    D = KL(p || q) = sum_v p log(p / q)
+        reverse    D = KL(q || p)
+        jsd        D = beta KL(p || m) + (1 - beta) KL(q || m)      m = beta p + (1 - beta) q
+
+    jsd: Agarwal et al. 2024, equation 1. D / beta is KL(p || q) in the limit of beta 0, and D / (1 - beta) KL(q || p)
+    in that of beta 1. student, teacher: logits (N, V) at the N counted tokens. The teacher's carry no gradient.
     """
+    kl = lambda a, b: (a.exp() * (a - b)).sum() # (), of log-probabilities (N, V), summed over the tokens
     logp = (teacher.detach() / temperature).log_softmax(-1) # (N, V)
     logq = (student / temperature).log_softmax(-1) # (N, V)
-    return temperature ** 2 * (logp.exp() * (logp - logq)).sum() / max(1, len(logp))
+    if divergence == 'jsd':
+        logm = torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta)) # (N, V)
+        total = beta * kl(logp, logm) + (1 - beta) * kl(logq, logm)
+    else:
+        total = kl(logp, logq) if divergence == 'forward' else kl(logq, logp)
+    return temperature ** 2 * total / max(1, len(logp))
 
-def load_teacher(cfg, model, tok):
+def own_answers(model, rows, tok, cfg, run):
+    """Replace the answers in rows (ids, mask) by the student's own."""
+    room = model.config.block_size - cfg.max_new_tokens
+    mine = run.rows(rows) # the share of this process
+    prompts = [ids[:len(mask) - mask[::-1].index(0)][-room:] for ids, mask in mine] # up to the last answer
+    with run.autocast():
+        answers, _ = sample_answers(run.whole(model), prompts, tok, cfg.max_new_tokens)
+    mine = [(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for prompt, answer in zip(prompts, answers)]
+    return [row for share in run.gather(mine) for row in share]
+
+def load_teacher(cfg, model, tok, run):
     """Load the teacher, if there is one; it has to read the student's tokens and rows."""
     if not cfg.teacher:
         return None
     teacher = load_policy(cfg.teacher, 'teacher')
     check_same_vocabulary(model, teacher, 'teacher', cfg.teacher, tok)
     check_context(model, teacher, 'teacher', cfg.teacher, "student's")
-    return teacher.eval()
+    return run.freeze(teacher.to(run.device).eval())
 
 @torch.no_grad()
 def evaluate(model, data, cfg, run):
@@ -121,18 +151,18 @@ def update(model, teacher, optimizer, rows, cfg, run, step):
             if teacher:
                 with torch.no_grad():
                     wanted = teacher.logits_at(idx, mask) # (N, V), at the counted tokens only
-                loss = distillation_loss(model.logits_at(idx, mask), wanted, cfg.temperature) # ()
+                loss = distillation_loss(model.logits_at(idx, mask), wanted, cfg.temperature, cfg.divergence,
+                                         cfg.jsd_beta) # ()
             else:
                 loss = sft_loss(model.logp(idx, mask), mask) # ()
         share = mask.sum() / n_tokens # (), of the mean over the whole batch
         run.backward(loss * share)
         means.add(dict(loss=loss), share)
-    return take_step(run, cfg, step, model, optimizer, means.sum(run))
+    seen = dict(tokens=n_tokens.item()) if teacher else {}
+    return take_step(run, cfg, step, model, optimizer, means.sum(run) | seen)
 
 def main(cfg):
     run = start(cfg)
-
-    # model
     if cfg.init_from == 'scratch':
         tok = load_tokenizer(cfg.tokenizer)
         model = GPT(GPTConfig(cfg.block_size, tok.n_vocab, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout))
@@ -140,33 +170,36 @@ def main(cfg):
         tok = load_tokenizer(cfg.init_from, 'init_from')
         model = load_policy(cfg.init_from, 'init_from', dropout=cfg.dropout)
     model.to(run.device)
-    teacher = load_teacher(cfg, model, tok)
-    if teacher:
-        run.freeze(teacher.to(run.device))
-
-    # data
+    teacher = load_teacher(cfg, model, tok, run)
     how = (tok, model.config.block_size, cfg.batch_size, cfg.seed, cfg.loss_on, cfg.packed)
-    train, val = load_training_set(cfg.train_data, *how, 'train', 0.0 if cfg.val_data else cfg.val_fraction)
+    room = model.config.block_size - cfg.max_new_tokens
+    if cfg.on_policy and is_text_file(cfg.train_data):
+        fail(f"--train_data={cfg.train_data}: holds plain text; on_policy wanted demonstrations or prompts to answer")
+    if cfg.on_policy and room < 1:
+        fail(f"--max_new_tokens={cfg.max_new_tokens}: wanted less than the context of {model.config.block_size} tokens")
+    if cfg.on_policy == 1 and not {'response', 'messages'} & first_row(cfg.train_data).keys():
+        if cfg.val_fraction:
+            fail(f"--val_fraction={cfg.val_fraction}: {cfg.train_data} has no answers to hold out; wanted 0")
+        prompts = encode_prompts(tok, read_records(cfg.train_data, 'prompts'), room)
+        train, val = Demonstrations([(ids, [0] * len(ids)) for ids in prompts], cfg.batch_size, cfg.seed), None
+    else:
+        train, val = load_training_set(cfg.train_data, *how, 'train', 0.0 if cfg.val_data else cfg.val_fraction)
     if cfg.val_data:
         val, _ = load_training_set(cfg.val_data, *how, 'val')
-    cfg.max_steps = cfg.max_steps or cfg.epochs * train.epoch_steps
-    prepare_out_dir(run, cfg)
-
+    prepare_out_dir(run, cfg, train.epoch_steps)
     run.prepare(model, cfg)
     optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
 
-    measure = lambda: evaluate(model, val, cfg, run)
-
-    def save(step):
-        save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-
-    bar = training_bar(run, cfg, state)
+    measure = (lambda: evaluate(model, val, cfg, run)) if val else None
+    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
+    bar = training_bar(run, cfg, state, measure)
     for step in bar:
-        if val and cfg.eval_every and step % cfg.eval_every == 0:
-            log(run, cfg, step, **measure())
-        measured = update(model, teacher, optimizer, train.at(step), cfg, run, step)
-        finish_step(run, cfg, bar, step + 1, measured, ['loss'], save, measure if val else None)
+        rows = train.at(step)
+        if np.random.default_rng([cfg.seed, step]).random() < cfg.on_policy: # alike in all processes and after a resume
+            rows = own_answers(model, rows, tok, cfg, run)
+        measured = update(model, teacher, optimizer, rows, cfg, run, step)
+        finish_step(run, cfg, bar, step + 1, measured, ['loss'], save, measure)
     stop(run)
 
 if __name__ == '__main__':

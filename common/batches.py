@@ -1,7 +1,4 @@
-"""Encode records to rows, stack rows to batches, choose each step's rows.
-
-Rows are right-padded. Masks come from lengths, never from token ids. A row carries the record that it comes from.
-"""
+"""Encode records to rows, stack rows to batches, choose each step's rows."""
 
 import bisect
 import hashlib
@@ -20,7 +17,7 @@ from common.tokens import as_messages, dialogue, prompt_ids, response_ids
 # ---- records to rows of ids; what was cut or left out is reported in one line --------------------
 
 class Row(NamedTuple):
-    """Hold a prompt and its answers as ids, and their record."""
+    """Hold a prompt and its answers as ids, and the record that they come from."""
     prompt: list # ids (P,)
     answers: list # K lists of ids, each with its EOS unless it was cut off
     record: dict
@@ -34,10 +31,7 @@ class Row(NamedTuple):
         return len(self.prompt) + sum(map(len, self.answers))
 
 def truncate(prompt, n_response, block_size):
-    """Return the end of `prompt` that fits before a response.
-
-    The response, n_response tokens, is never cut. None where no prompt token fits: the response needs one before it.
-    """
+    """Return the end of `prompt` that fits before an uncut response; None where not one token does."""
     room = block_size - n_response
     return prompt[-room:] if room > 0 else None
 
@@ -56,38 +50,32 @@ def encode_text(tok, records):
 
 def encode_demonstrations(tok, records, block_size, loss_on='response', name='demonstrations'):
     """Encode to a list of (ids (T,), mask (T,)); loss_on="all" learns every token. A cut takes the oldest turns."""
-    rows, cut, left_out, open_ended = [], 0, 0, 0
+    rows, cut, open_ended = [], 0, 0
     for record in records:
         ids, mask = dialogue(tok, record)
         start = len(mask) - mask[::-1].index(0) # where the last response begins; a prompt token always precedes it
         open_ended += not record.get('ended', True)
-        prompt = truncate(ids[:start], len(ids) - start, block_size)
-        if prompt is None:
-            left_out += 1
-            continue
-        cut += len(prompt) < start
-        ids, mask = prompt + ids[start:], mask[start - len(prompt):]
-        rows.append((ids, [1] * len(ids) if loss_on == 'all' else mask))
-    return report(name, rows, cut, left_out, block_size, open_ended)
+        if prompt := truncate(ids[:start], len(ids) - start, block_size):
+            cut += len(prompt) < start
+            ids, mask = prompt + ids[start:], mask[start - len(prompt):]
+            rows.append((ids, [1] * len(ids) if loss_on == 'all' else mask))
+    return report(name, rows, cut, len(records) - len(rows), block_size, open_ended)
 
 def encode_rankings(tok, records, block_size, name='rankings'):
     """Encode records with `prompt` and `responses` as Rows; a prompt is cut to fit its longest response."""
-    rows, cut, left_out, open_ended = [], 0, 0, 0
+    rows, cut, open_ended = [], 0, 0
     for record in records:
         whole, ended = prompt_ids(tok, record['prompt']), record.get('ended') or [True] * len(record['responses'])
         answers = [response_ids(tok, *answer) for answer in zip(record['responses'], ended)]
         open_ended += ended.count(False)
-        prompt = truncate(whole, max(map(len, answers)), block_size)
-        if prompt is None:
-            left_out += 1
-            continue
-        cut += len(prompt) < len(whole)
-        rows.append(Row(prompt, answers, record))
-    return report(name, rows, cut, left_out, block_size, open_ended)
+        if prompt := truncate(whole, max(map(len, answers)), block_size):
+            cut += len(prompt) < len(whole)
+            rows.append(Row(prompt, answers, record))
+    return report(name, rows, cut, len(records) - len(rows), block_size, open_ended)
 
-def load_rankings(path, tok, block_size, name, use_scores=False):
-    """Load rankings or comparisons as rows, without ties and too long answers."""
-    return encode_rankings(tok, read_ranked(path, use_scores, name), block_size, name) if path else None
+def load_rankings(path, tok, block_size, name, use_scores=False, ties=False):
+    """Load rankings, comparisons or ratings as rows, without too long answers; see read_ranked."""
+    return encode_rankings(tok, read_ranked(path, use_scores, name, ties), block_size, name) if path else None
 
 def encode_prompts(tok, records, room, name='prompts'):
     """Encode prompts to lists of ids, cut to `room` = block_size - max_new_tokens."""
@@ -111,11 +99,11 @@ def collate(examples):
 
 @dataclass
 class Answers:
-    """Hold B prompts, each followed by all its answers in one row.
+    """Hold B prompts, each computed once and followed by all its answers in one row.
 
-    So a prompt is computed once. Each answer's positions continue from the prompt, and the other answers are hidden
-    from it, as if it were the only one. A place is an index into the flattened (B * T). Below: a prompt of three
-    tokens, answers of two and three tokens (# = EOS), who sees whom, and what is kept:
+    Each answer's positions continue from the prompt, and the other answers are hidden from it. A place is an index
+    into the flattened (B * T). In all N answers with M tokens that are learnt. Below: a prompt of three tokens, answers
+    of two and three (# = EOS), who sees whom:
 
         place      0 1 2 3 4 5 6 7        x: this row sees that column
         idx        p q r a # b c #          p q r a # b c #
@@ -127,8 +115,6 @@ class Answers:
         owners     0 0 1 1 1              b x x x     x             answer 2
         last       4 7    sizes  2 3      c x x x     x x
         pairs      (0, 1)                 # x x x     x x x
-
-    N answers in all; M answer tokens that are learnt, answer after answer.
     """
     idx: torch.Tensor # (B, T) prompt, answer 1, …, answer K, padding
     positions: torch.Tensor # (B, T)
@@ -201,10 +187,9 @@ def split_by_tokens(rows, lengths, parts, least=1):
 class Batches:
     """Choose the rows of each optimizer step: `.at(step)` is a list of batch_size row indices.
 
-    It is a pure function of (seed, step), so that a resumed run needs no stored position. An epoch is `.epoch_steps`
-    steps. It shuffles the rows, sorts each stretch of 50 batches by length, cuts it into batches and shuffles these.
-    Every row comes once an epoch. Where batch_size does not divide their number, the epoch's first rows come once more
-    to fill the last batch.
+    It is a pure function of (seed, step), so that a resumed run needs no stored position. An epoch, `.epoch_steps`
+    steps, shuffles the rows, sorts each stretch of 50 batches by length, cuts it into batches and shuffles these.
+    Every row comes once, and the epoch's first rows once more where the last batch lacks some.
     """
 
     def __init__(self, lengths, batch_size, seed):
@@ -216,25 +201,23 @@ class Batches:
         epoch, i = divmod(step, self.epoch_steps)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            order = rng.permutation(len(self.lengths)) # (N,)
-            order = np.resize(order, self.epoch_steps * self.batch_size) # begins again to fill the last batch
+            order = np.resize(rng.permutation(len(self.lengths)), self.epoch_steps * self.batch_size) # begins again
             stretches = np.split(order, range(50 * self.batch_size, len(order), 50 * self.batch_size))
             order = np.concatenate([s[np.argsort(self.lengths[s], kind='stable')] for s in stretches])
             batches = order.reshape(self.epoch_steps, self.batch_size)
             self.epoch, self.batches = epoch, batches[rng.permutation(self.epoch_steps)]
         return self.batches[i].tolist()
 
-class Demonstrations:
+class Demonstrations(Batches):
     """Serve demonstrations as (ids, mask), in batches of like length."""
 
     def __init__(self, rows, batch_size, seed):
-        self.rows, self.batch_size = rows, batch_size
-        self.batches = Batches([len(ids) for ids, _ in rows], batch_size, seed)
-        self.epoch_steps = self.batches.epoch_steps
+        super().__init__([len(ids) for ids, _ in rows], batch_size, seed)
+        self.rows = rows
 
     def at(self, step):
         """Return the (ids, mask) of an optimizer step."""
-        return [self.rows[i] for i in self.batches.at(step)]
+        return [self.rows[i] for i in super().at(step)]
 
     def in_order(self, n_batches, parts=1):
         """Return the first n_batches batches (0 = all), every row once, in micro-batches (`parts` a batch)."""
@@ -269,22 +252,20 @@ def hold_out(records, fraction):
 
     A hash of the first questions, or of plain texts, chooses this fraction of the different ones for the second part.
     """
+    text = 'text' in records[0] # as is_text_file has it
     def key(record):
         turns = as_messages(record['text' if text else 'messages' if 'messages' in record else 'prompt'])
         first = next((m['content'] for m in turns if m['role'] == 'user'), str(turns))
         return hashlib.sha256(first.encode()).digest()
-
-    text = 'text' in records[0] # as is_text_file has it
     keys = sorted({key(record) for record in records})
     held = {*keys[:round(fraction * len(keys))]}
     return [r for r in records if key(r) not in held], [r for r in records if key(r) in held]
 
 def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response', packed=True, name='train',
                       val_fraction=0.0):
-    """Load a file of demonstrations or of text for cross-entropy.
+    """Load demonstrations or text for cross-entropy: a training set, and a held-out one or None.
 
-    Returns Demonstrations, or Windows for packed text. A second one holds val_fraction of the prompts, of packed text
-    the end, else None.
+    Each is Demonstrations, or Windows of packed text. Held out are val_fraction of the prompts, of packed text the end.
     """
     text = is_text_file(path)
     records = read_records(path, 'text' if text else 'demonstrations')

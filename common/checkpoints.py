@@ -1,8 +1,7 @@
 """Save and load checkpoints that survive a kill, and write the log.
 
 A checkpoint is a folder: config.json and model.safetensors in the Hugging Face layout, the tokenizer, log.jsonl,
-state.pt to resume from (loaded as plain tensors and values only), and options.json: every option, whether the run has
-finished, the digests of its inputs and files.
+state.pt to resume from, and options.json: every option, whether the run has finished, digests of its inputs and files.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from common.records import files_of, lock, read_json, write_atomic
 from common.run import is_spread, spread_like
 from model import GPT
 
-MODELS = ('init_from', 'policy', 'reward_model', 'teacher') # options that name what a run reads
+MODELS = ('init_from', 'policy', 'reward_model', 'reward_policy', 'reward_reference', 'teacher') # that a run reads
 DATA = ('train_data', 'val_data', 'prompts', 'ptx_data')
 # files of an older checkpoint that a newer one may not have
 OPTIONAL = ('tokenizer.tiktoken', 'tokenizer_name', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json')
@@ -39,16 +38,18 @@ def inputs_of(cfg):
     """Return {option: digest} of the models and data that a run reads."""
     given = lambda names: {name: getattr(cfg, name) for name in names if getattr(cfg, name, '') not in ('', 'scratch')}
     own = lambda folder: filter(None, [weights.checkpoint_file(folder, 'tokenizer.tiktoken', absent_ok=True)])
-    return ({name: digest(*weights.weight_files(folder), *own(folder)) for name, folder in given(MODELS).items()}
+    files = lambda folders: [path for f in files_of(folders) for path in (*weights.weight_files(f), *own(f))]
+    return ({name: digest(*files(folders)) for name, folders in given(MODELS).items()}
             | {name: digest(*files_of(path)) for name, path in given(DATA).items()}
             | {name: digest(said) if os.path.isfile(said) else said for name, said in given(['tokenizer']).items()})
 
-def prepare_out_dir(run, cfg):
+def prepare_out_dir(run, cfg, epoch_steps=0):
     """Check and make the checkpoint's folder, after all input was read.
 
     An old checkpoint in it is replaced only with --overwrite=True, and stays whole until the new run's first save.
-    Until then that run logs to log.new.jsonl. --resume=auto becomes True or False.
+    Until then its log is log.new.jsonl. --resume=auto becomes True or False, max_steps=0 becomes epochs * epoch_steps.
     """
+    cfg.max_steps = cfg.max_steps or cfg.epochs * epoch_steps
     cfg.resume, run.inputs = run.first(lambda: check_out_dir(cfg)), inputs_of(cfg)
     mine = dataclasses.asdict(cfg) | run.inputs
     for rank, theirs in enumerate(run.gather(mine)):
@@ -58,8 +59,8 @@ def prepare_out_dir(run, cfg):
 def check_out_dir(cfg):
     """Prepare out_dir in the first process; return whether to resume."""
     for key in MODELS:
-        folder = getattr(cfg, key, '')
-        if folder not in ('', 'scratch') and os.path.realpath(folder) == os.path.realpath(cfg.out_dir):
+        folders = {*files_of(getattr(cfg, key, ''))} - {'', 'scratch'}
+        if os.path.realpath(cfg.out_dir) in map(os.path.realpath, folders):
             fail(f"--out_dir={cfg.out_dir}: is --{key} too; wanted another folder: a run needs what it began from")
     try:
         os.makedirs(cfg.out_dir, exist_ok=True)
@@ -92,23 +93,19 @@ def log_of(out_dir):
 def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
     """Write a checkpoint folder: weights, tokenizer, options.json, and state.pt to resume from.
 
-    step: the number of finished steps. optimizers: {name: optimizer}. more: further state, tensors and plain values.
-    All files are first written to out_dir/.saving. The rename to .saved makes the new checkpoint count. If a kill
-    interrupts the rest, `finish_save` completes it at the next start. The first process writes, but all have to call
-    this: each has its own random generator and, with fsdp, a part of everything.
+    step: finished steps. optimizers: {name: optimizer}. more: further state, tensors and plain values. The files go to
+    out_dir/.saving; its rename to .saved makes them count, and after a kill `finish_save` completes the rest. The first
+    process writes, but all have to call this: each has its random generator and, with fsdp, a part of everything.
     """
     def whole(x): # every process takes part, the first one keeps it
-        if is_spread(x):
-            x = x.full_tensor()
+        x = x.full_tensor() if is_spread(x) else x
         return x.cpu() if run.is_master else None
-
     rng = {'cpu': torch.get_rng_state()}
     if run.device.startswith('cuda'):
         rng['cuda'] = torch.cuda.get_rng_state(run.device)
     rng, model = run.gather(rng), run.whole(model)
-    states = {}
-    for name, optimizer in optimizers.items():
-        states[name] = state = optimizer.state_dict()
+    states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+    for state in states.values():
         state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
     about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step, max_steps=cfg.max_steps)
     more |= dict(rng=rng, scaler=run.scaler.state_dict(), optimizers=states)
@@ -118,9 +115,8 @@ def write_checkpoint(cfg, model, tokenizer, about, more, inputs):
     """Write the files of a checkpoint; about: for options.json and state.pt, more: for state.pt alone."""
     for name, p in model.named_parameters():
         if not torch.stack(p.aminmax()).isfinite().all(): # of all that is NaN both are NaN
-            print(f"error: {name} is not finite after step {about['step']}; nothing was saved since the last "
-                  f"checkpoint in {cfg.out_dir}; a lower --lr usually helps", file=sys.stderr)
-            raise SystemExit(1)
+            fail(f"{name} is not finite after step {about['step']}; nothing was saved since the last checkpoint in "
+                 f"{cfg.out_dir}; a lower --lr usually helps", code=1)
     new = os.path.join(cfg.out_dir, '.saving')
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -140,9 +136,8 @@ def write_checkpoint(cfg, model, tokenizer, about, more, inputs):
         finish_save(cfg.out_dir)
     except (OSError, RuntimeError) as e: # torch.save reports a full disk as RuntimeError
         shutil.rmtree(new, ignore_errors=True)
-        print(f"error: {cfg.out_dir}: the checkpoint of step {about['step']} could not be written ({e}); "
-              "the last one is intact", file=sys.stderr)
-        raise SystemExit(1)
+        fail(f"{cfg.out_dir}: the checkpoint of step {about['step']} could not be written ({e}); the last one is "
+             "intact", code=1)
 
 def save_if_due(run, cfg, step, save):
     """Call save(step) if due, at the end, and on Ctrl-C. Ctrl-C then ends the program; step: finished steps."""
@@ -180,8 +175,7 @@ def read_about(out_dir):
     for name, expected in about['files'].items():
         path = os.path.join(out_dir, name)
         if digest(path) != expected:
-            fail(f"{path}: not a state to resume from (it changed since it was saved: its sha256 is not the one in "
-                 "options.json)")
+            fail(f"{path}: not a state to resume from (it changed since it was saved: options.json has another sha256)")
     return about
 
 def load_weights(model, tensors):
@@ -198,28 +192,19 @@ def load_checkpoint(run, cfg, model, optimizers):
     if not cfg.resume:
         return None
     path = os.path.join(cfg.out_dir, 'state.pt')
-    if not os.path.exists(path):
-        fail(f"--resume=True: {path} is missing, there is no checkpoint to resume from")
     began = run.first(lambda: read_about(cfg.out_dir))['inputs'] # {option: digest}
     fields, *tensors = weights.open_pretrained(cfg.out_dir)
     for name, old in fields.items():
-        new = getattr(model.config, name)
-        if old != new:
+        if old != (new := getattr(model.config, name)):
             fail(f"--resume=True: {name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
     for name, value in run.inputs.items():
         if value != began.get(name, value):
             told = f"--{name}={getattr(cfg, name)}: is not what the run in {cfg.out_dir} began with"
             note(f"{told}; going on with it") if name in DATA else fail(f"{told}; wanted the same model")
-    if any(map(is_spread, model.parameters())): # they cannot be filled in place
-        whole = GPT(model.config)
-        weights.load_tensors(whole, *tensors)
-        load_weights(model, whole.state_dict())
-    else:
-        weights.load_tensors(model, *tensors)
+    weights.load_tensors(model, *tensors)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-        made_by = state.get('script', 'an older version')
-        if made_by != script_of(cfg):
+        if (made_by := state.get('script', 'an older version')) != script_of(cfg):
             fail(f"--resume=True: the checkpoint in {cfg.out_dir} is one of {made_by}; wanted one of {script_of(cfg)}")
         for name, optimizer in optimizers.items():
             new = state['optimizers'][name]
@@ -239,9 +224,9 @@ def load_checkpoint(run, cfg, model, optimizers):
             run.scaler.load_state_dict(state['scaler'])
     except Exception as e: # a damaged file makes torch.load raise nearly anything, some of it without a message
         fail(f"{path}: not a state to resume from ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
-    changed = {k: (old, getattr(cfg, k, old)) for k, old in state['options'].items() if getattr(cfg, k, old) != old}
-    for key in changed.keys() - {'out_dir', 'resume', 'overwrite', 'tokenizer', *MODELS, *DATA}:
-        note(f"--{key}: {changed[key][0]!r} before, {changed[key][1]!r} from here on")
+    for key, old in state['options'].items():
+        if getattr(cfg, key, old) != old and key not in ('out_dir', 'resume', 'overwrite', 'tokenizer', *MODELS, *DATA):
+            note(f"--{key}: {old!r} before, {getattr(cfg, key)!r} from here on")
     if run.is_master:
         log = os.path.join(cfg.out_dir, 'log.jsonl') # drop the lines logged after the checkpoint
         write_atomic(log, ''.join(json.dumps(line) + '\n' for line in read_log(log)[:state['log_lines']]))
@@ -260,33 +245,29 @@ def log(run, cfg, step, **metrics):
 def read_log(path):
     """Return the lines of a log.jsonl; a last one that a kill cut short is dropped."""
     lines = []
-    if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as f:
-            for text in f:
-                with contextlib.suppress(json.JSONDecodeError):
-                    lines.append(json.loads(text))
+    with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as f:
+        for text in f:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
 
-def check_folder(folder, option):
-    """Fail where a folder holds no checkpoint; note that one was saved before its run's end."""
+def load_model(folder, option, wanted, overrides):
+    """Load a checkpoint's model, if it is what is wanted; note that it was saved before its run's end."""
     weights.check_folder(folder, option)
     path = os.path.join(folder, 'options.json')
     about = read_json(path) if os.path.exists(path) else {}
     if about.get('finished') is False:
         note(f"--{option}={folder}: unfinished, saved at step {about.get('step')} of {about.get('max_steps')}")
+    model = GPT.from_pretrained(folder, **overrides)
+    kind = 'a reward model' if model.was_reward_model else 'a language model'
+    if not wanted.startswith(kind):
+        fail(f"--{option}={folder}: is {kind}, wanted {wanted}")
+    return model
 
 def load_policy(folder, option='policy', **overrides):
     """Load a language model; a reward model is refused, naming the option that gave it."""
-    check_folder(folder, option)
-    model = GPT.from_pretrained(folder, **dict(value_head=False) | overrides) # a PPO checkpoint may hold its critic
-    if model.was_reward_model:
-        fail(f"--{option}={folder}: is a reward model, wanted a language model")
-    return model
+    return load_model(folder, option, 'a language model', dict(value_head=False) | overrides) # PPO's holds its critic
 
 def load_reward_model(folder, option='reward_model', **overrides):
     """Load a reward model; a language model is refused, naming the option that gave it."""
-    check_folder(folder, option)
-    model = GPT.from_pretrained(folder, **overrides)
-    if not model.was_reward_model:
-        fail(f"--{option}={folder}: is a language model, wanted a reward model (made by reward.py)")
-    return model
+    return load_model(folder, option, 'a reward model (made by reward.py)', overrides)

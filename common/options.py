@@ -17,11 +17,11 @@ import sys
 from dataclasses import dataclass
 from typing import get_args
 
-def fail(message):
-    """Print the user's error in one line; exit with code 2."""
+def fail(message, code=2):
+    """Print the error in one line, and exit. Code 2 is the user's, 1 that of a run that went wrong."""
     escape = lambda found: found[0].encode('unicode_escape').decode() # a text in it may hold line ends or worse
     print('error: ' + re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]', escape, message), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 def note(text):
     """Print a line for the user, from the first process alone."""
@@ -42,13 +42,24 @@ def require(cfg, **wishes):
         if not holds:
             raise ValueError(f"{key} must be {wish}, got {getattr(cfg, key)!r}")
 
+def unread(cfg, read, reader, *keys):
+    """Refuse the options `keys` where they are not read; `reader` reads them. A value equal to the default passes.
+
+        unread(self, self.loss == 'dpo', 'loss=dpo', 'label_smoothing')
+    """
+    for key in keys:
+        default = getattr(type(cfg), key)
+        require(cfg, **{key: (read or getattr(cfg, key) == default, f"left at {default!r}: only {reader} reads it")})
+
 # ---- options that scripts share ---------------------------------------------------------------------------------
 
 AT_LEAST = dict( # checked in every script that has the option
     max_steps=0, epochs=1, grad_accum=1, warmup_steps=0, lr=0, grad_clip=0, weight_decay=0, beta2=0, eval_every=0,
     eval_batches=0, save_every=0, log_every=1, n_layer=1, n_head=1, n_embd=1, block_size=2, max_new_tokens=1, seed=0,
     minibatches=1, kl_coef=0, kl_target=0, missing_eos_penalty=0, clip=0, value_clip=0, value_coef=0, entropy_coef=0,
-    early_stop_kl=0, critic_lr=0, ptx_coef=0, ptx_batch_size=1)
+    early_stop_kl=0, critic_lr=0, clip_high=0, refill=0, ptx_coef=0, ptx_batch_size=1, lm_coef=0,
+    normalise_on=1, rank_coef=0, desirable_weight=0, undesirable_weight=0, simpo_margin=0, lcb_coef=0, length_penalty=0,
+    beta=0, dropout=0)
 ONE_OF = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), lr_schedule=('constant', 'linear', 'cosine'))
 
 @dataclass
@@ -59,12 +70,9 @@ class RunOptions:
     dtype: str = 'auto' # float32; bfloat16 or float16 (autocast); auto: bfloat16 on CUDA, float16 where it lacks that
 
     def __post_init__(self):
-        for key, low in AT_LEAST.items():
-            if hasattr(self, key):
-                require(self, **{key: (getattr(self, key) >= low, f"at least {low}")})
-        for key, choices in ONE_OF.items():
-            if hasattr(self, key):
-                require(self, **{key: (getattr(self, key) in choices, f"one of {', '.join(choices)}")})
+        mine = lambda table: ((key, getattr(self, key), wish) for key, wish in table.items() if hasattr(self, key))
+        require(self, **{key: (value >= low, f"at least {low}") for key, value, low in mine(AT_LEAST)})
+        require(self, **{key: (value in all, f"one of {', '.join(all)}") for key, value, all in mine(ONE_OF)})
         require(self, seed=(self.seed < 2**32, 'below 2^32'), beta2=(getattr(self, 'beta2', 0) < 1, 'below 1'),
                 device=(self.device in ('auto', 'cpu', 'cuda', 'mps') or self.device.startswith('cuda:'),
                         'auto, cpu, cuda, cuda:N or mps'))
@@ -80,6 +88,10 @@ class TrainOptions(RunOptions):
     log_every: int = 10 # steps between lines of log.jsonl
     resume: bool | str = False # resume from the checkpoint in out_dir; auto: if there is one
     overwrite: bool = False # replace the checkpoint in out_dir
+    grad_accum: int = 1 # micro-batches, of rows of like length, that a batch is split into
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0 # largest gradient norm; 0 = no clipping
+    lr_schedule: str = 'linear' # after warmup: constant, linear (to 0), cosine (to a tenth)
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,6 +99,24 @@ class TrainOptions(RunOptions):
                 overwrite=(not (self.overwrite and self.resume), 'False with resume'),
                 compile=(not (self.fsdp and self.compile), 'False with fsdp=True'),
                 batch_size=(getattr(self, 'batch_size', 1) >= 1, 'at least 1'))
+
+@dataclass
+class DataOptions(TrainOptions):
+    """Hold the options of the scripts that learn from a file: sft, reward, dpo, rrhf, kto."""
+    train_data: str = '' # what is learnt
+    val_data: str = '' # the same, held out
+    max_steps: int = 0 # optimizer steps; 0: as many as `epochs` passes take
+    epochs: int = 1 # with max_steps=0
+    batch_size: int = 32 # prompts or rows per optimizer step, over all processes and micro-batches
+    warmup_steps: int = 20
+    beta2: float = 0.99 # AdamW
+    eval_every: int = 100 # steps between measurements on val_data; 0 = only at the end
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, train_data=(self.train_data != '', 'a file of records, see --help'))
+        held_out = self.val_data or getattr(self, 'val_fraction', 0)
+        unread(self, held_out or self.eval_every == 0, 'val_data', 'eval_every')
 
 # ---- the command line -------------------------------------------------------------------------------------------
 
@@ -97,8 +127,7 @@ def parse_config(cls, argv=None):
 
     Defaults < config files, left to right < --key=value flags; `--key value`, and `--key` for True, are read too. A
     config file is `name = literal` lines and comments. It is parsed, never executed. Fields are str, int, float or
-    bool. An unknown key, a wrong type, an impossible value (__post_init__) or an infinite one ends the program with one
-    line and exit code 2.
+    bool. An unknown key, a wrong type or an impossible value (__post_init__) ends the program with exit code 2.
     """
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     values, origin = {}, {}
@@ -177,7 +206,7 @@ def print_help(cls):
     print('\noptions, as --key=value or as lines of a config file:\n')
     defaults, told = {f.name: f.default for f in dataclasses.fields(cls)}, set()
     for base in (c for c in cls.__mro__ if dataclasses.is_dataclass(c)):
-        if told and base in (TrainOptions, cls.__base__):
+        if told and base is cls.__base__:
             print('\nshared with other scripts:\n')
         for line in inspect.getsource(base).splitlines():
             name, colon, rest = line.strip().partition(': ')
@@ -215,15 +244,12 @@ def run_guarded(main, Config):
         if type(e).__name__ != 'OutOfMemoryError' and not re.search(
                 "out of memory|not enough memory|can't allocate memory", str(e)):
             raise
-        print("error: out of memory; wanted less at once: a larger --grad_accum, a smaller --batch_size, "
-              "--checkpointing=True, shorter rows or a smaller model (bench.py --workload=memory says what a stage "
-              "needs); what was saved before is intact", file=sys.stderr)
-        raise SystemExit(1)
+        fail("out of memory; wanted less at once: a larger --grad_accum, a smaller --batch_size, --checkpointing=True, "
+             "shorter rows or a smaller model (bench.py --workload=memory says what a stage needs); what was saved "
+             "before is intact", code=1)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print(f"error: {e.strerror}: a file could not be written; what was saved before is intact",
-                  file=sys.stderr)
-            raise SystemExit(1)
+            fail(f"{e.strerror}: a file could not be written; what was saved before is intact", code=1)
         if e.filename is None:
             raise
         fail(f"{e.filename}: {e.strerror}")

@@ -1,7 +1,6 @@
 """Read and write records: JSON lines, one kind a file.
 
-Bad input ends the program with one line, "FILE:LINE: wanted …". Every record is checked. Files are written whole or not
-at all. docs/data.md lists the kinds and their keys.
+Every record is checked; bad input ends the program with "FILE:LINE: wanted …". docs/data.md lists the kinds and keys.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from statistics import fmean
 
 from common.options import fail, note
 
@@ -29,10 +29,7 @@ def write_atomic(path, text):
 LOCKS = {} # {path: the open file that holds its lock}
 
 def lock(path):
-    """Hold a lock file for as long as this process lives; fail where another process holds it.
-
-    The kernel lets go of it, however the process ends. Windows and some network disks have no such locks.
-    """
+    """Hold a lock file until this process ends, however it does; fail where another process holds it."""
     path = os.path.realpath(path)
     with contextlib.suppress(KeyError, OSError): # somebody may have removed the folder, and another run made it anew
         if os.path.samestat(os.stat(path), os.fstat(LOCKS[path].fileno())):
@@ -46,7 +43,7 @@ def lock(path):
         fail(f"{os.path.dirname(path)}: another process is writing here ({os.path.basename(path)} is locked); wanted "
              "another place, or that one ended")
     except (ImportError, OSError):
-        pass # open() fails where nothing can be written: whoever writes says so
+        pass # Windows and some network disks have no locks; where nothing can be written, whoever writes says so
 
 def read_json(path, wanted='a JSON object'):
     """Return the JSON object in a file as a dict; a failure ends the program, naming `wanted`."""
@@ -134,55 +131,50 @@ def check_messages(key, messages, last):
               last == 'user' or m.get('weight') != 0)
     check(f'`{key}` to end in the turn of the {last}', messages[-1]['role'] == last)
 
+QUALITIES = 'helpful', 'harmless', 'honest', 'score' # what a rating may give a number for
+
+KINDS = { # the keys that a record of each kind needs, and those that are checked where it has them
+    'text': ('text', ''), 'prompts': ('prompt', ''), 'unpaired': ('prompt response label', 'ended'),
+    'demonstrations': ('prompt response', 'ended'), 'ratings': ('prompt response', 'ended'),
+    'rankings': ('prompt responses ranks', 'scores ended'),
+    'comparisons': ('prompt chosen rejected', 'margin scores ended')}
+
 def check_record(row, kind):
     """Raise ValueError where a record breaks its kind (docs/data.md); extra keys are welcome."""
-    needs = {'text': ['text'], 'demonstrations': ['prompt', 'response'], 'prompts': ['prompt'],
-             'comparisons': ['prompt', 'chosen', 'rejected'], 'rankings': ['prompt', 'responses', 'ranks'],
-             'unpaired': ['prompt', 'response', 'label']}[kind]
+    needs, optional = map(str.split, KINDS[kind])
     for key in ('label', 'kto_tag') if kind == 'demonstrations' else ():
         check(f'demonstrations, got a bad answer (`{key}` is {json.dumps(row.get(key))}); kto.py learns from those, '
               'data/trl/prepare.py makes its records', truth(row.get(key)) is not False)
-    if 'ended' in row and kind in ('demonstrations', 'unpaired'):
-        check('`ended` to be true or false', isinstance(row['ended'], bool))
     if kind == 'demonstrations' and 'messages' in row:
-        return check_messages('messages', row['messages'], last='assistant')
+        needs = []
+        check_messages('messages', row['messages'], last='assistant')
     for key in needs:
         check(f'a row of kind {kind} to have `{key}` (data/trl/prepare.py reads other formats)', key in row)
-    for key in ('text', 'response', 'chosen', 'rejected'):
-        if key in needs:
-            check(f'`{key}` to be text that is not empty', is_text(row[key]))
-    if isinstance(row.get('prompt'), list):
+    n = dict(comparisons=2, rankings=len(row['responses']) if type(row.get('responses')) is list else 0).get(kind, 0)
+    is_bool, is_rank = lambda x: type(x) is bool, lambda x: type(x) is int and 0 <= x < 2**31
+    each = lambda good, x: isinstance(x, list) and len(x) == n and all(map(good, x))
+    wishes = dict( # key: (what it has to be, a function that tells)
+        dict.fromkeys(('text', 'response', 'chosen', 'rejected'), ('text that is not empty', is_text)),
+        prompt=('text that is not empty, or a list of messages', lambda x: isinstance(x, list) or is_text(x)),
+        responses=('a list of two texts or more, none empty', lambda x: n > 1 and each(is_text, x)),
+        ranks=(f'{n} integers, one a response, 0 = best, below 2^31', lambda x: each(is_rank, x)),
+        scores=(f"{'two' if kind == 'comparisons' else n} numbers, one an answer",
+                lambda x: x is None and kind == 'rankings' or each(is_number, x)),
+        label=('true (a good answer) or false', is_bool), margin=('a number below 1e38', is_number),
+        ended=(f'{n} times true or false', lambda x: each(is_bool, x)) if n else ('true or false', is_bool))
+    for key in (key for key in needs + optional if key in row):
+        wish, holds = wishes[key]
+        check(f'`{key}` to be {wish}', holds(row[key]))
+    if 'prompt' in needs and isinstance(row['prompt'], list):
         check_messages('prompt', row['prompt'], last='user')
-    elif 'prompt' in needs:
-        check('`prompt` to be text that is not empty, or a list of messages', is_text(row['prompt']))
-    if kind == 'unpaired':
-        check('`label` to be true (a good answer) or false', isinstance(row['label'], bool))
-    if kind == 'comparisons' and 'margin' in row:
-        check('`margin` to be a number below 1e38', is_number(row['margin']))
-    if kind == 'comparisons' and 'scores' in row:
-        check('`scores` to be two numbers, of chosen and rejected', isinstance(row['scores'], list)
-              and len(row['scores']) == 2 and all(map(is_number, row['scores'])))
-    if 'ended' in row and kind in ('comparisons', 'rankings'):
-        n = 2 if kind == 'comparisons' else len(row['responses']) if isinstance(row['responses'], list) else 0
-        check(f'`ended` to be {n} times true or false, one an answer', isinstance(row['ended'], list)
-              and len(row['ended']) == n and all(isinstance(ended, bool) for ended in row['ended']))
-    if kind == 'rankings':
-        responses, ranks, scores = row['responses'], row['ranks'], row.get('scores')
-        check('`responses` to be a list of two texts or more, none empty',
-              isinstance(responses, list) and len(responses) > 1 and all(map(is_text, responses)))
-        check(f'`ranks` to be {len(responses)} integers, one a response, 0 = best, below 2^31', isinstance(ranks, list)
-              and len(ranks) == len(responses) and all(type(r) is int and 0 <= r < 2**31 for r in ranks))
-        check(f'`scores` to be {len(responses)} numbers, one a response', scores is None or isinstance(scores, list)
-              and len(scores) == len(responses) and all(map(is_number, scores)))
+    if kind == 'ratings':
+        numbers = [row[quality] for quality in QUALITIES if quality in row]
+        check(f"numbers below 1e38 for one or more of {', '.join(QUALITIES)}", numbers and all(map(is_number, numbers)))
 
 TELLING = ('system', 'history', 'weight', 'rejected_response', 'margin') # keys that say what is to be learnt
 
 def read_records(path, kind):
-    """Read and check the records of a .jsonl or .jsonl.gz file.
-
-    kind: "text", "demonstrations", "comparisons", "rankings", "unpaired" or "prompts". A .txt file is one text. The
-    first bad record ends the program with its line.
-    """
+    """Read and check the records of a .jsonl or .jsonl.gz file; a .txt file is one text. kind: see KINDS."""
     if str(path).endswith(('.txt', '.txt.gz')):
         if kind != 'text':
             fail(f'{path}: wanted a .jsonl file of {kind}, got plain text')
@@ -206,10 +198,9 @@ def read_records(path, kind):
             fail(f'{path}:{n}: {error}' + '; data/trl/prepare.py reads arrays, CSV and parquet' * (
                 not rows and (line.lstrip().startswith(b'[') or str(path).endswith(('.csv', '.parquet')))))
         rows.append(row)
-        unread.update(key for key in TELLING if row.get(key) not in (None, '', []))
+        unread.update(key for key in TELLING if key not in KINDS[kind][1] and row.get(key) not in (None, '', []))
     if not rows:
         fail(f'{path}: wanted rows of kind {kind}, got a file without rows')
-    unread.pop('margin' if kind == 'comparisons' else '', 0) # it is read there
     for key, n in unread.items():
         note(f'{path}: `{key}` is not read in {kind} ({n} of {len(rows)} rows); data/trl/prepare.py may read it')
     return rows
@@ -224,25 +215,7 @@ def first_row(path):
 
 def is_text_file(path):
     """Tell whether a file holds plain text (.txt, or records with `text`) and not demonstrations."""
-    if str(path).endswith(('.txt', '.txt.gz')):
-        return True
-    return 'text' in first_row(path)
-
-def kind_of(path):
-    """Tell the kind of a file by its first record; a broken one passes as "prompts"."""
-    if is_text_file(path):
-        return 'text'
-    row = first_row(path)
-    keys = set(row)
-    if isinstance(row.get('label'), bool):
-        return 'unpaired'
-    for kind, own in (('demonstrations', {'messages', 'response'}), ('comparisons', {'chosen', 'rejected'}),
-                      ('rankings', {'responses'}), ('prompts', {'prompt'})):
-        if keys & own:
-            return kind
-    if keys:
-        fail(f"{path}: wanted records of one kind, got a first row with the keys {', '.join(sorted(keys))}")
-    return 'prompts'
+    return str(path).endswith(('.txt', '.txt.gz')) or 'text' in first_row(path)
 
 def to_lines(rows):
     return ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
@@ -251,10 +224,7 @@ def write_records(path, rows):
     write_atomic(str(path), to_lines(rows))
 
 def read_preferences(path):
-    """Read rankings or comparisons as rankings: a comparison ranks two answers; its margin stays.
-
-    Comparisons of a text with itself are left out: they teach nothing.
-    """
+    """Read rankings or comparisons as rankings; a comparison of a text with itself teaches nothing and is left out."""
     keys = first_row(path).keys()
     if keys and not {'chosen', 'rejected', 'responses', 'ranks'} & keys:
         fail(f"{path}: wanted rankings (`prompt`, `responses`, `ranks`) or comparisons (`prompt`, `chosen`, "
@@ -270,6 +240,25 @@ def read_preferences(path):
         fail(f'{path}: wanted comparisons of two different texts, found none')
     return kept
 
+def read_ratings(files):
+    """Read ratings as rankings: per prompt the answers' `ratings`, and the ranks that these imply.
+
+    An answer's rating is the mean over its raters (`rated`) of the mean over the qualities.
+    """
+    rows, prompts = [row for file in files for row in read_records(file, 'ratings')], {}
+    if len({tuple(quality in row for quality in QUALITIES) for row in rows}) > 1:
+        fail(f"{','.join(map(str, files))}: wanted numbers for the same qualities in every rating")
+    for row in rows: # prompts: {prompt: {(response, ended): [a number per rater]}}
+        answer, answers = (row['response'], row.get('ended', True)), prompts.setdefault(json.dumps(row['prompt']), {})
+        answers.setdefault(answer, []).append(fmean(row[quality] for quality in QUALITIES if quality in row))
+    rankings = []
+    for prompt, answers in prompts.items():
+        ratings = [round(fmean(said), 6) for said in answers.values()] # equal ones tie
+        ranking = dict(ratings=ratings, ranks=[sum(y > x for y in ratings) for x in ratings], rated=[*answers.values()])
+        ranking['responses'], ranking['ended'] = map(list, zip(*answers))
+        rankings.append(dict(prompt=json.loads(prompt)) | ranking)
+    return rankings
+
 def goodness(record, use_scores=False):
     """Return how good a ranking's answers are, (K,), larger = better: -rank, or the scores if any."""
     return record['scores'] if use_scores and record.get('scores') else [-rank for rank in record['ranks']]
@@ -278,15 +267,17 @@ def files_of(paths):
     """Return the files that an option names, separated by commas; one whose own name holds a comma is one."""
     return [paths] if os.path.exists(paths) else str(paths).split(',')
 
-def read_ranked(path, use_scores=False, name=''):
-    """Read preferences without the records whose answers all tie: they teach nothing.
+def read_ranked(path, use_scores=False, name='', ties=False):
+    """Read preferences, or the pairs that ratings imply; without ties no records whose answers all tie.
 
     path: one file, or several of one kind, separated by commas. use_scores: see goodness. name: what to call them.
     """
-    records = [r for file in files_of(path) for r in read_preferences(file)]
+    files = files_of(path)
+    rated = 'response' in (row := first_row(files[0])) and {*QUALITIES} & row.keys()
+    records = read_ratings(files) if rated else [r for file in files for r in read_preferences(file)]
     if len({'chosen' in r for r in records}) > 1:
         fail(f'{path}: wanted files of one kind, rankings or comparisons')
-    ranked = [r for r in records if len(set(goodness(r, use_scores))) > 1]
+    ranked = [r for r in records if ties or len(set(goodness(r, use_scores))) > 1]
     if not ranked:
         fail(f'{path}: all answers of every prompt tie; wanted some that are ranked above others')
     if len(ranked) < len(records):
@@ -296,8 +287,7 @@ def read_ranked(path, use_scores=False, name=''):
 def read_unpaired(path, name=''):
     """Read unpaired records, or take rankings or comparisons apart. name: what to call them.
 
-    An answer that beats more of the prompt's other answers than beat it is good. One that is beaten by more is bad. One
-    in the middle is left out.
+    An answer that beats more of the prompt's others than beat it is good, one that is beaten by more is bad.
     """
     if not {'chosen', 'rejected', 'responses'} & first_row(path).keys():
         return read_records(path, 'unpaired')

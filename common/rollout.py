@@ -1,19 +1,17 @@
-"""Sample answers and score them, for the reinforcement learning scripts.
+"""Sample answers, for the reinforcement learning scripts; frozen models, masked statistics, KL estimators.
 
-Here are also frozen models, masked statistics and the KL estimators; the losses are in ppo.py and reinforce.py.
-Per-token arrays are (B, T-1): position t describes token t+1.
+The losses are in ppo.py and reinforce.py. Per-token arrays are (B, T-1): position t describes token t+1.
 """
 
-import importlib
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 
-from common.batches import collate_answers, encode_rankings, pad, split_by_tokens
-from common.checkpoints import load_policy, load_reward_model
+from common.batches import collate_answers, pad, split_by_tokens
 from common.options import fail
 from common.run import progress
-from common.tokens import load_tokenizer
+from common.tokens import as_messages, load_tokenizer, user_ids
 
 # ---- masked statistics ------------------------------------------------------------------------------------------
 
@@ -80,21 +78,22 @@ def micro_batches(batch, lengths, rows, grad_accum, run):
 
 @dataclass
 class Rollouts:
-    """Hold answers sampled by a policy, right-padded, prompts in front."""
-    idx: torch.Tensor # (B, T) prompt, answer, padding
-    mask: torch.Tensor # (B, T-1) 1 where token t+1 belongs to the answer, its EOS included
+    """Hold answers sampled by a policy, or dialogues, right-padded, prompts in front."""
+    idx: torch.Tensor # (B, T) prompt, answer, padding; in a dialogue what a user says and further answers
+    mask: torch.Tensor # (B, T-1) 1 where token t+1 belongs to an answer, its EOS included
     logp: torch.Tensor # (B, T-1) recorded while sampling, 0 outside the mask
-    lengths: torch.Tensor # (B,) prompt and answer
-    ended: torch.Tensor # (B,) 1 where the answer ends with EOS
+    lengths: torch.Tensor # (B,) up to the end of the last answer
+    ended: torch.Tensor # (B,) 1 where the last answer ends with EOS
+    ends: list # (B) lists: the length up to the end of each answer
+    asked: list # (B) lists: of each answer its record, as a reward function takes it, and its text
 
     def to(self, device):
-        return Rollouts(**{name: x.to(device) for name, x in vars(self).items()})
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
 
 def sample_answers(model, prompts, tok, max_new_tokens, temperature=1.0, rows=256, desc=None):
     """Sample one answer per prompt (lists of ids; repeat a prompt for several answers).
 
-    Returns answers and their log-probabilities as lists, in the prompts' order. Prompts of like length share a batch of
-    `rows`.
+    Returns answers and their log-probabilities as lists. Prompts of like length share a batch of `rows`.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers, logps = [None] * len(prompts), [None] * len(prompts)
@@ -108,29 +107,58 @@ def sample_answers(model, prompts, tok, max_new_tokens, temperature=1.0, rows=25
     bar.close()
     return answers, logps
 
-def pack(prompts, answers, logps, eos):
-    """Stack lists of prompts, answers and recorded log-probabilities as Rollouts."""
-    idx = pad([p + a for p, a in zip(prompts, answers)]) # (B, T)
-    P = torch.tensor([len(p) for p in prompts]) # (B,)
-    lengths = P + torch.tensor([len(a) for a in answers]) # (B,)
-    t = torch.arange(1, idx.size(1)) # token t+1 of position t, (T-1,)
-    mask = ((t >= P[:, None]) & (t < lengths[:, None])).float() # (B, T-1), from lengths and never from token ids
+def pack_turns(rows, eos, asked=()):
+    """Stack rows as Rollouts; a row is a list of (ids, their recorded log-probabilities; None of others' words)."""
+    flags = [[int(logp is not None) for ids, logp in row for _ in ids] for row in rows] # 1 = of an answer
+    ends = [[at for at, (_, logp) in zip(itertools.accumulate(len(ids) for ids, _ in row), row) if logp is not None]
+            for row in rows]
+    mask = pad(flags)[:, 1:].float() # (B, T-1), from lengths and never from token ids
     logp = torch.zeros_like(mask)
-    logp[mask > 0] = torch.tensor([x for row in logps for x in row])
-    ended = torch.tensor([float(a[-1] == eos) for a in answers]) # (B,)
-    return Rollouts(idx, mask, logp, lengths, ended)
+    logp[mask > 0] = torch.tensor([x for row in rows for _, logps in row for x in logps or ()])
+    idx = pad([[i for ids, _ in row for i in ids] for row in rows]) # (B, T)
+    ended = torch.tensor([float(row[-1][0][-1] == eos) for row in rows]) # (B,)
+    return Rollouts(idx, mask, logp, torch.tensor([at[-1] for at in ends]), ended, ends, list(asked))
+
+def pack(prompts, answers, logps, eos):
+    """Stack prompts with an answer each as Rollouts; lists of ids and log-probabilities."""
+    return pack_turns([[(p, None), (a, logp)] for p, a, logp in zip(prompts, answers, logps)], eos)
+
+def sample_rollouts(model, prompts, records, tok, cfg, user=None):
+    """Sample Rollouts: an answer to each prompt, or with a user a dialogue.
+
+    prompts: lists of ids, of these records. user(record, messages) returns what the user says next. A dialogue ends
+    with None, after cfg.max_turns answers or one that did not end, and where the context has no room for another.
+    """
+    rows, asked, records = [[(ids, None)] for ids in prompts], [[] for _ in prompts], list(records)
+
+    def goes_on(b):
+        messages = [*as_messages(records[b]['prompt']), dict(role='assistant', content=asked[b][-1][1])]
+        if len(asked[b]) == cfg.max_turns or rows[b][-1][0][-1] != tok.eos:
+            return False
+        said = user(records[b], messages)
+        ids = [] if said is None else user_ids(tok, said)
+        if not ids or sum(len(ids) for ids, _ in rows[b]) + len(ids) + cfg.max_new_tokens > model.config.block_size:
+            return False
+        rows[b].append((ids, None))
+        records[b] = records[b] | dict(prompt=[*messages, dict(role='user', content=said)])
+        return True
+
+    going = list(range(len(prompts))) # the rows that wait for an answer
+    while going:
+        so_far = [[i for ids, _ in rows[b] for i in ids] for b in going]
+        for b, answer, logp in zip(going, *sample_answers(model, so_far, tok, cfg.max_new_tokens)):
+            rows[b].append((answer, logp))
+            asked[b].append((records[b], tok.decode(answer).removeprefix(' ')))
+        going = [b for b in going if user and goes_on(b)]
+    return pack_turns(rows, tok.eos, asked)
 
 # ---- frozen models ----------------------------------------------------------------------------------------------
 
 def in_chunks(fn, lengths, rows, out):
     """Fill out (B, ...) by fn(rows, longest); chunks of rows of like length save work on padding."""
     for chunk in lengths.argsort().split(rows):
-        T = int(lengths[chunk].max())
-        value = fn(chunk, T)
-        if value.dim() == 1:
-            out[chunk] = value
-        else:
-            out[chunk, :value.size(1)] = value
+        value = fn(chunk, int(lengths[chunk].max()))
+        out[(chunk, slice(value.size(1))) if value.dim() > 1 else chunk] = value
     return out
 
 @torch.no_grad()
@@ -151,13 +179,6 @@ def frozen_rewards(model, idx, lengths, rows=64):
     return in_chunks(lambda c, T: model.rewards(idx[c, :T], lengths[c]), lengths, rows, out)
 
 @torch.no_grad()
-def score_answers(reward_model, prompts, answers, device, rows=64):
-    """Return a reward model's scores (B,) of answers to prompts; lists of ids."""
-    idx = pad([p + a for p, a in zip(prompts, answers)]).to(device)
-    lengths = torch.tensor([len(p) + len(a) for p, a in zip(prompts, answers)], device=device)
-    return frozen_rewards(reward_model, idx, lengths, rows)
-
-@torch.no_grad()
 def score_packed(model, rows, run):
     """Return a reward model's scores (N,) of all answers of Rows."""
     batch = collate_answers(rows)
@@ -165,22 +186,7 @@ def score_packed(model, rows, run):
     with run.autocast():
         return model.answers(batch)[1]
 
-def score_records(reward_model, tok, records, block_size, name, device):
-    """Score the `responses` of records; return [(record, scores)] of those that fit the context."""
-    rows = encode_rankings(tok, records, block_size, name)
-    scores = iter(score_answers(reward_model, [row.prompt for row in rows for _ in row.answers],
-                                [answer for row in rows for answer in row.answers], device).tolist())
-    return [(row.record, [next(scores) for _ in row.answers]) for row in rows]
-
-# ---- rolling out ------------------------------------------------------------------------------------------------
-
-def load_actors(cfg, run, tok, **overrides):
-    """Load policy (with overrides of its configuration), reward model and reference (the frozen policy)."""
-    policy = load_policy(cfg.policy, **overrides).to(run.device)
-    reward = load_reward_model(cfg.reward_model).to(run.device)
-    check_same_vocabulary(policy, reward, 'reward_model', cfg.reward_model, tok)
-    check_context(policy, reward, 'reward_model', cfg.reward_model)
-    return policy, run.freeze(reward), run.freeze(load_policy(cfg.policy).to(run.device))
+# ---- measuring --------------------------------------------------------------------------------------------------
 
 def describe(rolls, ref_logp, reward, scores, run):
     """Return metrics of rollouts, () each. ref_logp: (B, T-1). reward, scores: (B,) before and after penalties."""
@@ -199,33 +205,6 @@ def describe_critic(values, returns, mask, run):
     explained = dict(explained_variance=1 - variance(returns - values) / spread) if spread > 1e-8 else {}
     return dict(values=mean(values), returns=mean(returns), returns_std=spread.sqrt()) | explained
 
-# ---- measuring --------------------------------------------------------------------------------------------------
-
-def load_gold(name, records, path):
-    """Import a gold score, a MODULE:FUNCTION of (prompt, response) that returns a number; '' is None.
-
-    The policy never sees it: it is for logs and tables. It is tried on every record's prompt. Where it raises
-    ValueError, the program ends with one line that names path.
-    """
-    if not name:
-        return None
-    module, _, function = name.partition(':')
-    try:
-        gold = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        fail(f"--gold={name}: cannot be imported ({e}); wanted MODULE:FUNCTION, as in data.toy.world:gold")
-    for n, record in enumerate(records, 1):
-        try:
-            gold(record['prompt'], '')
-        except ValueError as e:
-            fail(f"{path}: prompt {n}: {e}; there is no gold score for it")
-    return gold
-
-def mean_gold(gold, questions, answers, tok):
-    """Return the mean gold score () of answers (lists of ids) to questions (texts)."""
-    texts = [tok.decode(answer).removeprefix(' ') for answer in answers]
-    return torch.tensor([float(gold(question, text)) for question, text in zip(questions, texts)]).mean()
-
 def beats(a, b):
     """Return 1 where a is above b, 0 where below, 1/2 where equal within rounding.
 
@@ -242,13 +221,8 @@ def pair_agreement(scores, ranks):
 
     Returns (points, pairs). Only pairs of different rank count (0 = best); points: see beats.
     """
-    points = pairs = 0
-    for i in range(len(ranks)):
-        for j in range(len(ranks)):
-            if ranks[i] < ranks[j]:
-                pairs += 1
-                points += beats(scores[i], scores[j])
-    return points, pairs
+    pairs = [(i, j) for i, better in enumerate(ranks) for j, worse in enumerate(ranks) if better < worse]
+    return sum(beats(scores[i], scores[j]) for i, j in pairs), len(pairs)
 
 def check_same_vocabulary(model, other, option, folder, tok):
     """End the program where two models differ in vocabulary or tokenizer; tok: the first one's."""

@@ -1,7 +1,6 @@
 """Choose a script's device and precision, and join the processes of torchrun.
 
-Several processes hold the same weights, work on a share of every batch, and sum their gradients once per optimizer
-step. So they train as one process would.
+Several processes hold the same weights, share every batch and sum their gradients: they train as one process would.
 """
 
 import contextlib
@@ -44,10 +43,7 @@ class Run:
         return torch.autocast(self.device.split(':')[0], dtype=getattr(torch, self.dtype))
 
     def freeze(self, model):
-        """Store a model that is never trained in less memory; return it.
-
-        Its linear layers keep the 16-bit weights that autocast would make at every pass. No result changes by a bit.
-        """
+        """Store a never-trained model's linear weights in autocast's 16 bits; return it. No result changes by a bit."""
         for module in model.requires_grad_(False).modules():
             if self.dtype != 'float32' and isinstance(module, torch.nn.Linear):
                 module.to(getattr(torch, self.dtype))
@@ -59,9 +55,8 @@ class Run:
 
     def sum(self, x):
         """Return the sum of a number or tensor over all processes."""
-        x = torch.as_tensor(x, dtype=torch.float32, device=self.device)
+        x = torch.as_tensor(x, dtype=torch.float32, device=self.device).clone() # all_reduce writes into it
         if self.world_size > 1:
-            x = x.clone()
             dist.all_reduce(x)
         return x
 
@@ -124,20 +119,14 @@ class Run:
     def sum_gradients(self, model):
         """Sum the gradients over all processes, before an optimizer step; fsdp has done so already."""
         if self.world_size > 1 and not any(map(is_spread, model.parameters())):
-            waiting = []
             for p in model.parameters():
                 if p.requires_grad:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    waiting.append(dist.all_reduce(p.grad, async_op=True))
-            for work in waiting:
-                work.wait()
+                    dist.all_reduce(p.grad)
 
     @torch.no_grad()
     def whole(self, model):
-        """Return the model, or a whole copy where fsdp spreads its weights.
-
-        For sampling, measuring and saving, where the processes work apart. All of them have to call this.
-        """
+        """Return the model, or a whole copy where fsdp spreads its weights; all processes have to call this."""
         if not any(is_spread(p) for p in model.parameters()):
             return model
         with torch.device('meta'): # draws no random numbers
@@ -149,10 +138,7 @@ class Run:
 
     def stop_requested(self):
         """Return the signal that told any process to end, or 0."""
-        number = torch.tensor(float(self.interrupted), device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
+        return max(self.gather(self.interrupted))
 
 def is_spread(x):
     """Tell whether fsdp has spread a tensor over the processes (torch calls it a DTensor)."""
@@ -166,14 +152,10 @@ def spread_like(p, x):
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) # no sending: everybody has it
 
 def keep_freed_memory():
-    """Make glibc keep freed blocks of up to 32 MB, its limit.
-
-    Else it returns every large block to the kernel, and the next step's tensors fault the pages in again: a tenth of
-    the time of a small model's step. Another C library is left as it is.
-    """
-    with contextlib.suppress(OSError, AttributeError):
+    """Make glibc keep freed blocks; faulting their pages in again takes a tenth of a small model's step."""
+    with contextlib.suppress(OSError, AttributeError): # another C library
         libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-3, 32 * 2**20) # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 32 * 2**20) # M_MMAP_THRESHOLD, at its limit
         libc.mallopt(-1, 2**30) # M_TRIM_THRESHOLD
 
 def place_among_processes():
@@ -198,14 +180,12 @@ def default_signals():
 def start(cfg):
     """Choose the device, join the other processes, seed the generators; return the Run."""
     keep_freed_memory()
-    device = cfg.device
+    device, dtype = cfg.device, cfg.dtype
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if device.startswith('cuda') and not torch.cuda.is_available():
-        fail(f"--device={cfg.device}: torch sees no CUDA device; use --device=cpu or auto")
-    if device == 'mps' and not torch.backends.mps.is_available():
-        fail("--device=mps: torch sees no Apple GPU; use --device=cpu or auto")
-    dtype = cfg.dtype
+    for kind, backend, what in ('cuda', torch.cuda, 'CUDA device'), ('mps', torch.backends.mps, 'Apple GPU'):
+        if device.startswith(kind) and not backend.is_available():
+            fail(f"--device={cfg.device}: torch sees no {what}; use --device=cpu or auto")
     if dtype == 'auto':
         dtype = 'float32'
         if device.startswith('cuda'): # GPUs before Ampere only emulate bfloat16, slowly
@@ -231,7 +211,6 @@ def start(cfg):
     if device.startswith('cuda'):
         torch.set_float32_matmul_precision('high') # TF32 where a product stays in float32
     torch.manual_seed(cfg.seed + run.rank) # each process samples its own answers; Run.prepare shares the weights
-
     def on_signal(number, frame):
         if run.interrupted: # Ctrl-C again does not wait for the end of the step; a closed terminal often hangs up twice
             if number == signal.SIGINT:
@@ -241,7 +220,6 @@ def start(cfg):
         leave_closed_terminal() # SIGHUP: its saving must not end in an error
         if run.is_master:
             print("\nstopping after this step (at once after another Ctrl-C)", file=sys.stderr)
-
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)

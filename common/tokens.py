@@ -1,25 +1,21 @@
 r"""Encode text to token ids and decode them; hold the one chat template.
 
-Tokenizers are tiktoken encodings: GPT-2's, the 256 bytes, or a small byte-pair encoding trained here (`train_bpe`) and
-stored in tiktoken's own file format. The template of one turn, and how further turns follow it:
+Tokenizers are tiktoken encodings: GPT-2's, the 256 bytes, or a small byte-pair encoding (data/bpe.py trains it) in
+tiktoken's own file format. The template of one turn, and how further turns follow it:
 
     ### Human: Hello.\n### Assistant: Hi!<|endoftext|>\n### Human: Bye.\n### Assistant: See you.<|endoftext|>
     `---------- prompt ----------´`---- response ----´`------------ prompt -----------´`----- response -----´
 
 Prompt and response are encoded apart, so that the prompt's ids are always a prefix of the whole. Only the response's
-end is the real <|endoftext|>; the same characters typed by a user are ordinary text. Tokenizer and template are saved
-for transformers too.
+end is the real <|endoftext|>; the same characters typed by a user are ordinary text.
 """
 
 import base64
-import binascii
 import json
 import math
-from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
-import regex # comes with tiktoken
 import tiktoken
 
 from common.options import fail
@@ -36,14 +32,18 @@ class Tokenizer:
     """Wrap a tiktoken.Encoding and its end-of-text id; name: "gpt2", "bytes" or "tiktoken" (one of our own)."""
 
     def __init__(self, name, ranks=None):
-        self.name, self.ranks = name, ranks
+        self.name, self.ranks = name, BYTES if name == 'bytes' else ranks
         if name == 'gpt2':
-            self.encoding = tiktoken.get_encoding('gpt2')
+            try:
+                self.encoding = tiktoken.get_encoding('gpt2')
+            except Exception as error: # no network, no cache, a damaged cache: tiktoken has no one exception for it
+                fail(f'tokenizer gpt2: cannot load it ({type(error).__name__}); without a network set '
+                     "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's two GPT-2 files")
         else: # <|endoftext|> is the last id
-            self.encoding = tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
-                                              special_tokens={EOS: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
-        self.n_vocab = self.encoding.n_vocab
-        self.eos = self.encoding.eot_token
+            n = len(self.ranks)
+            self.encoding = tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=self.ranks,
+                                              special_tokens={EOS: n}, explicit_n_vocab=n + 1)
+        self.n_vocab, self.eos = self.encoding.n_vocab, self.encoding.eot_token
         self.pad = self.encoding.encode_single_token(PAD)
 
     def encode(self, text):
@@ -51,20 +51,14 @@ class Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        """Return the bytes behind `ids`; in a stream the last character may be incomplete.
-
-        The end-of-text id is left out, and so are the ids above it: a model may have more tokens than its tokenizer.
-        """
-        return self.encoding.decode_bytes([i for i in ids if i < self.eos])
+        """Return the bytes behind `ids`, without end of text; in a stream the last character may be incomplete."""
+        return self.encoding.decode_bytes([i for i in ids if i < self.eos]) # above it are tokens of the model alone
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def save(self, folder, padding_side='left'):
-        """Write the file that `load_tokenizer(folder)` needs, and two for transformers.
-
-        padding_side: where transformers pads a batch. Left to generate; right to score, where its positions count pads.
-        """
+        """Write our file and two for transformers; it pads left to generate, right to score: positions count pads."""
         folder = Path(folder)
         write_atomic(str(folder / 'tokenizer.json'), tokenizer_json(self))
         write_atomic(str(folder / 'tokenizer_config.json'), json.dumps(dict(
@@ -79,17 +73,13 @@ class Tokenizer:
             (folder / 'tokenizer.tiktoken').unlink(missing_ok=True)
 
 def load_tokenizer(name, option='tokenizer'):
-    """Load a tokenizer; name: a checkpoint, or for --tokenizer also "bytes" or a FILE.tiktoken.
-
-    A checkpoint is a folder or a model on the hub ("gpt2" is one), ours or another with GPT-2's vocabulary. Anything
-    else ends the program with one line that names the option.
-    """
+    """Load a tokenizer; name: a checkpoint with ours or GPT-2's, for --tokenizer also "bytes" or a FILE.tiktoken."""
     name = str(name)
     if not Path(name).is_dir():
         if name in HUB_NAMES:
-            return named_tokenizer('gpt2')
+            return Tokenizer('gpt2')
         if option == 'tokenizer' and name == 'bytes':
-            return named_tokenizer('bytes')
+            return Tokenizer('bytes')
         if option == 'tokenizer' and name.endswith('.tiktoken'):
             return Tokenizer('tiktoken', load_bpe(name))
         if not on_hub(name) and option == 'tokenizer':
@@ -97,13 +87,14 @@ def load_tokenizer(name, option='tokenizer'):
                  'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
         check_folder(name, option)
         checkpoint_file(name, 'config.json') # fails here if the hub cannot be reached; the files below may be absent
-    tok, config = stored_tokenizer(name, option), checkpoint_file(name, 'config.json', absent_ok=True)
+    config = checkpoint_file(name, 'config.json', absent_ok=True)
     size = read_json(config).get('vocab_size') if config else None
+    tok = stored_tokenizer(name, option, size)
     if type(size) is int and tok.n_vocab > size:
         fail(f'{config}: vocab_size is {size}, the tokenizer beside it has {tok.n_vocab} tokens; wanted one that fits')
     return tok
 
-def stored_tokenizer(name, option):
+def stored_tokenizer(name, option, size):
     """Load the tokenizer of a checkpoint: our own file, or GPT-2's where the vocabulary is GPT-2's."""
     if path := checkpoint_file(name, 'tokenizer.tiktoken', absent_ok=True):
         return Tokenizer('tiktoken', load_bpe(path))
@@ -111,27 +102,16 @@ def stored_tokenizer(name, option):
         stored = Path(path).read_text(encoding='utf-8', errors='replace').strip()
         if stored not in ('gpt2', 'bytes'):
             fail(f'{path}: wanted gpt2 or bytes, got {stored[:40]!r}')
-        return named_tokenizer(stored)
-    if not has_gpt2_vocabulary(name):
+        return Tokenizer(stored)
+    if not has_gpt2_vocabulary(name, size):
         where = name if option == 'tokenizer' else f'--{option}={name}'
         fail(f'{where}: wanted a checkpoint with tokenizer.tiktoken or tokenizer_name, or with the vocabulary of GPT-2')
-    return named_tokenizer('gpt2')
+    return Tokenizer('gpt2')
 
-def named_tokenizer(name):
-    """Load a tokenizer that needs no file of ours: "gpt2" or "bytes"."""
-    if name == 'bytes':
-        return Tokenizer('bytes', BYTES)
-    try:
-        return Tokenizer('gpt2')
-    except Exception as error: # no network, no cache, a damaged cache: tiktoken has no one exception for it
-        fail(f'tokenizer gpt2: cannot load it ({type(error).__name__}); without a network set TIKTOKEN_CACHE_DIR '
-             "to a folder that holds tiktoken's two GPT-2 files")
-
-def has_gpt2_vocabulary(name):
+def has_gpt2_vocabulary(name, size):
     """Tell whether somebody else's checkpoint has GPT-2's tokens.
 
-    Vocabularies of the same size are common. So one of its oddest tokens decides where there is a vocabulary file, and
-    the size where there is none. Rows above it are padding or extras.
+    Many vocabularies have its size. So one of its oddest tokens decides, and the size where no vocabulary is stored.
     """
     try:
         for filename in ('vocab.json', 'tokenizer.json'):
@@ -139,9 +119,7 @@ def has_gpt2_vocabulary(name):
                 vocab = json.loads(Path(path).read_text(encoding='utf-8'))
                 vocab = vocab if filename == 'vocab.json' else vocab['model']['vocab']
                 return vocab.get('\u0120SolidGoldMagikarp') == 43453 and vocab.get(EOS) == 50256
-        path = checkpoint_file(name, 'config.json', absent_ok=True)
-        size = json.loads(Path(path).read_text(encoding='utf-8')).get('vocab_size') if path else 0
-        return 50257 <= size <= 50304 # the next multiple of 64
+        return 50257 <= size <= 50304 # the next multiple of 64: padding or extras
     except (OSError, ValueError, KeyError, AttributeError, TypeError): # not a vocabulary
         return False
 
@@ -152,42 +130,6 @@ def merge(parts, ranks, until=1):
         if rank == math.inf:
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-
-def train_bpe(texts, vocab_size, min_count=2):
-    """Train a byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) within GPT-2's words.
-
-    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs, the one whose bytes
-    sort first. As in tiktoken a pair is known by its joined bytes, (ab, c) and (a, bc) alike. So the finished encoding
-    splits the training text as training left it. Stops at `vocab_size` tokens, the end-of-text token included, or when
-    no pair occurs `min_count` times (which keeps rare names from becoming single tokens). Returns ranks {bytes: id},
-    the 256 bytes first.
-    """
-    ranks = dict(BYTES)
-    counts_of = Counter(word.encode() for text in texts for word in regex.findall(GPT2_SPLIT, text))
-    freqs = list(counts_of.values()) # each distinct word is worked on once, with its frequency
-    words = [[bytes([b]) for b in word] for word in counts_of]
-    counts, places = Counter(), defaultdict(set) # joined pair -> its count; -> the words that hold it
-
-    def tally(w, sign):
-        for left, right in zip(words[w], words[w][1:]):
-            counts[left + right] += sign * freqs[w]
-            places[left + right].add(w)
-
-    for w in range(len(words)):
-        tally(w, 1)
-    while len(ranks) + 1 < vocab_size and counts:
-        top = max(counts.values())
-        if top < max(min_count, 1):
-            break
-        token = min(pair for pair, n in counts.items() if n == top)
-        ranks[token] = len(ranks)
-        for w in places.pop(token): # only the words that hold the pair change
-            tally(w, -1)
-            merge(words[w], ranks)
-            tally(w, 1)
-        counts.pop(token)
-        places.pop(token, None)
-    return ranks
 
 def save_bpe(ranks, path):
     """Write tiktoken's file format: one line a token, its bytes in base64, a space, its rank."""
@@ -201,7 +143,7 @@ def load_bpe(path):
         try:
             token, rank = line.split()
             token, rank = base64.b64decode(token, validate=True), int(rank)
-        except (ValueError, binascii.Error):
+        except ValueError: # binascii.Error is one
             fail(f'{path}:{n}: wanted a token in base64, a space and its rank')
         if rank != len(ranks) or token in ranks or not token:
             fail(f'{path}:{n}: wanted a new token of rank {len(ranks)}, got {token!r} of rank {rank}')
@@ -215,10 +157,7 @@ def load_bpe(path):
 SPEAKER = {'user': '### Human: ', 'system': '### System: '}
 
 def render(tok, messages, ended=True):
-    """Encode messages to (ids, mask), both (T,); mask 1 = an answer or its EOS. Content None opens an answer.
-
-    ended: False leaves out the EOS of the last one.
-    """
+    """Encode messages to (ids, mask), both (T,); 1 = an answer or its EOS, which the last one lacks if not ended."""
     ids, mask, context = [], [], '' # context: the text since the last answer, encoded in one piece
     for n, m in enumerate(messages, 1):
         if ids or context:
@@ -227,7 +166,7 @@ def render(tok, messages, ended=True):
             context += SPEAKER[m['role']] + m['content']
             continue
         before = tok.encode(context + '### Assistant:')
-        answer = [] if m['content'] is None else response_ids(tok, m['content'], ended or n < len(messages))
+        answer = [] if m['content'] is None else response_ids(tok, m['content'], ended or n < len(messages)) # to come
         ids += before + answer
         mask += [0] * len(before) + [1] * len(answer)
         context = ''
@@ -245,11 +184,14 @@ def response_ids(tok, response, ended=True):
     """Encode an answer's text to ids (R,): a space, the text, and, if it ended, the real end-of-text id."""
     return tok.encode(' ' + response) + [tok.eos] * ended
 
+def user_ids(tok, text):
+    """Encode a user's turn after an answer to ids, up to "### Assistant:"."""
+    return tok.encode(f"\n{SPEAKER['user']}{text}\n### Assistant:")
+
 def dialogue(tok, record):
     """Encode a demonstration to (ids, mask), both (T,), mask 1 = learnt.
 
-    Of `prompt` and `response` the response is learnt, of `messages` every assistant turn, each with its EOS. A last
-    answer that was cut off, `ended` false, has none.
+    Learnt are the `response`, or every assistant turn of `messages`, each with its EOS; the last may not have `ended`.
     """
     if 'messages' in record:
         return render(tok, record['messages'], record.get('ended', True))

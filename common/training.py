@@ -1,13 +1,12 @@
 """Provide the common parts of training: learning rate, optimizer, running means, log and save."""
 
 import math
-import sys
 
 import torch
 
 from common.checkpoints import log, log_of, save_if_due
 from common.health import Health
-from common.options import note
+from common.options import fail, note
 from common.run import is_spread, progress
 
 def lr_at(step, cfg, peak=None):
@@ -23,10 +22,7 @@ def lr_at(step, cfg, peak=None):
     return peak
 
 def make_optimizer(model, cfg, betas=(0.9, 0.999), eps=1e-8):
-    """Make AdamW; matrices decay, embeddings and heads too; gains and biases do not.
-
-    A head is a matrix (1, C). The value head's bias does not decay, and the reward head has none.
-    """
+    """Make AdamW; matrices decay, embeddings and heads (1, C) too; gains and biases do not."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
@@ -36,9 +32,8 @@ def make_optimizer(model, cfg, betas=(0.9, 0.999), eps=1e-8):
 def optimizer_step(run, cfg, step, model, optimizer, lr, last=True):
     """Sum the gradients over the processes, clip them, step, clear; return their norm before clipping.
 
-    In float16 the scale may drive a gradient to infinity. The step is then left out, the scale halved, and 0 returned.
-    With a scale below 1 the gradient itself is at fault. last: no other optimizer steps after this backward pass, so
-    the scale may change. A norm that is no number ends the program with exit code 1.
+    In float16 the scale may drive a gradient to infinity: the step is left out, the scale halved, and 0 returned. With
+    a scale below 1 the gradient is at fault. last: the scale may change, no other optimizer steps after this backward.
     """
     for group in optimizer.param_groups:
         group['lr'] = lr
@@ -64,9 +59,8 @@ def take_step(run, cfg, step, model, optimizer, measured):
 def check_finite(cfg, step, name, value):
     """End the program where a loss or a norm is no number: it never becomes one again."""
     if not math.isfinite(value):
-        print(f"error: {name} is {value} at step {step + 1}; nothing was saved since the last checkpoint in "
-              f"{cfg.out_dir}; a lower --lr usually helps", file=sys.stderr)
-        raise SystemExit(1)
+        fail(f"{name} is {value} at step {step + 1}; nothing was saved since the last checkpoint in {cfg.out_dir}; a "
+             "lower --lr usually helps", code=1)
 
 class Means:
     """Average metrics over micro-batches, each weighted by its share of the batch."""
@@ -90,8 +84,11 @@ class Means:
         names = next(totals for totals, _ in found if totals)
         return {name: sum(totals.get(name, 0.0) for totals, _ in found) / sum(n for _, n in found) for name in names}
 
-def training_bar(run, cfg, state):
-    """Return the bar over the steps of a run; state: of the checkpoint that it resumes from, or None."""
+def training_bar(run, cfg, state, evaluate=None):
+    """Return the bar over the steps of a run; state: of the checkpoint that it resumes from, or None.
+
+    evaluate: as for finish_step, measured here before the first step.
+    """
     first = state['step'] if state else 0
     if first >= cfg.max_steps and run.is_master:
         note(f"{cfg.out_dir}: all {cfg.max_steps} steps are done; a larger --max_steps trains on")
@@ -100,21 +97,23 @@ def training_bar(run, cfg, state):
     bar = progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
                    disable=not run.is_master)
     bar.health = Health(vars(cfg), run.dtype, first)
+    if evaluate and first == 0 and cfg.eval_every:
+        log(run, cfg, 0, **evaluate())
     return bar
 
 def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
     """End a training step: write the log, the bar, what is sick and the checkpoint when due.
 
     done: the number of finished steps. measured: {key of log.jsonl: number}. show: keys for the bar. save(done) writes
-    a checkpoint. evaluate() measures held-out data, {'val_…': number}, after the last step.
+    a checkpoint. evaluate() measures held-out data, {'val_…': number}, every eval_every steps and after the last one.
     """
     if done % cfg.log_every == 0 or done == cfg.max_steps:
         log(run, cfg, done, **measured)
         bar.set_postfix({key: f"{measured[key]:.3f}" for key in show if key in measured})
-    if evaluate and done == cfg.max_steps:
+    if evaluate and (done == cfg.max_steps or cfg.eval_every and done % cfg.eval_every == 0):
         held_out = evaluate()
         log(run, cfg, done, **held_out)
-        if run.is_master:
+        if run.is_master and done == cfg.max_steps:
             bar.write('held-out: ' + ', '.join(f"{key.removeprefix('val_')} {v:{'.4f' if isinstance(v, float) else ''}}"
                                                for key, v in held_out.items()))
     if run.is_master and (done % cfg.log_every == 0 or done == cfg.max_steps):

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from common.options import fail
-from common.records import read_json
+from common.records import read_json, write_atomic
+from common.run import spread_like
 
 HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2') # the hub's GPT-2s that have no owner
 FRESH = ('value_head.weight', 'value_head.bias', 'score.weight') # may be absent: then they stay as initialised
@@ -34,16 +35,14 @@ def on_hub(name):
 def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
     """Fetch a file of the hub into its local cache; return the path.
 
-    huggingface_hub's environment variables hold: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others. repo_type:
-    model or dataset. Without a network the cached file is taken. With absent_ok a missing file is None; every other
-    failure ends the program with one line.
+    huggingface_hub's environment variables hold, as HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. repo_type: model
+    or dataset. Without a network the cached file is taken. With absent_ok a missing file is None, not an error.
     """
-    import huggingface_hub as hub # imported only here: folders need no hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url # here: folders need no hub
     file = dict(repo_id=repo_id, filename=filename, repo_type=repo_type)
     try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(**file)) # hf_hub_download alone asks for 25 s where no network is
-        return hub.hf_hub_download(**file)
+        get_hf_file_metadata(hf_hub_url(**file)) # hf_hub_download alone asks for 25 s where no network is
+        return hf_hub_download(**file)
     except errors.RemoteEntryNotFoundError:
         if absent_ok:
             return None
@@ -55,7 +54,7 @@ def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
     except Exception as e: # no network, a switch that forbids it, a proxy, a full disk: the hub has no one exception
         reason = ' '.join((str(e) or type(e).__name__).split())[:200]
     try:
-        return hub.hf_hub_download(**file, local_files_only=True)
+        return hf_hub_download(**file, local_files_only=True)
     except errors.LocalEntryNotFoundError:
         if absent_ok:
             return None
@@ -85,20 +84,17 @@ def checkpoint_file(name, filename, absent_ok=False):
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 def open_pretrained(name):
-    """Open a GPT-2 checkpoint; name: a folder or a model on the hub.
+    """Open a GPT-2, a folder or a model on the hub; another architecture ends the program.
 
     Returns the fields of its GPTConfig as a dict, the path of its weights, and {tensor's name: function that reads it}.
-    A checkpoint of another architecture ends the program with one line.
     """
     path = checkpoint_file(name, 'config.json')
-    hf = read_json(path, "a checkpoint's configuration")
-    hf.setdefault('n_positions', 1024)
+    hf = dict(n_positions=1024, bias=True) | read_json(path, "a checkpoint's configuration")
     missing = [k for k in ('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd')
                if type(hf.get(k)) is not int or hf[k] < 1]
     if hf.get('model_type') != 'gpt2' or missing:
         fail(f"{path}: not a GPT-2 checkpoint (model_type {hf.get('model_type')!r}"
              + (f", without {', '.join(missing)})" if missing else ')'))
-    hf.setdefault('bias', True)
     if type(hf['bias']) is not bool:
         fail(f"{path}: bias must be true or false, got {hf['bias']!r}")
     if hf.get('quantization_config'):
@@ -115,27 +111,18 @@ def open_pretrained(name):
     # a size that is wrong may be huge: look before a model of that size is made
     for key, rows in ('wte.weight', hf['vocab_size']), ('wpe.weight', hf['n_positions']):
         read_tensor(path, tensors, key, (rows, hf['n_embd']))
-    layers = len({key.split('.')[1] for key in tensors if key.startswith('h.')})
-    if hf['n_layer'] != layers:
+    if hf['n_layer'] != (layers := len({key.split('.')[1] for key in tensors if key.startswith('h.')})):
         fail(f"{config}: n_layer is {hf['n_layer']}, {path} holds {layers} layers")
-    fields = dict(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'], n_head=hf['n_head'],
-                  n_embd=hf['n_embd'], bias=hf['bias'], value_head='value_head.weight' in tensors,
-                  reward_head='score.weight' in tensors)
-    return fields, path, tensors
+    fields = {key: hf[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')}
+    heads = dict(value_head='value_head.weight' in tensors, reward_head='score.weight' in tensors)
+    return fields | heads | dict(block_size=hf['n_positions']), path, tensors
 
 def weight_files(name):
-    """Return the paths of a checkpoint's weights: one file, or an index and its shards.
-
-    safetensors come before torch's own format.
-    """
+    """Return the paths of a checkpoint's weights: one file, or an index and its shards; safetensors come first."""
     wanted = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
-    for filename in wanted:
-        path = checkpoint_file(name, filename, absent_ok=True)
-        if path:
-            break
-    else:
-        checkpoint_file(name, 'model.safetensors') # says what is missing
-    if not filename.endswith('.index.json'):
+    found = filter(None, (checkpoint_file(name, filename, absent_ok=True) for filename in wanted))
+    path = next(found, None) or checkpoint_file(name, wanted[0]) # which says what is missing
+    if not path.endswith('.index.json'):
         return [path]
     files = read_json(path, "a checkpoint's index").get('weight_map') # tensor's name: file
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -145,10 +132,7 @@ def weight_files(name):
     return [path] + [checkpoint_file(name, file) for file in sorted(set(files.values()))]
 
 def open_weights(name):
-    """Return the path of a checkpoint's weights and {tensor's name, less 'transformer.': function that reads it}.
-
-    Of torch's own format only plain tensors are read.
-    """
+    """Return the path of a checkpoint's weights and {tensor's name, less 'transformer.': function that reads it}."""
     path, *shards = weight_files(name)
     tensors = {}
     for file in shards or [path]:
@@ -179,8 +163,8 @@ def read_tensor(path, tensors, name, shape, transposed=False):
     t = t.t() if transposed and t.dim() == 2 else t
     if t.shape != shape:
         fail(f"{path}: tensor {name} is {tuple(t.shape)}, config.json says {tuple(shape)}")
-    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64): # others need scales beside them
-        dtype = str(t.dtype).removeprefix('torch.')
+    dtype = str(t.dtype).removeprefix('torch.')
+    if dtype not in ('float16', 'bfloat16', 'float32', 'float64'): # others need scales beside them
         fail(f"{path}: tensor {name} is {dtype}, wanted floating point of 16 bits or more")
     return t
 
@@ -190,32 +174,30 @@ def load_tensors(model, path, tensors):
     for name, p, transposed in named_parameters(model):
         if name not in tensors and (name in FRESH or name == 'ln_f.bias' and not model.config.bias):
             continue
-        p.copy_(read_tensor(path, tensors, name, p.shape, transposed))
-        if not torch.stack(p.aminmax()).isfinite().all(): # of all that is NaN both are NaN
+        t = read_tensor(path, tensors, name, p.shape, transposed).to(p.dtype)
+        if not torch.stack(t.aminmax()).isfinite().all(): # of all that is NaN both are NaN
             fail(f"{path}: tensor {name} holds a number that is not finite; wanted the weights of a run that went well")
-    if 'lm_head.weight' in tensors: # in most files it is left out: the embedding's own weights
-        head = tensors['lm_head.weight']()
-        if not torch.equal(head.to(model.wte.weight), model.wte.weight):
-            fail(f"{path}: tensor lm_head.weight differs from wte.weight; wanted the output projection tied to it")
+        p.copy_(spread_like(p, t))
+    head = tensors.get('lm_head.weight') # most files leave it out
+    if head and not torch.equal(head().to(model.wte.weight), model.wte.weight):
+        fail(f"{path}: tensor lm_head.weight differs from wte.weight; wanted the output projection tied to it")
 
 # ---- writing ----------------------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder, eos=None, pad=None):
     """Write config.json, model.safetensors and a language model's generation_config.json into a folder.
 
-    They hold a GPT2LMHeadModel, or with a reward head a GPT2ForSequenceClassification with one label. eos: the
-    end-of-text id that config.json names; None: the vocabulary's last. pad: the id that other tools pad with. They read
-    a reward off the last token that is no pad, so it must not be eos; None: they score one row at a time.
+    eos: the end-of-text id that config.json names; None: the vocabulary's last. pad: the id that other tools pad with.
+    They read a reward off the last token that is no pad: it must not be eos; None: they score one row at a time.
     """
     os.makedirs(folder, exist_ok=True)
     c, tensors = model.config, {}
     for name, p, transposed in named_parameters(model):
         prefix = '' if name.startswith(('score', 'value_head')) else 'transformer.'
         tensors[prefix + name] = p.t() if transposed else p
-    if not c.bias: # the layout has biases everywhere: zeros have the same effect
-        for name, p in model.named_parameters():
-            if name.startswith(('h.', 'ln_f')) and name.endswith('weight'):
-                tensors.setdefault('transformer.' + name.removesuffix('weight') + 'bias', torch.zeros(p.size(0)))
+        if not c.bias and name.startswith(('h.', 'ln_f')) and name.endswith('weight'):
+            # the layout has biases everywhere: zeros have the same effect (a final bias of ours comes after its weight)
+            tensors[prefix + name.removesuffix('weight') + 'bias'] = torch.zeros(p.size(0))
     write_safetensors(os.path.join(folder, 'model.safetensors'), tensors)
     eos = c.vocab_size - 1 if eos is None else eos
     hf = dict(
@@ -232,8 +214,7 @@ def save_pretrained(model, folder, eos=None, pad=None):
             bos_token_id=eos, eos_token_id=eos, pad_token_id=eos if pad is None else pad, do_sample=True,
             temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=min(64, max(1, c.block_size // 2)))
     for filename, content in files.items():
-        with open(os.path.join(folder, filename), 'w', encoding='utf-8') as f:
-            json.dump(content, f, indent=2)
+        write_atomic(os.path.join(folder, filename), json.dumps(content, indent=2))
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} in the safetensors format, tensor by tensor.
@@ -243,8 +224,7 @@ def write_safetensors(path, tensors):
     """
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name, t in tensors.items():
-        start, end = end, end + 4 * t.numel()
-        header[name] = dict(dtype='F32', shape=list(t.shape), data_offsets=[start, end])
+        header[name] = dict(dtype='F32', shape=list(t.shape), data_offsets=[end, end := end + 4 * t.numel()])
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8) # tensors begin at a multiple of 8 bytes
     with open(path, 'wb') as f:

@@ -198,12 +198,22 @@ def helpsteer(row):
                 judged=(answer, row['helpfulness'], demonstration.get('ended', True)))
 
 def completion(row):
-    """Read an answer, or messages of which every answer is learnt; a label may say that it is bad."""
+    """Read an answer, or messages of which every answer is learnt; a label may say that it is bad.
+
+    A last line "#### 18", as in GSM8K, is the final answer: the prompt's record gets it as `answer`.
+    """
     messages, answer = sum(before(row), []), with_end(to_messages(row[find(row, 'ANSWER')], 'assistant'), row)
     answers = demonstrations(messages + answer, len(messages))
     if not answers:
         raise ValueError('completion without an answer')
-    return judged(as_prompt(messages), answers, label_of(row))
+    prompt, label, first = as_prompt(messages), label_of(row), answers[0]
+    final = re.search(r'\n####[ \t]*(\S.*)$', first['response']) # of the last line: a dot is no line end
+    if final:
+        first['response'] = re.sub('<<[^<>\n]*>>', '', first['response']) # notes for a calculator
+    item = judged(prompt, answers, label)
+    if final and label is not False and first['prompt'] == prompt:
+        item.records['prompts'][0]['answer'] = final[1]
+    return item
 
 def talk(row):
     """Read a conversation of which every answer is learnt; a label judges its last answer."""

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's root
 
 from common.options import fail, launch, require
-from common.records import kind_of, read_records
+from common.records import QUALITIES, first_row, is_text_file, read_records
 from common.tokens import EOS, dialogue, load_tokenizer, prompt_ids, response_ids
 
 @dataclass
@@ -28,6 +28,24 @@ class Config:
 
     def __post_init__(self):
         require(self, file=(self.file != '', 'a file of records'), rows=(self.rows >= 1, 'at least 1'))
+
+def kind_of(path):
+    """Tell the kind of a file by its first record; a broken one passes as "prompts"."""
+    if is_text_file(path):
+        return 'text'
+    row = first_row(path)
+    keys = set(row)
+    if isinstance(row.get('label'), bool):
+        return 'unpaired'
+    if 'response' in keys and keys & {*QUALITIES}:
+        return 'ratings'
+    for kind, own in (('demonstrations', {'messages', 'response'}), ('comparisons', {'chosen', 'rejected'}),
+                      ('rankings', {'responses'}), ('prompts', {'prompt'})):
+        if keys & own:
+            return kind
+    if keys:
+        fail(f"{path}: wanted records of one kind, got a first row with the keys {', '.join(sorted(keys))}")
+    return 'prompts'
 
 def paint(tok, ids, mask, colour):
     """Decode ids to text that shows their mask. colour: of learnt tokens; '' = none."""
@@ -58,6 +76,9 @@ def parts_of(tok, record, kind):
         answers = [(f'rank {rank}', text) for rank, text in zip(record['ranks'], record['responses'])]
     elif kind == 'unpaired':
         answers = [('good' if record['label'] else 'bad', record['response'])]
+    elif kind == 'ratings':
+        answers = [(', '.join(f'{quality} {record[quality]}' for quality in QUALITIES if quality in record),
+                    record['response'])]
     ended = record.get('ended', True)
     ended = ended if isinstance(ended, list) else [ended] * len(answers)
     answers = [(name, response_ids(tok, text, end)) for (name, text), end in zip(answers, ended)]

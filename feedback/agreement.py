@@ -1,12 +1,15 @@
 """How far annotators agree with each other and with themselves, and how several files of rankings become one.
 
-Every pair of answers is a small decision with three outcomes: one is better, the other is better, both are equal.
+Every pair of answers is a small decision with three outcomes: one is better, the other is better, both are equal. Of
+ratings the numbers themselves are compared.
 """
 
 import json
 import os
-from itertools import combinations
+from itertools import chain, combinations
+from statistics import fmean, pstdev, variance
 
+from common.options import fail, note
 from common.records import read_preferences, write_records
 from common.rollout import pair_agreement
 from feedback.annotators import answers_of, to_ranks
@@ -58,6 +61,45 @@ def compare(rows, others):
     if gold: # the scores behind the ranks: of a simulated person, the gold scores without noise
         said += "\n  and with its scores: " + report(*zip(*gold))
     return said
+
+def alpha(rated):
+    """Compute Krippendorff's alpha for numbers (Krippendorff 1970, https://doi.org/10.1177/001316447003000105):
+
+        alpha = 1 - D_o / D_e        D_o = 1/n * sum over answers of m * variance of its m ratings
+
+    D_e is the variance of all n ratings, of answers with m >= 2 alone; both variances divide by m - 1 and n - 1. 1 is
+    full agreement, 0 is chance. rated: of each answer its raters' numbers (m). None where all are equal.
+    """
+    expected = variance(chain(*rated))
+    observed = sum(len(said) * variance(said) for said in rated) / sum(map(len, rated))
+    return 1 - observed / expected if expected else None
+
+def of_raters(rated):
+    """Say in one line how far raters agree. rated: as for alpha; answers with one rating do not count."""
+    several = [said for said in rated if len(said) > 1]
+    line = f"{sum(map(len, rated))} ratings of {len(rated)} answers, {len(several)} of them rated several times"
+    if several:
+        apart = fmean(abs(a - b) for said in several for a, b in combinations(said, 2))
+        agree = alpha(several)
+        line += f": {apart:.2f} apart on average, Krippendorff's alpha {'–' if agree is None else f'{agree:.3f}'}"
+    return line
+
+def standardise(rows, path):
+    """Standardise the ratings of rows in place; say how far raters agree.
+
+        z = (rating - mean) / std            both over all answers of the rows
+
+    rows: of common.batches, from `path`. Rankings with `scores` count as ratings.
+    """
+    ratings = [row.record.get('ratings') or row.record.get('scores') or [] for row in rows] # (K,) each
+    if not all(ratings) or len({*chain(*ratings)}) == 1:
+        fail(f"{path}: wanted ratings, or rankings with `scores`, that differ, with loss=regression")
+    mean, std = fmean(chain(*ratings)), pstdev(chain(*ratings))
+    for row, values in zip(rows, ratings):
+        row.record['ratings'] = [(value - mean) / std for value in values]
+    if 'rated' in rows[0].record:
+        note(f"{path}: {of_raters([said for row in rows for said in row.record['rated']])}")
+    return rows
 
 def with_oneself(rows):
     """Say how far a rater agrees with themself on rows ranked twice. `again` holds the second ranks."""

@@ -1,6 +1,7 @@
-"""Who ranks the answers that collect.py shows: a simulated person, a person at the keyboard, or a reward model.
+"""Who ranks or rates the answers that collect.py shows: a simulated person, a person at the keyboard, a reward.
 
-page.py asks a person in a browser; judges.py has the AI judges.
+A reward is a function, a reward model, or the likelihood under a policy. page.py asks a person in a browser; judges.py
+has the AI judges.
 """
 
 import math
@@ -8,20 +9,23 @@ import random
 import re
 import sys
 
-from common.batches import Row, by_length, truncate
-from common.checkpoints import load_reward_model
+import torch
+
+from common.batches import Row, by_length, collate_answers, truncate
+from common.checkpoints import load_policy, load_reward_model
 from common.options import fail
-from common.rollout import score_packed
+from common.rollout import check_context, check_same_vocabulary, score_packed
 from common.tokens import as_messages, load_tokenizer, prompt_ids, response_ids
 
 class Undo(Exception):
     """Ask for the row ranked last again."""
 
 class Annotator:
-    """Rank answers: rank(prompt, responses, ended) -> (ranks (K,), 0 = best, or None: left out; scores (K,) or None).
+    """Rank the answers of a row: rank(row) -> (ranks (K,), 0 = best, or None: left out; scores (K,) or None).
 
-    ended (K,): False for an answer that was cut off while it was written; None: there is none. A person may raise Undo,
-    to take back the last row, and KeyboardInterrupt, to stop.
+    row: a record with `prompt`, its K `responses` and, where they were sampled, `ended` (K): False for one that was cut
+    off. People, real and simulated, also rate(row) -> (K) dicts {quality: whole number from 1 to cfg.scale}, or None. A
+    person may raise Undo, to take back the last row, and KeyboardInterrupt, to stop.
     """
 
     def __init__(self, cfg, run=None):
@@ -38,13 +42,9 @@ def distinct(answers):
     """Return answers, or texts, without repetitions, in their order."""
     return list(dict.fromkeys(answers))
 
-def with_ends(responses, ended=None):
-    """Return answers as (text, ended): a text that was cut off is another answer."""
-    return list(zip(responses, ended or [True] * len(responses)))
-
 def answers_of(row):
-    """Return the answers of a record as (text, ended)."""
-    return with_ends(row['responses'], row.get('ended'))
+    """Return the answers of a record as (text, ended): a text that was cut off is another answer."""
+    return list(zip(row['responses'], row.get('ended') or [True] * len(row['responses'])))
 
 def shown(text, ended):
     """Return an answer as whoever reads it sees it."""
@@ -65,33 +65,70 @@ def to_ranks(values, tie=0.0):
         ranks[i] = rank
     return ranks
 
+class RewardFunction(Annotator):
+    """Rank by a function of (row, response) that returns a number, as of feedback.functions.load_reward_function."""
+
+    def __init__(self, cfg, reward):
+        super().__init__(cfg)
+        self.reward = reward
+
+    def rank(self, row):
+        scores = [self.reward(row, response) for response in row['responses']] # (K,)
+        return to_ranks(scores, self.cfg.tie), scores
+
 class SimulatedPerson(Annotator):
-    """See each answer's gold score through Gumbel noise, and sort.
+    """See each answer's gold score through Gumbel noise, and sort, or give it a number.
 
     Two answers then come in the order of their gold scores with probability sigmoid((gold_i - gold_j) / noise): the
-    Bradley-Terry model (Luce 1959; Yellott 1977). Equally good answers tie. gold: (prompt, response) -> number.
+    Bradley-Terry model (Luce 1959; Yellott 1977). Equally good answers tie. gold: (row, response) -> number.
     """
 
     def __init__(self, cfg, gold):
         super().__init__(cfg)
         self.gold = gold
 
-    def rank(self, prompt, responses, ended=None):
-        scores = [self.gold(prompt, r) for r in responses] # (K,)
+    def gumbel(self):
+        return -math.log(-math.log(self.rng.random() or 1e-300))
+
+    def rank(self, row):
+        scores = [self.gold(row, response) for response in row['responses']] # (K,)
         seems = {} # gold score -> how good it seems
         for score in scores:
-            gumbel = -math.log(-math.log(self.rng.random() or 1e-300))
+            gumbel = self.gumbel()
             seems.setdefault(score, score + self.cfg.noise * gumbel)
         return to_ranks([seems[score] for score in scores], self.cfg.tie), scores
 
+    def rate(self, row):
+        """Map gold scores, seen through the same noise, onto whole numbers.
+
+            rating = 1 + round((S - 1) * (gold + noise * (gumbel - 0.5772)))        at least 1, at most S
+
+        S is cfg.scale; gold goes from 0 to 1. 0.5772 (Euler's constant) is the noise's mean. Every quality of every
+        answer is seen anew.
+        """
+        top, seen = self.cfg.scale - 1, {} # answer -> its numbers
+        for answer in distinct(answers_of(row)):
+            gold = self.gold(row, answer[0])
+            seems = {quality: gold + self.cfg.noise * (self.gumbel() - 0.5772)
+                     for quality in self.cfg.qualities.split(',')}
+            seen[answer] = {quality: 1 + min(top, max(0, round(top * value))) for quality, value in seems.items()}
+        return [seen[answer] for answer in answers_of(row)]
+
 class RewardModel(Annotator):
     """Rank by a reward model's scores. A row with an answer that alone fills its context is left out and counted."""
+    option = 'reward_model' # which names its folder
 
     def __init__(self, cfg, run):
         super().__init__(cfg, run)
-        self.model = run.freeze(load_reward_model(cfg.reward_model).to(run.device).eval())
-        self.tok, self.left_out = load_tokenizer(cfg.reward_model, 'reward_model'), 0
+        self.model, self.left_out = self.load(self.option), 0
+        self.tok = load_tokenizer(getattr(cfg, self.option), self.option)
         self.scores = {} # (prompt, distinct answers) as a string -> their scores
+
+    def load(self, option):
+        return self.run.freeze(load_reward_model(getattr(self.cfg, option), option).to(self.run.device).eval())
+
+    def score(self, rows):
+        return score_packed(self.model, rows, self.run) # (N,)
 
     def look_ahead(self, rows):
         """Score each distinct answer of a row once. Rows of like length share a batch."""
@@ -106,12 +143,12 @@ class RewardModel(Annotator):
         rows, self.scores = list(encoded.values()), {}
         for part in by_length(rows, 32) if rows else []:
             part = [rows[i] for i in part]
-            scores = iter(score_packed(self.model, part, self.run).tolist())
+            scores = iter(self.score(part).tolist())
             self.scores |= {row.record['name']: [next(scores) for _ in row.answers] for row in part}
 
-    def rank(self, prompt, responses, ended=None):
-        answers = with_ends(responses, ended)
-        found = self.scores.get(str((prompt, distinct(answers))))
+    def rank(self, row):
+        answers = answers_of(row)
+        found = self.scores.get(str((row['prompt'], distinct(answers))))
         if found is None:
             self.left_out += 1
             return None, None
@@ -119,23 +156,58 @@ class RewardModel(Annotator):
         return to_ranks(scores, self.cfg.tie), scores
 
     def close(self):
-        return (f"reward model: {self.left_out} rows left out, in which an answer alone fills its context"
+        return (f"{self.option}: {self.left_out} rows left out, in which an answer alone fills its context"
                 if self.left_out else '')
+
+class PolicyReward(RewardModel):
+    """Rank by a policy's mean log pi per token, as RRHF does; with a reference by log pi - log pi_ref, as DPO does.
+
+        Yuan et al. 2023, https://arxiv.org/abs/2304.05302, equation 1          mean over y's tokens of log pi
+        Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 5      log pi(y|x) - log pi_ref(y|x)
+
+    DPO's beta > 0 changes no order. An answer's end counts where it has one.
+    """
+    option = 'reward_policy'
+
+    def __init__(self, cfg, run):
+        super().__init__(cfg, run)
+        self.reference = self.load('reward_reference') if cfg.reward_reference else None
+        if self.reference:
+            check_same_vocabulary(self.model, self.reference, 'reward_reference', cfg.reward_reference, self.tok)
+            check_context(self.model, self.reference, 'reward_reference', cfg.reward_reference)
+
+    def load(self, option):
+        return self.run.freeze(load_policy(getattr(self.cfg, option), option).to(self.run.device).eval())
+
+    @torch.no_grad()
+    def score(self, rows):
+        batch = collate_answers(rows).to(self.run.device)
+        with self.run.autocast():
+            logp, *ref = [model.answers(batch)[0] for model in (self.model, self.reference) if model] # (N,) each
+        return logp - ref[0] if ref else logp / batch.sizes
 
 class Person(Annotator):
     """Show a person the distinct answers in random order, another one for each rater's file.
 
-    Nobody sees who wrote them; equal ones share their rank.
+    Nobody sees who wrote them; equal ones share their rank or numbers.
     """
 
-    def rank(self, prompt, responses, ended=None):
-        answers = with_ends(responses, ended)
-        order = distinct(answers)
-        if len(order) == 1:
-            return [0] * len(answers), None
+    def show(self, row, ask):
+        """Return what ask(messages, texts) returns of the shuffled distinct answers, by answer (K); None stays None."""
+        order = distinct(answers_of(row))
         self.rng.shuffle(order)
-        ranks = self.ask(as_messages(prompt), [shown(*answer) for answer in order])
-        return ranks and [ranks[order.index(answer)] for answer in answers], None
+        said = ask(as_messages(row['prompt']), [shown(*answer) for answer in order])
+        return said and [said[order.index(answer)] for answer in answers_of(row)]
+
+    def rank(self, row):
+        if len(distinct(answers_of(row))) == 1:
+            return [0] * len(row['responses']), None
+        return self.show(row, self.ask), None
+
+    def rate(self, row):
+        qualities = self.cfg.qualities.split(',')
+        said = self.show(row, self.ask_numbers)
+        return said and [dict(zip(qualities, numbers)) for numbers in said]
 
 def read_order(text, K):
     """Turn what a person types into ranks (K,); ValueError says what was wanted.
@@ -160,6 +232,13 @@ def read_order(text, K):
         raise ValueError(f"wanted the places of {', '.join(map(str, missing))} too; only the last may be left out")
     return [ranks.get(n, rank + 1) for n in range(1, K + 1)]
 
+def read_numbers(text, n, scale):
+    """Read n whole numbers from 1 to `scale`, as a person types them; ValueError says what was wanted."""
+    numbers = text.replace(',', ' ').split()
+    if len(numbers) != n or not all(re.fullmatch('[0-9]{1,3}', x) and 1 <= int(x) <= scale for x in numbers):
+        raise ValueError(f"wanted {'a whole number' if n == 1 else f'{n} whole numbers'} from 1 to {scale}")
+    return [int(x) for x in numbers]
+
 def visible(text):
     """Make a text harmless for a terminal: U+FFFD replaces cursor movements, colours and directions of writing."""
     return re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]', '\ufffd', text.replace('\r\n', '\n'))
@@ -173,7 +252,7 @@ class Terminal(Person):
         if not (sys.stdin and sys.stdin.isatty()):
             fail("--annotator=human: stdin is not a terminal, nobody can be asked; --page=True serves a page instead")
 
-    def ask(self, messages, texts):
+    def print_task(self, messages, texts):
         done, total = self.progress
         print(f"\n{'─' * 60} {done + 1} of {total}")
         for m in messages:
@@ -181,17 +260,42 @@ class Terminal(Person):
         for n, text in enumerate(texts, 1):
             print(f"\n[{n}]\n{visible(text)}")
         print()
+
+    def hear(self, wish, read):
+        """Return read(what was typed), None to skip; where it raises ValueError, ask again."""
         while True:
             try:
-                said = input("best first, = between equals; s skip, u undo, q quit > ").strip().lower()
+                said = input(f"{wish}; s skip, u undo, q quit > ").strip().lower()
                 if said in ('s', 'skip'):
                     return None
                 if said in ('u', 'undo'):
                     raise Undo
                 if said in ('q', 'quit'):
                     raise KeyboardInterrupt
-                return read_order(said, len(texts))
+                return read(said)
             except ValueError as e:
                 print(e)
             except EOFError:
                 raise KeyboardInterrupt
+
+    def ask(self, messages, texts):
+        self.print_task(messages, texts)
+        return self.hear("best first, = between equals", lambda said: read_order(said, len(texts)))
+
+    def ask_numbers(self, messages, texts):
+        """Ask for the numbers of one answer after the other; undo takes back the one before."""
+        qualities, scale, rated = self.cfg.qualities.split(','), self.cfg.scale, []
+        self.print_task(messages, texts)
+        while len(rated) < len(texts):
+            try:
+                numbers = self.hear(f"[{len(rated) + 1}] {', '.join(qualities)}, from 1 to {scale}",
+                                    lambda said: read_numbers(said, len(qualities), scale))
+            except Undo:
+                if not rated:
+                    raise
+                rated.pop()
+                continue
+            if numbers is None:
+                return None
+            rated.append(numbers)
+        return rated

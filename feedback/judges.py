@@ -25,7 +25,7 @@ from common.options import fail
 from common.records import parse_line, read_lines, to_lines, write_records
 from common.rollout import in_chunks
 from common.tokens import as_messages, load_tokenizer, prompt_ids
-from feedback.annotators import Annotator, answers_of, distinct, shown, to_ranks, visible, with_ends
+from feedback.annotators import Annotator, answers_of, distinct, shown, to_ranks, visible
 from model import last_places
 
 def read_instruction(path, option='judge_instruction'):
@@ -71,12 +71,12 @@ class Judge(Annotator):
     def verdict(self, question):
         return self.asked[question] # the probability that A is better; None: cannot be read
 
-    def rank(self, prompt, responses, ended=None):
-        answers = with_ends(responses, ended)
+    def rank(self, row):
+        answers = answers_of(row)
         once = distinct(answers) # equal ones need no judge
         if len(once) == 1:
             return [0] * len(answers), [0.5] * len(answers)
-        p = {ij: self.verdict(q) for ij, q in self.questions(prompt, once).items()}
+        p = {ij: self.verdict(q) for ij, q in self.questions(row['prompt'], once).items()}
         self.seen.append(p)
         if None in p.values():
             return None, None

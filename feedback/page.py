@@ -1,9 +1,9 @@
 """The page on which a person ranks: page.html, which `collect.py --page=True` serves to this machine's own browser.
 
     GET /        the page itself, which holds nothing secret
-    GET /task    what is to be ranked, once there is something (the reply waits for it)
-    POST /said   {"id": the task's, "said": ranks (K,), "skip", "undo" or "quit"}; the reply is the next task, so it
-                 comes when this answer is on the disk
+    GET /task    what is to be ranked or rated, once there is something (the reply waits for it)
+    POST /said   {"id": the task's, "said": ranks (K,), numbers (K, qualities), "skip", "undo" or "quit"}; the reply is
+                 the next task, so it comes when this answer is on the disk
 
 Only this page may speak to the socket, which listens on 127.0.0.1. Another name in the Host header is refused (DNS
 rebinding), and so is another Origin (requests that other sites send). All but the bare page needs the token behind the
@@ -38,6 +38,12 @@ def content_policy(html):
 HEADERS = {'Content-Security-Policy': content_policy(HTML), 'X-Content-Type-Options': 'nosniff',
            'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store', 'Cross-Origin-Resource-Policy': 'same-origin'}
 
+def is_list(said, n):
+    return isinstance(said, list) and len(said) == n
+
+def are_numbers(said, n, low, high):
+    return is_list(said, n) and all(type(x) is int and low <= x <= high for x in said)
+
 class Page(Person):
     """Ask a person in front of a browser. `ask` runs in the main thread, the requests in threads of their own."""
 
@@ -54,25 +60,33 @@ class Page(Person):
         threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
         print(f"open http://127.0.0.1:{self.server.server_port}/#{self.token}", flush=True)
 
-    def show(self, **task):
+    def put(self, **task):
         self.task = task | dict(done=self.progress[0], total=self.progress[1])
         self.changed.notify_all()
 
-    def ask(self, messages, texts):
+    def wait(self, **task):
+        """Show a task and return what the person says; None: skip."""
         with self.changed:
             self.n_tasks += 1
-            self.show(id=self.n_tasks, messages=messages, texts=texts)
+            self.put(id=self.n_tasks, **task)
             while self.task is not None: # a Ctrl-C that another thread was given does not wake this one
                 self.changed.wait(0.2)
         if self.said == 'undo':
             raise Undo
         if self.said == 'quit':
             raise KeyboardInterrupt
-        return None if self.said == 'skip' else to_ranks([-r for r in self.said])
+        return None if self.said == 'skip' else self.said
+
+    def ask(self, messages, texts):
+        said = self.wait(messages=messages, texts=texts)
+        return said and to_ranks([-r for r in said])
+
+    def ask_numbers(self, messages, texts):
+        return self.wait(messages=messages, texts=texts, qualities=self.cfg.qualities.split(','), scale=self.cfg.scale)
 
     def close(self):
         with self.changed:
-            self.show(over=True)
+            self.put(over=True)
             self.changed.wait_for(lambda: not self.waiting, 5) # until the last replies are out
         self.server.shutdown()
         self.server.server_close()
@@ -157,10 +171,12 @@ class Handler(BaseHTTPRequestHandler):
             task = page.task or {}
             shown = 'id' in task and number == task['id']
             if shown:
-                K = len(task['texts'])
-                if said not in ('skip', 'undo', 'quit') and not (
-                        isinstance(said, list) and len(said) == K and all(type(r) is int and 0 <= r < K for r in said)):
-                    return self.reply(400, dict(error=f'wanted {K} ranks, skip, undo or quit'))
+                K, n = len(task['texts']), len(task.get('qualities', ()))
+                fits = (is_list(said, K) and all(are_numbers(numbers, n, 1, task['scale']) for numbers in said) if n
+                        else are_numbers(said, K, 0, K - 1))
+                if said not in ('skip', 'undo', 'quit') and not fits:
+                    wanted = f"{K} times {n} numbers" if n else f"{K} ranks"
+                    return self.reply(400, dict(error=f"wanted {wanted}, skip, undo or quit"))
                 page.task, page.said = None, said
                 page.changed.notify_all()
         self.next_task(200 if shown else 409) # else another tab was faster: this task is no more

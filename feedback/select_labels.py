@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from common.checkpoints import load_reward_model
-from common.rollout import check_context, check_same_vocabulary, score_records
+from common.rollout import check_context, check_same_vocabulary
 from common.tokens import load_tokenizer
 from feedback.annotators import check_finite
+from feedback.scores import score_records
 
 def disagreement(scores):
     """Measure how far M reward models disagree on K answers; scores: (M, K).

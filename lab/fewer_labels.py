@@ -53,8 +53,8 @@ def stages(cfg, at):
     def select(how, n, *needs, **options):
         """Add the stage that ranks prompts for the budget n. The ranks of collect train are not read."""
         out = f'{folder}/{how}{n}.jsonl'
-        options = dict(prompts='', answers=f'{folder}/rankings_train.jsonl', select=how, budget=n, out=out) | options
-        todo.append((f'select {how} {n}', 'collect.py', 'config/toy/collect.py', options, out,
+        options = dict(answers=f'{folder}/rankings_train.jsonl', select=how, budget=n, out=out) | options
+        todo.append((f'select {how} {n}', 'collect.py', 'config/toy/select.py', options, out,
                      ['collect train', *needs]))
         return out
 
@@ -82,6 +82,13 @@ def accuracy(folder):
     found = [line['val_accuracy'] for line in read_log(os.path.join(folder, 'log.jsonl')) if 'val_accuracy' in line]
     return found[-1] if found else fail(f"{folder}/log.jsonl: wanted a line with val_accuracy")
 
+def print_accuracies(results, seeds, first):
+    """Print {how: {budget: [accuracy of each seed]}} as a table; first: what the budgets are."""
+    cell = lambda found: f'{mean(found):.3f} ({min(found):.3f}–{max(found):.3f})'
+    rows = [[str(n), *(cell(found[n]) for found in results.values())] for n in next(iter(results.values()))]
+    print_table(f"reward model, held-out pairs in order: mean (lowest–highest) of the seeds {seeds}",
+                [first, *results], rows)
+
 def main(cfg):
     budgets = numbers(cfg.budgets)
     results = {how: {n: [] for n in budgets} for how in HOW}
@@ -93,11 +100,9 @@ def main(cfg):
             for n in budgets:
                 which = 'random' if how == 'uncertain' and n == budgets[0] else how # before there is an ensemble
                 results[how][n].append(accuracy(f'{at.out_dir}/reward_{which}{n}'))
-    cell = lambda seeds: f'{mean(seeds):.3f} ({min(seeds):.3f}–{max(seeds):.3f})'
-    print_table(f"reward model, held-out pairs in order: mean (lowest–highest) of the seeds {cfg.seeds}",
-                ['prompts ranked', *HOW], [[str(n), *(cell(results[how][n]) for how in HOW)] for n in budgets])
+    print_accuracies(results, cfg.seeds, 'prompts ranked')
     write_atomic(f'{cfg.out_dir}/results.json', json.dumps(results, indent=1) + '\n')
-    figures.fewer_labels(results, cfg.out_dir)
+    figures.fewer_labels(results, f'{cfg.out_dir}/fewer_labels.png', 'prompts whose 4 answers were ranked')
 
 if __name__ == '__main__':
     launch(main, Config)

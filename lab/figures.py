@@ -1,4 +1,4 @@
-"""Draw what evaluate.py and lab/fewer_labels.py measured, as PNG files.
+"""Draw what evaluate.py and the other files of lab/ measured, as PNG files.
 
 matplotlib is imported here and nowhere else, and only when something is drawn.
 """
@@ -127,15 +127,40 @@ def over_optimisation(logs, out_dir, smooth=5):
                    title='optimised: reward model' if key == 'reward' else 'wanted: gold')
         axes[0].legend(fontsize=9)
 
-def fewer_labels(results, out_dir):
+def risk_coverage(results, out_dir):
+    """Draw risk against coverage (El-Yaniv and Wiener 2010).
+
+    Every policy is a point, and every seed a small one, or a cross where it is as good as silent and its risk None. A
+    line joins all policies but the first. results: {decoding: {policy: {'coverage' and 'risk': [of each seed]}}}.
+    """
+    with panels(os.path.join(out_dir, 'risk_coverage.png'), len(results), 4.6, 4) as axes:
+        for ax, (decoding, policies) in zip(axes, results.items()):
+            means = []
+            for (name, row), colour in zip(policies.items(), cycle(COLOURS)):
+                seeds = list(zip(row['coverage'], row['risk']))
+                points = [point for point in seeds if None not in point]
+                silent = [coverage for coverage, risk in seeds if risk is None]
+                label = f"{name}, {len(silent)} of {len(seeds)} seeds silent" if silent else name
+                ax.plot(silent, [0] * len(silent), 'x', color=colour, ms=7, label='' if points else label)
+                if points:
+                    means.append([fmean(axis) for axis in zip(*points)])
+                    ax.plot(*zip(*points), '.', color=colour, alpha=0.4)
+                    ax.plot(*means[-1], 'o' if name in list(policies)[1:] else 's', color=colour, ms=7, label=label)
+            ax.plot(*zip(*means[1:]), color='0.6', lw=1, zorder=0)
+            ax.set(xlabel='coverage: share that is answered', ylabel='risk: share of the answered that is wrong',
+                   xlim=(-0.05, 1.05), title=decoding)
+            ax.legend(fontsize=8, title='price of abstaining', title_fontsize=8)
+
+def fewer_labels(results, path, xlabel):
     """Draw accuracy against the number of labels. results: {how: {budget: [accuracy of each seed]}}."""
-    with panels(os.path.join(out_dir, 'fewer_labels.png'), 1, 5.2, 4) as (ax,):
+    with panels(path, 1, 5.2, 4) as (ax,):
         for (how, seeds_of), colour in zip(results.items(), COLOURS):
             for n, seeds in seeds_of.items():
                 ax.plot([n] * len(seeds), seeds, '.', color=colour, alpha=0.4)
             ax.plot(list(seeds_of), list(map(fmean, seeds_of.values())), 'o-', color=colour, lw=1.4, ms=5, label=how)
         ax.set_xscale('log')
-        ax.set_xticks(list(results['random']), map(str, results['random']))
+        budgets = next(iter(results.values()))
+        ax.set_xticks(list(budgets), map(str, budgets))
         ax.minorticks_off()
-        ax.set(xlabel='prompts whose 4 answers were ranked', ylabel='reward model: held-out pairs in order')
+        ax.set(xlabel=xlabel, ylabel='reward model: held-out pairs in order')
         ax.legend()

@@ -64,8 +64,17 @@ def print_tables(runs, names):
                                   for c in categories)]
            for decoding, (title, _) in DECODINGS.items() for name in names if name in ('sft', 'ppo', 'dpo')])
 
+    said = ('right', 'abstains', 'wrong', 'declines')
+    for decoding, (title, _) in DECODINGS.items():
+        table([f'answerable questions, {title}', *said],
+              [[name, *(show([run[decoding][name]['answerable'][s] for run in runs]) for s in said)] for name in names])
+
     measured, shares = [run['reward_model'] for run in runs], ('accuracy', 'ceiling', 'shorter_wins')
     table(['reward model', *shares], [['pairs in order', *(show([m[key] for m in measured], 3) for key in shares)]])
+    own, scores = [run['policies_as_reward'] for run in runs], {'mean_logp': 'mean log π', 'log_ratio': 'log π / π_ref'}
+    table(['policy as reward model', *scores.values()],
+          [[name, *(show([of_run[name]['rankings'][score] for of_run in own], 3) for score in scores)]
+           for name in names if name in own[0]]) # best_of_n is no policy
     pairs = list(measured[0]['by_category'])
     table(['controlled pairs', *pairs], [['in order', *(show([m['by_category'][p] for m in measured]) for p in pairs)]])
     if all('rounds' in run for run in runs):

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's root
 
 import ppo
+from common.rewards import Reward
 from common.training import make_optimizer
 from lessons.course import draw, tell_exercises
 from lessons.world import PROMPT, RUN, TOK, TrueReward, expected, kl, log_pi, new_policy, optimum
@@ -36,14 +37,15 @@ def start(seed, clip, epochs):
     """Return options, models and optimizers as ppo.main makes them."""
     cfg = ppo.Config(prompts='world.py', device='cpu', max_new_tokens=3, kl_coef=BETA, missing_eos_penalty=0.0,
                      clip=clip, epochs=epochs, batch_size=N, lr=0.003, critic_lr=0.01, lr_schedule='constant')
-    models = ppo.Models(new_policy(seed), new_policy(seed + 100, value_head=True), TrueReward(), new_policy(seed))
+    policy, critic = new_policy(seed), new_policy(seed + 100, value_head=True)
+    models = ppo.Models(policy, critic, Reward([TrueReward()]), new_policy(seed))
     optimizers = {name: make_optimizer(getattr(models, name), cfg, eps=1e-5) for name in ('policy', 'critic')}
     torch.manual_seed(seed)
     return cfg, models, optimizers
 
 def roll_out(models, cfg):
     """Return a batch of N answers with advantages, and the rows' lengths."""
-    return ppo.roll_out(models, [PROMPT] * N, [''] * N, TOK, cfg, BETA, RUN)[:2]
+    return ppo.roll_out(models, [PROMPT] * N, [{}] * N, TOK, cfg, BETA, RUN)[:2]
 
 def exact(models):
     """Return the objective, the expected reward and the KL to the reference."""

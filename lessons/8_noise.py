@@ -50,7 +50,7 @@ def label(seed, ref, n, noise=1.0, tie=0.0, wrong=0.0):
     torch.manual_seed(seed)
     person = SimulatedPerson(SimpleNamespace(seed=seed, noise=noise, tie=tie), lambda _, y: REWARDS[int(y)].item())
     pairs = torch.multinomial(ref.exp(), 2 * n, replacement=True).view(n, 2) # (n, 2) numbers of answers
-    ranks = torch.tensor([person.rank('', [str(y) for y in pair])[0] for pair in pairs.tolist()]) # (n, 2)
+    ranks = torch.tensor([person.rank(dict(responses=[str(y) for y in pair]))[0] for pair in pairs.tolist()]) # (n, 2)
     pairs = pairs.gather(1, ranks.argsort(1))[ranks[:, 0] != ranks[:, 1]].T # (2, m), the better one first
     return torch.where(torch.rand(pairs.size(1)) < wrong, pairs.flip(0), pairs)
 

@@ -12,9 +12,9 @@ import sys
 if __name__ == '__main__':
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import ppo
-import reinforce
+import sft
 from common import rollout, training
+from common.rollout import sample_answers
 from tiny import DEMONSTRATIONS, PROMPTS, RANKINGS, checkpoint, records, run
 
 import torch
@@ -56,7 +56,7 @@ def sample_by_row(model, prompts, tok, max_new_tokens, temperature=1.0, rows=256
 
 def sample_with(function):
     """Let the sampling stages sample with a function, sample_by_row or rollout.sample_answers."""
-    ppo.sample_answers = reinforce.sample_answers = function
+    rollout.sample_answers = sft.sample_answers = function
 
 def die_after(step):
     """SIGKILL this process at the end of the step of that number, what was due then being saved."""
@@ -77,7 +77,7 @@ def main(path):
     with open(path) as f:
         jobs = json.load(f)
     for script, options, more in jobs:
-        sample_with(sample_by_row if 'by row' in more else rollout.sample_answers)
+        sample_with(sample_by_row if 'by row' in more else sample_answers)
         if 'die' in more and os.environ['RANK'] == '1':
             die_after(3)
         run(importlib.import_module(script), **options)

@@ -44,13 +44,13 @@ def test_the_records(tmp_path, given, capsys):
 
 def test_the_reward_model_as_annotator(tmp_path, given):
     folder = checkpoint(tmp_path / 'reward', reward_head=True)
-    run(collect, out=str(tmp_path / 'r.jsonl'), annotator='reward_model', reward_model=folder, **given)
+    run(collect, out=str(tmp_path / 'r.jsonl'), annotator='reward_model', reward_model=folder, **given | dict(gold=''))
     rows = read_records(tmp_path / 'r.jsonl', 'rankings')
     assert len(rows) >= 4 and all(row['annotator'] == 'reward_model' for row in rows)
     someone = RewardModel(SimpleNamespace(reward_model=folder, tie=0.0, seed=1), RUN)
     for row in rows:
         someone.look_ahead([row]) # alone
-        ranks, scores = someone.rank(row['prompt'], row['responses'], row['ended'])
+        ranks, scores = someone.rank(row)
         assert row['ranks'] == ranks and row['scores'] == pytest.approx(scores, abs=1e-6)
 
 def test_keep_best_writes_demonstrations(tmp_path, given, monkeypatch, capsys):
@@ -244,16 +244,23 @@ def test_a_broken_model_ends_the_run(tmp_path, given, capsys, options, whose):
     rows = [row | dict(responses=['a', 'b'], ranks=[0, 1]) for row in read_records(given['prompts'], 'prompts')]
     given |= dict(answers=records(tmp_path / 'a.jsonl', rows), out=str(tmp_path / 'r.jsonl'))
     given |= {k: v.format(**at) if isinstance(v, str) else v for k, v in options.items()}
-    given |= dict(prompts='') if given['answers'] else {}
+    given |= dict(gold='') if 'annotator' in options else {}
+    if given['answers']: # then nothing is sampled
+        given = {k: v for k, v in given.items() if k not in ('prompts', 'policy', 'n_answers', 'max_new_tokens')}
     said = stops(capsys, collect, code=1, **given)
     assert said == whose.format(**at) + ' are not finite: the model is broken'
     assert not os.path.exists(given['out'])
 
 def test_what_was_ranked_before_a_score_of_nan_can_be_read(tmp_path, given, monkeypatch, capsys):
     answers = records(tmp_path / 'a.jsonl', [dict(prompt=f'{n}', responses=['a', 'b'], ranks=[0, 1]) for n in range(4)])
-    monkeypatch.setattr(world, 'gold', lambda prompt, response: float('nan' if prompt == '2' else len(response)))
+    monkeypatch.setattr(world, 'gold', lambda record, response: float(
+        'nan' if (record['prompt'], response) == ('2', 'b') else len(response)))
     options = dict(gold=given['gold'], answers=answers, out=str(tmp_path / 'r.jsonl'))
-    assert '--annotator=simulated: its scores of an answer are not' in stops(capsys, collect, code=1, **options)
+    with pytest.raises(SystemExit) as stopped:
+        run(collect, **options)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: --gold=data.toy.world:gold: wanted a finite number, got nan for the response 'b'" in said
     assert [row['prompt'] for row in read_lines_of(options['out'] + '.partial')] == ['0', '1']
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +279,9 @@ def test_resume_auto_goes_on_or_starts(tmp_path, given, monkeypatch):
 def test_one_partial_holds_no_two_kinds_of_rows(tmp_path, given, monkeypatch, capsys):
     """What shapes the rows stays the same, wherever a model lies. Older versions did not write it down."""
     at = lambda name: str(tmp_path / name)
-    given |= dict(annotator='reward_model', reward_model=checkpoint(at('reward'), reward_head=True), out=at('r.jsonl'))
+    gold = given['gold']
+    given |= dict(annotator='reward_model', reward_model=checkpoint(at('reward'), reward_head=True), out=at('r.jsonl'),
+                  gold='')
     with monkeypatch.context() as m:
         interrupted(m, 2)
         assert launch(m, collect, **given) == 130
@@ -280,7 +289,8 @@ def test_one_partial_holds_no_two_kinds_of_rows(tmp_path, given, monkeypatch, ca
         before = f.read()
     numbered = [row | dict(number='x') for row in read_records(given['prompts'], 'prompts')]
     for change in (dict(seed=5), dict(n_answers=4), dict(max_new_tokens=4), dict(temperature=0.5), dict(tie=1.0),
-                   dict(rows=2), dict(repeat=0.3), dict(keep='best'), dict(annotator='simulated', reward_model=''),
+                   dict(rows=2), dict(repeat=0.3), dict(keep='best'),
+                   dict(annotator='simulated', reward_model='', gold=gold),
                    dict(policy=checkpoint(at('other'), seed=3)), dict(prompts=records(at('other.jsonl'), numbered)),
                    dict(reward_model=checkpoint(at('other_reward'), seed=3, reward_head=True))):
         said = stops(capsys, collect, resume=True, **given | change)
@@ -387,7 +397,7 @@ def test_what_comes_with_prompts_is_not_what_is_ranked(tmp_path, given, monkeypa
     (dict(keep='worst'), "--keep=worst: keep must be all or best, got 'worst'"),
     (dict(annotator='reward_model'), "reward_model must be a reward model's folder with annotator=reward_model"),
     (dict(reward_model='out/reward'), "else empty, got 'out/reward'"),
-    (dict(annotator='reward_model', reward_model='nowhere'), 'nowhere'),
+    (dict(annotator='reward_model', reward_model='nowhere', gold=''), 'nowhere'),
     (dict(prompts=''), "prompts must be a file of prompts, unless answers is given, got ''"),
     (dict(prompts='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(policy='nowhere'), 'nowhere'),
@@ -406,7 +416,8 @@ def test_other_bad_input(tmp_path, given, capsys):
     path = tmp_path / 'bad.jsonl'
     path.write_text('{"prompt": "Where does the fox live?"}\n{"prompt": "Write a poem about rain."}\n')
     assert stops(capsys, collect, out=out, **given | dict(prompts=str(path))) == (
-        f"{path}: prompt 2: not a prompt of the toy world: 'Write a poem about rain.'; there is no gold score for it")
+        "--gold=data.toy.world:gold: ValueError: not a prompt of the toy world: 'Write a poem about rain.' "
+        f"({world.__file__}:143), with the record {path}: {{'prompt': 'Write a poem about rain.'}}")
     assert stops(capsys, collect, out=str(tmp_path), overwrite=True, **given) == (
         f"--out={tmp_path}: is a folder, wanted a file")
     assert 'max_prompts must be at least 0' in stops(capsys, collect, out=out, max_prompts=-1, **given)
@@ -416,3 +427,120 @@ def test_other_bad_input(tmp_path, given, capsys):
     (tmp_path / 'r.jsonl').write_text('precious\n')
     assert 'exists already' in stops(capsys, collect, out=out, **given)
     assert (tmp_path / 'r.jsonl').read_text() == 'precious\n'
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ratings, and annotators that go by a reward
+
+def test_ratings_are_one_record_an_answer(tmp_path, given, monkeypatch, capsys):
+    """Of "a a b" the distinct two, in their order, each with who wrote it; gold 1 and 0.25 on a scale of 5 are 5, 2."""
+    a, b = [32, 97, 256], [32, 98] # per prompt the first policy gives two answers, the other one
+    sampled = lambda model, prompts, *_: ([a, b] * 2 if len(prompts) == 4 else [a] * len(prompts), [])
+    monkeypatch.setattr(collect, 'sample_answers', sampled)
+    monkeypatch.setattr(world, 'gold', lambda record, response: 1.0 if response == 'a' else 0.25)
+    other, out = checkpoint(tmp_path / 'other', seed=3), str(tmp_path / 'r.jsonl')
+    records(given['prompts'], [row | dict(helpful=3) for row in read_records(given['prompts'], 'prompts')])
+    run(collect, out=out, ask='ratings', noise=0.0, max_prompts=2, **given | dict(policy=f"{given['policy']},{other}"))
+    prompts = read_records(given['prompts'], 'prompts')[:2] # other people's numbers are not written
+    assert read_records(out, 'ratings') == [
+        {k: v for k, v in prompt.items() if k != 'helpful'}
+        | dict(annotator='simulated', response=text, ended=ended, score=score, policy=policy)
+        for prompt in prompts
+        for text, ended, score, policy in (('a', True, 5, other), ('b', False, 2, given['policy']))]
+    assert '2 prompts, 4 answers rated from 1 to 5, 0 prompts left out' in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ['other', 'prompts.jsonl', 'r.jsonl', 'sft']
+
+def test_lone_answers_are_rated_and_empty_ones_are_not(tmp_path, given, monkeypatch, capsys):
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([[32, 97, 256], [32, 256]], []))
+    out = str(tmp_path / 'r.jsonl')
+    run(collect, out=out, ask='ratings', max_prompts=2, **given | dict(n_answers=1))
+    assert [row['response'] for row in read_records(out, 'ratings')] == ['a']
+    assert '1 prompts, 1 answers rated from 1 to 5, 1 prompts left out (skipped, or' in capsys.readouterr().out
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([[32, 256], [32, 256]], []))
+    assert stops(capsys, collect, code=1, out=str(tmp_path / 'none.jsonl'), ask='ratings', max_prompts=2,
+                 **given | dict(n_answers=1)) == f"--out={tmp_path}/none.jsonl: not written, no prompt has ratings"
+
+@pytest.mark.parametrize('cut', [6, 5, 3])
+def test_stopped_ratings_go_on_exactly(tmp_path, given, monkeypatch, cut):
+    """Stretches of three: a kill at the end of the second, or within one, which is then rated as a whole."""
+    at = lambda name: str(tmp_path / name)
+    options = given | dict(ask='ratings', qualities='helpful,harmless,honest')
+    run(collect, out=at('whole.jsonl'), **options)
+    with monkeypatch.context() as m:
+        interrupted(m, 2)
+        assert launch(m, collect, out=at('halves.jsonl'), **options) == 130
+    rows = read_lines_of(at('halves.jsonl.partial'))
+    assert len(rows) == 6 and all(len(row['ratings']) == len(row['responses']) for row in rows if 'ratings' in row)
+    records(at('halves.jsonl.partial'), rows[:cut])
+    run(collect, out=at('halves.jsonl'), resume=True, **options)
+    with open(at('whole.jsonl'), 'rb') as a, open(at('halves.jsonl'), 'rb') as b:
+        assert a.read() == b.read()
+    assert all(1 <= row[q] <= 10 for row in read_records(at('whole.jsonl'), 'ratings')
+               for q in ('helpful', 'harmless', 'honest'))
+
+@pytest.mark.parametrize('ratings', [7, [], [{}, {}], [{'score': 'x'}] * 3, [3, 3, 3]])
+def test_ratings_in_a_partial_are_checked(tmp_path, given, capsys, ratings):
+    row = read_records(given['prompts'], 'prompts')[0] | dict(responses=['a', 'b', 'c'], ratings=ratings)
+    partial = records(tmp_path / 'r.jsonl.partial', [row])
+    said = stops(capsys, collect, out=str(tmp_path / 'r.jsonl'), resume=True, ask='ratings', **given)
+    assert said == f"{partial}:1: wanted `ratings` to be an object of numbers for each response"
+
+def test_a_function_as_annotator(tmp_path, given):
+    """It gets the record with all that the prompts' file says; a file of one's own, with an argument."""
+    (tmp_path / 'mine.py').write_text('def longest(record, response, sign=1):\n'
+                                      '    assert record["number"] >= 0\n    return sign * len(response)\n')
+    given |= dict(gold='', annotator='function')
+    for sign in (1, -1):
+        out = str(tmp_path / f'{sign}.jsonl')
+        run(collect, out=out, reward=f'{tmp_path}/mine.py:longest(sign={sign})', **given)
+        rows = read_records(out, 'rankings')
+        assert len(rows) > 3 and all(row['scores'] == [sign * len(text) for text in row['responses']] for row in rows)
+        assert all(row['scores'][row['ranks'].index(0)] == max(row['scores']) and row['annotator'] == 'function'
+                   for row in rows)
+
+def test_the_policy_as_annotator(tmp_path, given):
+    other, files = checkpoint(tmp_path / 'other', seed=3), {}
+    for name, reference in (('rrhf', ''), ('dpo', other), ('self', given['policy'])):
+        files[name] = str(tmp_path / f'{name}.jsonl')
+        run(collect, out=files[name], annotator='policy', reward_policy=given['policy'], reward_reference=reference,
+            tie=1e-3, **given | dict(gold=''))
+    rrhf, dpo, same = (read_records(path, 'rankings') for path in files.values())
+    assert len(rrhf) > 3 and all(score < 0 for row in rrhf for score in row['scores'])
+    assert [row['responses'] for row in rrhf] == [row['responses'] for row in dpo]
+    assert any(a['ranks'] != b['ranks'] for a, b in zip(rrhf, dpo))
+    assert all(set(row['ranks']) == {0} for row in same) # log pi - log pi: all answers are equal
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(annotator='function', gold=''), 'reward must be MODULE:FUNCTION or FILE.py:FUNCTION with annotator=function'),
+    (dict(reward='data.toy.world:gold'), "with annotator=function, else empty, got 'data.toy.world:gold'"),
+    (dict(annotator='function', gold='', reward='nowhere.py:f'), '--reward=nowhere.py:f: cannot be imported'),
+    (dict(annotator='function', gold='', reward='math:pi'), '--reward=math:pi: is no function'),
+    (dict(annotator='function', gold='', reward='operator:getitem'), '--reward=operator:getitem: KeyError'),
+    (dict(annotator='policy', gold=''), "reward_policy must be a language model's folder with annotator=policy"),
+    (dict(reward_policy='out/sft'), "else empty, got 'out/sft'"),
+    (dict(reward_reference='out/sft'), 'reward_reference must be empty unless annotator=policy'),
+    (dict(annotator='policy', gold='', reward_policy='nowhere'), 'nowhere'),
+    (dict(annotator='policy', gold='', reward_policy='{head}'), '--reward_policy={head}: is a reward model, wanted a'),
+    (dict(annotator='policy', gold='', reward_policy='{sft}', reward_reference='{short}'), '--reward_reference='),
+    (dict(ask='stars'), 'ask must be ranks, or with annotator=simulated or human ratings'),
+    (dict(ask='ratings', annotator='reward_model', gold='', reward_model='x'), 'ask must be ranks, or with annotator'),
+    (dict(ask='ratings', qualities='helpful,nice'), 'qualities must be some of helpful,harmless,honest,score, each'),
+    (dict(ask='ratings', qualities='score,score'), 'each once'), (dict(ask='ratings', qualities=''), 'each once'),
+    (dict(ask='ratings', scale=1), '--scale=1: scale must be from 2 to 10, or 0'),
+    (dict(ask='ratings', scale=11), 'from 2 to 10, or 0'),
+    (dict(scale=5), 'scale must be left at 0: only ask=ratings reads it, got 5'),
+    (dict(qualities='helpful'), "qualities must be left at 'score': only ask=ratings reads it"),
+    (dict(ask='ratings', keep='best'), "keep must be left at 'all': only ask=ranks reads it"),
+    (dict(ask='ratings', repeat=0.1), 'repeat must be left at 0.0: only ask=ranks reads it'),
+    (dict(ask='ratings', compare='x.jsonl'), "compare must be left at '': only ask=ranks reads it"),
+    (dict(ask='ratings', tie=0.1), 'tie must be left at 0.0: only ask=ranks reads it'),
+])
+def test_bad_options_of_ratings_and_rewards(tmp_path, given, capsys, options, expected):
+    at = dict(head=checkpoint(tmp_path / 'head', reward_head=True), sft=given['policy'],
+              short=checkpoint(tmp_path / 'short', block_size=32))
+    options = {k: v.format(**at) if isinstance(v, str) else v for k, v in options.items()}
+    assert expected.format(**at) in stops(capsys, collect, out=str(tmp_path / 'r.jsonl'), **given | options)
+    assert sorted(os.listdir(tmp_path)) == ['head', 'prompts.jsonl', 'sft', 'short']
+
+def test_ratings_are_not_merged_as_rankings(tmp_path, capsys):
+    paths = [records(tmp_path / f'{n}.jsonl', [dict(prompt='p', response='x', score=n)]) for n in (1, 2)]
+    assert 'wanted rankings' in stops(capsys, collect, merge=','.join(paths), out=str(tmp_path / 'out.jsonl'))

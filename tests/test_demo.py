@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import collect as collect_script
 import demo
 from common import run
 from common.options import RunOptions, parse_config, print_help
@@ -57,7 +58,7 @@ class FakeProcess:
             if self.returncode:
                 Path(os.path.dirname(self.product), 'state.pt').touch()
             else:
-                Path(self.product).write_text(self.fake.results if self.name == 'evaluate' else '{}')
+                Path(self.product).write_text(self.fake.results if self.product.endswith('results.json') else '{}')
             self.fake.busy.remove(self.slot)
         return self.returncode
 
@@ -174,7 +175,7 @@ def test_online_rounds(cfg, monkeypatch, capsys):
     demo.main(three)
     new = fake.commands[9:] # the first round is there
     assert [c[1] for c in new] == ['collect.py', 'reward.py', 'ppo.py'] * 2 + ['evaluate.py']
-    rankings = ['out/two/rankings_train.jsonl', 'out/two/rankings_train2.jsonl', 'out/two/rankings_train3.jsonl']
+    rankings = ['out/two/rankings_train.jsonl', 'out/two/rankings_ppo2.jsonl', 'out/two/rankings_ppo3.jsonl']
     for n, last, (collect, reward, ppo) in ((2, 'ppo', new[:3]), (3, 'ppo2', new[3:6])):
         assert {f'--policy=out/two/{last}', f'--out={rankings[n - 1]}',
                 '--prompts=data/toy/prompts_train.jsonl'} <= set(collect)
@@ -188,18 +189,126 @@ def test_online_rounds(cfg, monkeypatch, capsys):
     assert '--models=' + ','.join(f'{m}=out/two/{m}' for m in models) in new[-1]
     results = json.loads(Path('out/two/evaluate/results.json').read_text())
     assert results['rounds'] == [0.7, 0.8, 0.75]
-    assert 'by round: 0.700, 0.800, 0.750' in capsys.readouterr().out
+    assert 'gold score of ppo, sampled, by round: 0.700, 0.800, 0.750' in capsys.readouterr().out
     os.remove('out/two/reward2/model.safetensors')
     demo.main(three)
     assert [c[1] for c in fake.commands[16:]] == ['reward.py', 'ppo.py', 'collect.py', 'reward.py', 'ppo.py',
                                                   'evaluate.py'] # all that came after it
 
-@pytest.mark.parametrize('options', [['--rounds=0'], ['--rounds=2', '--methods=dpo']])
-def test_rounds_that_cannot_be(options, capsys):
+@pytest.mark.parametrize('of', ['dpo', 'rrhf'])
+def test_online_rounds_without_a_reward_model(cfg, monkeypatch, capsys, of):
+    """Each round ranks the answers of the policy before, and trains that policy on these rankings alone."""
+    three = demo.Config(out_dir='out/two', seed=7, methods=f'ppo,{of}', rounds=3, rounds_of=of)
+    fake = Fake(monkeypatch, three)
+    fake.results = json.dumps(dict(models={name: dict(gold=gold) for name, gold in (
+        ('sft', 0.4), ('ppo', 0.9), (of, 0.5), (f'{of}2', 0.6), (f'{of}3', 0.8))}))
+    demo.main(three)
+    new = fake.commands[8:]
+    assert [c[1] for c in new] == ['collect.py', f'{of}.py'] * 2 + ['evaluate.py']
+    for n, last, (collect, train) in ((2, of, new[:2]), (3, f'{of}2', new[2:4])):
+        rankings = f'out/two/rankings_{of}{n}.jsonl'
+        assert collect[2] == 'config/toy/collect.py' and {
+            f'--policy=out/two/{last}', f'--out={rankings}', '--prompts=data/toy/prompts_train.jsonl'} <= set(collect)
+        assert train[2] == f'config/toy/{of}.py' and {
+            f'--init_from=out/two/{last}', f'--train_data={rankings}', f'--out_dir=out/two/{of}{n}',
+            '--val_data=out/two/rankings_test.jsonl'} <= set(train)
+        assert all(len({word.split('=')[0] for word in c}) == len(c) for c in (collect, train)) # no option twice
+    assert any(word.endswith(f',{of}={f"out/two/{of}"},{of}2=out/two/{of}2,{of}3=out/two/{of}3') for word in new[-1])
+    assert json.loads(Path('out/two/evaluate/results.json').read_text())['rounds'] == [0.5, 0.6, 0.8]
+    assert f'gold score of {of}, sampled, by round: 0.500, 0.600, 0.800' in capsys.readouterr().out
+
+def test_who_ranks_the_later_rounds(cfg, monkeypatch):
+    """The judge is made first; the reward model is that of the first round. The folders have other names."""
+    by_ai = demo.Config(out_dir='out/two', seed=7, methods='dpo', rounds=2, rounds_of='dpo', rounds_by='ai')
+    fake = Fake(monkeypatch, by_ai)
+    fake.results = json.dumps(dict(models={name: dict(gold=0.5) for name in (
+        'dpo', 'dpo2_ai', 'dpo2_reward_model', 'ppo', 'ppo2_ai')}))
+    demo.main(by_ai)
+    needs = lambda: {name: stands_on for name, *_, stands_on in demo.stages(fake.cfg)}
+    assert {'judge', 'dpo'} <= {*needs()['collect dpo2_ai']}
+    verdicts, = (c for c in fake.commands if c[1] == 'data/toy/judge.py')
+    assert verdicts == ['python', 'data/toy/judge.py'] # it knows neither --overwrite nor the seed of the stages
+    judge, = (c for c in fake.commands if 'config/toy/judge.py' in c)
+    assert judge[1] == 'sft.py' and '--out_dir=out/two/judge' in judge
+    collect, train = fake.commands[-3:-1]
+    assert collect[2] == 'config/toy/collect_ai.py' and {
+        '--judge=out/two/judge', '--answers=', '--compare=', '--policy=out/two/dpo', '--max_new_tokens=32',
+        '--prompts=data/toy/prompts_train.jsonl', '--out=out/two/rankings_dpo2_ai.jsonl'} <= set(collect)
+    assert '--out_dir=out/two/dpo2_ai' in train and '--train_data=out/two/rankings_dpo2_ai.jsonl' in train
+    parse_config(collect_script.Config, collect[2:]) # collect.py takes these options
+
+    fake.cfg = demo.Config(out_dir='out/two', seed=7, methods='dpo', rounds=2, rounds_of='dpo',
+                           rounds_by='reward_model')
+    demo.main(fake.cfg)
+    collect, train = fake.commands[-3:-1] # all else was there
+    assert {'reward', 'dpo'} <= {*needs()['collect dpo2_reward_model']}
+    assert collect[2] == 'config/toy/collect_best.py' and {
+        '--reward_model=out/two/reward', '--keep=all', '--policy=out/two/dpo'} <= set(collect)
+    assert '--train_data=out/two/rankings_dpo2_reward_model.jsonl' in train
+    parse_config(collect_script.Config, collect[2:])
+
+    fake.cfg = demo.Config(out_dir='out/two', seed=7, rounds=2, rounds_by='ai')
+    demo.main(fake.cfg)
+    assert ['--train_data=out/two/rankings_train.jsonl,out/two/rankings_ppo2_ai.jsonl' in c
+            for c in fake.commands[-4:]] == [False, True, False, False] # collect, reward, PPO, evaluate
+    assert '--reward_model=out/two/reward2_ai' in fake.commands[-2]
+
+@pytest.mark.parametrize('options, expected', [
+    (['--rounds=0'], '--rounds=0: rounds must be 1, or more with ppo among the methods, got 0'),
+    (['--rounds=2', '--methods=dpo'], '--rounds=2: rounds must be 1, or more with ppo among the methods, got 2'),
+    (['--rounds=2', '--rounds_of=rrhf'], '--rounds=2: rounds must be 1, or more with rrhf among the methods, got 2'),
+    (['--rounds_of=kto'], "--rounds_of=kto: rounds_of must be ppo, dpo or rrhf, got 'kto'"),
+    (['--rounds=2', '--rounds_by=me'],
+     "--rounds_by=me: rounds_by must be one of person, reward_model, ai, got 'me'"),
+    (['--rounds=2', '--rounds_by=reward_model'], '--rounds_by=reward_model: rounds_by must be person or ai with '
+     "rounds_of=ppo, whose reward model learns from these rankings, got 'reward_model'"),
+    (['--rounds_of=dpo'],
+     "--rounds_of=dpo: rounds_of must be left at 'ppo': only --rounds above 1 reads it, got 'dpo'")])
+def test_rounds_that_cannot_be(options, expected, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_config(demo.Config, options)
-    assert stopped.value.code == 2 and capsys.readouterr().err == (
-        f"error: {options[0]}: rounds must be 1, or more with ppo among the methods, got {options[0][-1]}\n")
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {expected}\n"
+
+def test_the_world_of_sums(cfg, monkeypatch, capsys):
+    """With and without the scratch line side by side; the checker is in config/sums."""
+    chosen = demo.Config(world='sums', out_dir='out/two', seed=7)
+    fake = Fake(monkeypatch, chosen)
+    fake.results = json.dumps(dict(models=dict(base={}, sft={}, grpo={})))
+    shares = dict(accuracy=dict(sft=0.4, grpo=0.97), sampled=dict(sft=0.3, grpo=0.9),
+                  by_digits=dict(sft={'3 digits': 0.4}, grpo={'3 digits': 0.97}))
+    monkeypatch.setattr(demo.sums, 'results', lambda out, methods: shares)
+    Path('data/sums').mkdir()
+    demo.main(chosen)
+    scripts = [c[1] for c in fake.commands]
+    assert scripts[0] == 'data/sums/prepare.py' and fake.at_once == 2
+    assert scripts[1:] == ['sft.py'] * 4 + ['reinforce.py'] * 2 + ['evaluate.py'] * 4
+    assert not any('toy' in word for c in fake.commands for word in c)
+    direct = [c for c in fake.commands if '--out_dir=out/two/grpo_direct' in c]
+    assert len(direct) == 1 and {'config/sums/grpo.py', '--policy=out/two/sft_direct', '--seed=7'} <= set(direct[0])
+    results = json.loads(Path('out/two/results.json').read_text())
+    assert {key: results[key] for key in shares} == shares and results['seed'] == 7
+    assert results['seconds'] >= 0 and list(results['stages']) == [s[0] for s in demo.stages(chosen)]
+    assert '| grpo | 0.90 | 0.97 | 0.97 |' in capsys.readouterr().out
+    demo.main(chosen)
+    assert len(fake.commands) == 11 # a second run reuses everything
+    Path('out/two/others_direct/results.json').write_text(json.dumps(dict(models=dict(mine={}))))
+    demo.main(chosen)
+    assert [c[-2:] for c in fake.commands[11:]] == [['--seed=7', '--overwrite=True']] # not its own: made again
+    assert one_line(capsys, lambda: demo.main(demo.Config(world='sums', out_dir='out/two', seed=8))).startswith(
+        '--seed=8: out/two was made with --seed=7')
+
+def test_defaults_of_the_world_of_sums():
+    assert vars(parse_config(demo.Config, ['--world=sums'])).items() >= dict(out_dir='out/sums', methods='grpo').items()
+    assert parse_config(demo.Config, ['--world=sums', '--methods=all']).methods == 'grpo,rloo,ppo'
+
+@pytest.mark.parametrize('options, expected', [
+    (['--world=moon'], "--world=moon: world must be toy, or sums with rounds=1, got 'moon'"),
+    (['--world=sums', '--methods=dpo'], "--methods=dpo: methods must be all, or names among grpo,rloo,ppo, each once, "
+                                        "got 'dpo'"),
+    (['--world=sums', '--rounds=2', '--methods=ppo'], "--world=sums: world must be toy, or sums with rounds=1, "
+                                                      "got 'sums'")])
+def test_worlds_that_cannot_be(options, expected, capsys):
+    assert one_line(capsys, lambda: parse_config(demo.Config, options)) == expected
 
 @pytest.mark.parametrize('methods', ['', 'ppo,a2c', 'ppo, dpo', 'ppo,ppo', 'all,ppo'])
 def test_methods_that_are_not_there(methods, capsys):

@@ -188,10 +188,10 @@ def test_the_reference_does_not_move(tmp_path, sft_model, data):
     """The margins of an epoch later are against the model that training started from, also after going on."""
     out = str(tmp_path / 'out')
     options = dict(init_from=sft_model, train_data=data, val_data=data, batch_size=8, lr=0.01)
-    last = run(dpo, out_dir=out, max_steps=5, **options)[-1]
-    log = run(dpo, out_dir=out, max_steps=6, resume=True, eval_every=5, **options)
-    again = [line for line in log if 'val_margin' in line and line['step'] == 5]
-    assert len(again) == 2 and again[0]['val_margin'] == again[1]['val_margin'] == last['val_margin'] > 0.01
+    whole = run(dpo, out_dir=str(tmp_path / 'whole'), max_steps=6, **options)
+    run(dpo, out_dir=out, max_steps=5, **options)
+    resumed = run(dpo, out_dir=out, max_steps=6, resume=True, **options)
+    assert resumed[-1]['val_margin'] == whole[-1]['val_margin'] > 0.01
 
 def test_comparisons_are_rankings_of_two(tmp_path, sft_model):
     rows = [dict(prompt=r['prompt'], responses=[r['rejected'], r['chosen']], ranks=[1, 0]) for r in COMPARISONS]

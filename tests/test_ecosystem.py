@@ -17,7 +17,8 @@ import torch
 import reward
 import sft
 from common.checkpoints import load_policy
-from common.tokens import EOS, Tokenizer, load_tokenizer, prompt_ids, render, response_ids, train_bpe
+from common.tokens import EOS, Tokenizer, load_tokenizer, prompt_ids, render, response_ids
+from data.bpe import train_bpe
 from model import GPT, GPTConfig
 from tiny import DEMONSTRATIONS, RANKINGS, ROOT, TOK, assistant, records, run, user
 

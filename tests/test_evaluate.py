@@ -1,14 +1,17 @@
 """Numbers by hand for every statistic of evaluate.py, and one small evaluation of the toy world from end to end."""
 import json
 import math
+from itertools import product
 
 import pytest
 
 import evaluate as ev
+from common.batches import Row
 from common.options import parse_config
 from common.records import write_records
 from common.rollout import pack
-from common.tokens import load_tokenizer, response_ids, save_bpe, train_bpe
+from common.tokens import load_tokenizer, prompt_ids, response_ids, save_bpe
+from data.bpe import train_bpe
 from data.toy import world
 from model import GPT, GPTConfig
 from tiny import one_line, records
@@ -56,6 +59,41 @@ def test_wilson_interval_by_hand():
     # half 1.959964 * sqrt(.016 + .009604) / 1.384146 = .226577
     assert ev.wilson(0.8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-5)
     assert ev.wilson(1.0, 10) == pytest.approx([0.722467, 1.0], abs=1e-5) # 1 / 1.384146: not a point
+
+def of_lengths(*groups):
+    """Return the length-controlled win rate of groups (answers, wins among them, longer by so many characters)."""
+    wins = [float(k < won) for n, won, _ in groups for k in range(n)]
+    return ev.length_controlled(wins, [100 + d for n, _, d in groups for _ in range(n)], [100] * len(wins))
+
+def test_length_controlled_where_length_alone_decides():
+    # the longer answer always wins, and half of the answers are longer: theta is 0. The plain rate is a half as well;
+    # with three times as many longer ones it is .75. With half of those won that are as long theta is again about 0
+    assert of_lengths((50, 50, 7), (50, 0, -7)) == pytest.approx(0.5, abs=1e-6)
+    assert of_lengths((300, 300, 7), (100, 0, -7), (400, 200, 0)) == pytest.approx(0.5, abs=0.02)
+
+def test_length_controlled_where_the_model_alone_decides():
+    # each length wins 70 of 100: phi is 0, theta the plain rate's logit; the same where all lengths are equal
+    groups = (100, 70, -20), (100, 70, 0), (200, 140, 3)
+    assert of_lengths(*groups) == pytest.approx(0.7, abs=1e-6)
+    assert of_lengths((10, 3, 0)) == of_lengths((10, 3, 5)) == pytest.approx(0.3, abs=1e-6)
+    assert of_lengths((10, 10, 0), (10, 10, 4)) == 1.0 and of_lengths((5, 0, 3)) == 0.0
+    assert ev.length_controlled([0.5, 1.0], [3, 3], [3, 3]) == pytest.approx(0.75, abs=1e-6) # a tie is half a win
+
+def test_length_controlled_by_hand():
+    # two groups, 100 longer and 100 shorter by as much: x = tanh(+-1) = +-.761594. With theta = ln 3 and phi x = +-2
+    # they win at odds of 3 e^2 and 3 e^-2: .956835 and .288765. The penalised log-likelihood of shares w1, w2 slopes by
+    #   theta: 100 (w1 - .956835) + 100 (w2 - .288765)        phi: 76.1594 ((w1 - .956835) - (w2 - .288765)) - phi
+    # Both are 0 for w1 = .956835 + e and w2 = .288765 - e with e = phi / 152.3188 = 2.626071 / 152.3188 = .017241.
+    # The plain rate is (w1 + w2) / 2 = .622800, the length-controlled one sigmoid(ln 3) = 3/4
+    wins = [0.956835 + 0.017241] * 100 + [0.288765 - 0.017241] * 100
+    assert ev.mean(wins) == pytest.approx(0.622800, abs=1e-6)
+    assert ev.length_controlled(wins, [30] * 100 + [10] * 100, [20] * 200) == pytest.approx(0.75, abs=2e-6)
+
+def test_length_controlled_stays_finite():
+    # one loss among a thousand wins, and that by far the longest answer
+    d = [*range(-500, 499), 5000]
+    assert 0.99 < ev.length_controlled([1.0] * 999 + [0.0], [6000 + x for x in d], [6000] * 1000) < 1
+    assert 0 < ev.length_controlled([0.0] * 2 + [1.0], [5, 5, 9], [5, 5, 5]) < 0.5 # length alone decides
 
 def test_calibration_by_hand():
     # sigmoid(ln 3) = .75, three times, a preferred twice (the third pair is told the other way round: b has the higher
@@ -112,6 +150,40 @@ def test_perplexity_by_hand():
     batches = [[([2, 0, 0], [0, 1, 1])], [([2, 2, 1], [0, 0, 1]), ([2, 0], [0, 0])]]
     assert ev.perplexity(Fixed([.5, .125, .375]), batches, 'cpu') == pytest.approx(3.174802, abs=1e-5)
 
+def test_a_policy_as_its_own_reward_model_by_hand():
+    # two records: answers of 2, 1 and 4 tokens in the order of their ranks, then of 1 and 2, the second preferred
+    rows = [Row([7], [[1, 1], [1], [1, 1, 1, 1]], dict(ranks=[0, 1, 2])), Row([7], [[1], [1, 1]], dict(ranks=[1, 0]))]
+    logp = [(rows[0], [-3.0, -1.0, -8.0]), (rows[1], [-1.0, -1.5])]
+    ref = [(rows[0], [-4.0, -2.0, -8.0]), (rows[1], [-0.5, -3.5])]
+    # mean log pi: -1.5 -1 -2 and -1 -.75; in order: 1 over 3, 2 over 3, and 2 over 1 of the second, of 4 pairs
+    # log pi - log pi_ref: 1 1 0 and -.5 2; in order: the same; answers 1 and 2 of the first tie
+    assert ev.measure_policy(logp, ref) == dict(mean_logp=0.75, log_ratio=0.875)
+    assert ev.measure_policy(ref, ref)['log_ratio'] == 0.5 # all tie
+
+def test_answers_are_scored_row_by_row_in_their_order():
+    rows = [Row([5] * n, [[1] * k for k in range(1, 4)], dict(ranks=[0, 1, 2])) for n in (900, 3, 1500, 1)]
+    seen = []
+
+    def score(some): # 100 * prompt's length + answer's length
+        seen.append(sorted(len(row.prompt) for row in some))
+        return T([float(100 * len(row.prompt) + len(a)) for row in some for a in row.answers])
+
+    scored = ev.score_rows(score, rows, 'x', 'scores')
+    assert scored == [(row, [100 * len(row.prompt) + k for k in (1, 2, 3)]) for row in rows]
+    assert seen == [[1], [3], [900], [1500]] # 2048 tokens at once, of the longest
+    assert ev.pairs(scored[1:2]) == [(301, 302), (301, 303), (302, 303)]
+
+def test_share_of_what_is_said_to_answerable_questions():
+    said = ['right', "doesn't know", 'declines', 'wrong', 'broken', 'right', 'right', 'wrong'] # 3, 1, 1 and 3 of 8
+    parts = [dict(kind='helpful', category='sum', said=s, content=int(s == 'right'), gold=0.5) for s in said]
+    parts += [dict(kind='honest', category='future', said="doesn't know", content=1, gold=1.0)] * 5 # not counted
+    r = pack([[0]] * 13, [[2]] * 13, [[0.0]] * 13, eos=2)
+    row = ev.describe(r, ev.Written(['x'] * 13, [], parts, {}))
+    assert row['answerable'] == dict(right=0.375, abstains=0.125, wrong=0.375, declines=0.125)
+    parts = [part for part in parts if part['kind'] == 'honest']
+    row = ev.describe(r, ev.Written(['x'] * 5, [], parts, {}))
+    assert row['answerable'] == dict.fromkeys(('right', 'abstains', 'wrong', 'declines')) # None: none was asked
+
 # ----------------------------------------------------------------------------------------------------------------
 # end to end
 
@@ -161,8 +233,12 @@ def test_results_hold_what_was_asked_for(evaluated):
         kl = 'kl' if decoding == 'models' else 'path_kl' # along one answer: no KL of distributions
         for name, row in results[decoding].items():
             assert {'gold', 'helpful', 'honest', 'harmless', 'win_rate_vs_sft', 'win_rate_interval', kl, 'perplexity',
-                    'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended', 'reward', 'by_category'} == set(row)
+                    'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended', 'reward', 'by_category', 'answerable',
+                    'length_controlled'} == set(row)
+            assert sum(row['answerable'].values()) == pytest.approx(1, abs=1e-5)
+            assert row['answerable']['right'] == row['helpful']
         assert results[decoding]['sft'][kl] == 0 and results[decoding]['sft']['win_rate_vs_sft'] == 0.5
+        assert results[decoding]['sft']['length_controlled'] == 0.5
         assert results[decoding]['ppo'][kl] > 0.1
         assert results[decoding]['base']['perplexity'] == results['models']['base']['perplexity'] > 1
     best = results['models']['best_of_n']
@@ -176,6 +252,35 @@ def test_results_hold_what_was_asked_for(evaluated):
     assert sum(n for _, _, n in quality['calibration']) == 6 # three records, two pairs each
     assert quality['pairs'] == dict(accuracy=6, ceiling=6, shorter_wins=6) | dict.fromkeys(world.PAIR_CATEGORIES, 2)
     assert results['seed'] == 1 and results['seconds']['evaluate'] > 0
+
+def test_policies_as_reward_models(toy, evaluated):
+    """The shares equal those of log-probabilities taken answer by answer, without batches."""
+    own, tok = read(evaluated)['policies_as_reward'], load_tokenizer(str(toy / 'toy.tiktoken'))
+    assert list(own) == ['base', 'sft', 'ppo']
+    def logp(name, prompt, answer):
+        model, p, a = GPT.from_pretrained(str(toy / name)), prompt_ids(tok, prompt), response_ids(tok, answer)
+        idx = T([p + a])
+        return model(idx)[0][0, len(p) - 1:-1].log_softmax(-1).gather(1, T(a)[:, None]).sum().item(), len(a)
+    lines = lambda file: map(json.loads, (toy / file).read_text().splitlines())
+    pairs = dict(comparisons=[(row['prompt'], row['chosen'], row['rejected']) for row in lines('pairs.jsonl')],
+                 rankings=[(row['prompt'], row['responses'][0], worse)
+                           for row in lines('rankings.jsonl') for worse in row['responses'][1:]])
+    for name, option in product(('base', 'ppo'), pairs):
+        means, ratios = [], []
+        for prompt, *texts in pairs[option]:
+            (a, n), (b, m) = (logp(name, prompt, text) for text in texts)
+            (c, _), (d, _) = (logp('sft', prompt, text) for text in texts)
+            means.append(a / n > b / m)
+            ratios.append(a - c > b - d)
+        expected = dict(mean_logp=sum(means) / len(means), log_ratio=sum(ratios) / len(ratios))
+        assert own[name][option] == pytest.approx(expected, abs=1e-6)
+    assert own['sft']['rankings']['log_ratio'] == own['sft']['comparisons']['log_ratio'] == 0.5
+
+def test_policies_are_measured_without_a_reward_model(toy, evaluated, tmp_path):
+    ev.main(options(toy, tmp_path, reward_model='', best_of=0, gold='', text='', max_prompts=2, figures=False,
+                    models=f"ppo={toy}/ppo,sft={toy}/sft"))
+    own = read(evaluated)['policies_as_reward']
+    assert read(tmp_path)['policies_as_reward'] == {name: own[name] for name in ('ppo', 'sft')}
 
 def test_samples_and_figures_are_written(evaluated):
     rows = [json.loads(line) for line in (evaluated / 'samples.jsonl').read_text().splitlines()]
@@ -197,6 +302,8 @@ def test_scripted_answers_are_scored_as_text(toy, tmp_path, monkeypatch):
         assert row['win_rate_vs_sft'] == 0.5 and row['self_bleu'] == 1.0
         # "I don't know." is 3 words, 20 times: 3 distinct of 60, 2 distinct pairs of 40
         assert (row['distinct_1'], row['distinct_2']) == (0.05, 0.05)
+        assert row['answerable'] == dict(right=0.0, abstains=1.0, wrong=0.0, declines=0.0)
+        assert row['length_controlled'] == 0.5
     sample = json.loads((tmp_path / 'samples.jsonl').read_text().splitlines()[0])
     assert sample['sampled'] == sample['greedy'] == "I don't know." # without the space that comes before it
 
@@ -227,9 +334,9 @@ def test_wins_go_by_reward_without_gold_and_are_left_out_without_either(toy, tmp
     assert set(results['models']['ppo']) == {'kl', 'distinct_1', 'distinct_2', 'self_bleu', 'length', 'ended'}
     assert results['models']['sft']['kl'] == 0 < results['models']['base']['kl']
 
-def longer(prompt, answer):
-    """A gold score whose module has no `explain`."""
-    return len(answer) / 10
+def longer(record, answer):
+    """A gold score whose module has no `explain`. It is given the whole record."""
+    return len(answer) / 10 if record['kind'] else None
 
 def test_a_gold_score_without_parts(toy, tmp_path):
     ev.main(options(toy, tmp_path, gold=f'{__name__}:longer', max_prompts=3, best_of=0, figures=False))
@@ -240,6 +347,34 @@ def test_a_gold_score_without_parts(toy, tmp_path):
     for name in ('sft', 'ppo'):
         gold = [row['sampled_gold'] for row in rows if row['model'] == name]
         assert results[name]['gold'] == pytest.approx(sum(gold) / 3, abs=1e-6)
+
+def test_a_gold_score_in_a_file_with_its_parts(toy, tmp_path):
+    (tmp_path / 'my_gold.py').write_text('''
+def gold(record, answer, scale=1):
+    return scale * len(record['category'])
+
+def explain(record, answer):
+    return dict(kind='helpful', category='any', content=1, said='right')
+''')
+    ev.main(options(toy, tmp_path / 'out', gold=f'{tmp_path}/my_gold.py:gold(scale=2)', max_prompts=3, best_of=0,
+                    figures=False))
+    prompts = [json.loads(line) for line in (toy / 'prompts.jsonl').read_text().splitlines()][:3]
+    for row in read(tmp_path / 'out')['models'].values():
+        assert row['gold'] == pytest.approx(2 * sum(len(p['category']) for p in prompts) / 3, abs=1e-6)
+        assert row['by_category'] == {'any': 1.0} and row['answerable']['right'] == 1.0 and row['honest'] is None
+
+def test_a_reward_function_alone_and_beside_the_reward_model(toy, tmp_path):
+    (tmp_path / 'my_reward.py').write_text('def length(record, answer):\n    return len(answer)\n')
+    name, alone = f'{tmp_path}/my_reward.py:length', dict(reward_model='', best_of=0, max_prompts=3, figures=False)
+    ev.main(options(toy, tmp_path / 'a', reward=name, **alone))
+    ev.main(options(toy, tmp_path / 'b', **alone | dict(reward_model=f'{toy}/reward')))
+    ev.main(options(toy, tmp_path / 'c', reward=name, reward_weight=0.5, **alone | dict(reward_model=f'{toy}/reward')))
+    a, b, c = (read(tmp_path / run)['greedy'] for run in 'abc')
+    samples = [json.loads(line) for line in (tmp_path / 'a' / 'samples.jsonl').read_text().splitlines()]
+    for model in a:
+        lengths = [len(s['greedy']) for s in samples if s['model'] == model]
+        assert a[model]['reward'] == pytest.approx(sum(lengths) / 3, abs=1e-5)
+        assert c[model]['reward'] == pytest.approx(b[model]['reward'] + 0.5 * a[model]['reward'], abs=1e-4)
 
 def test_over_optimisation_alone(toy, tmp_path):
     ev.main(ev.Config(figure_runs=f"beta 0={toy}/ppo", out_dir=str(tmp_path)))
@@ -259,7 +394,8 @@ def test_over_optimisation_alone(toy, tmp_path):
     (dict(figure_runs='a=TOY/nowhere'), 'nowhere/log.jsonl: no such file; wanted lines with `kl`'), # before it measures
     (dict(rankings='TOY/nowhere.jsonl'), 'nowhere.jsonl: no such file'),
     (dict(gold='data.toy.world:silver'), '--gold=data.toy.world:silver: cannot be imported'),
-    (dict(prompts='TOY/others.jsonl'), "others.jsonl: prompt 1: not a prompt of the toy world: 'Hi'"),
+    (dict(prompts='TOY/others.jsonl'), "not a prompt of the toy world: 'Hi'"),
+    (dict(prompts='TOY/others.jsonl'), "others.jsonl: {'prompt': 'Hi'}"),
 ])
 def test_bad_input_is_one_line(toy, tmp_path, capsys, more, words):
     other = toy / 'other'
@@ -269,7 +405,7 @@ def test_bad_input_is_one_line(toy, tmp_path, capsys, more, words):
         load_tokenizer('bytes').save(other)
     more = {k: v.replace('TOY', str(toy)) if isinstance(v, str) else v for k, v in more.items()}
     with pytest.raises(SystemExit) as stopped:
-        ev.main(options(toy, tmp_path / 'out', **more))
+        ev.main(options(toy, tmp_path / 'out', **more) if more.get('models') != '' else ev.Config(**more))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and words in lines[-1] and len(lines) == 1
     assert not (tmp_path / 'out').exists()

@@ -20,10 +20,11 @@ import data.oasst1.prepare as oasst1
 import data.sharegpt.prepare as sharegpt
 import data.trl.prepare as trl
 from common.options import parse_config
-from common.records import kind_of, read_ranked, read_records, read_unpaired
+from common.records import read_ranked, read_records, read_unpaired
+from data.peek import kind_of
 from tiny import assistant, user
 
-KINDS = ('text', 'demonstrations', 'comparisons', 'rankings', 'unpaired', 'prompts')
+KINDS = ('text', 'demonstrations', 'comparisons', 'rankings', 'ratings', 'unpaired', 'prompts')
 TALK = [dict(role='system', content='s'), user('q'), assistant('a') | dict(weight=0), user('r'), assistant('b')]
 TURNS = [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]
 MESSAGE = dict(message_id='1', parent_id=None, text='q', role='prompter', lang='en', replies=[

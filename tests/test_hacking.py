@@ -1,4 +1,5 @@
 """The diffs of docs/hacking.md apply to a copy of the repository, and the commands below them run there."""
+import json
 import os
 import re
 import shlex
@@ -84,9 +85,11 @@ def test_an_advantage(copy):
              prompts=copy.data('p.jsonl', PROMPTS), max_new_tokens=6, batch_size=8, grad_accum=1, max_steps=2,
              out_dir=copy.out, **TINY)
     assert [line['step'] for line in read_log(os.path.join(copy.out, 'log.jsonl'))] == [1, 2]
-    said = copy.run('python -c "import reinforce, torch; print(reinforce.advantages(torch.tensor([[1., 2., 6.]]), '
-                    "'drgrpo').tolist())\"")
-    assert said.strip() == '[[-2.0, -1.0, 3.0]]' # as the page says
+    said = copy.run('python -c "import reinforce, torch; print(reinforce.advantages(torch.tensor('
+                    '[[1., 2., 6.], [3., 3., 3.]]), '
+                    "'lite').tolist())\"")
+    # mean 3; the six rewards' variance is (4 + 1 + 9) / 6, its root 1.527525
+    assert json.loads(said) == [by_hand([-1.309307, -0.654654, 1.963961]), [0.0, 0.0, 0.0]]
 
 def test_a_data_set(copy):
     prepare, peek, train = copy.apply('A data set')

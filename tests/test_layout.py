@@ -111,8 +111,8 @@ def test_what_lies_at_the_top():
 def test_sizes():
     core = ['model.py', *(f"{script}.py" for script in CORE_SCRIPTS), *(p for p in source() if p.startswith('common/'))]
     sizes = {'model.py': lines('model.py'), 'ppo.py': lines('ppo.py'), 'the core': lines(*core),
-             'the rest': lines(*source()) - lines(*core) - lines(*(p for p in source() if p.startswith('lessons/')))}
-    limits = {'model.py': 430, 'ppo.py': 310, 'the core': 4300, 'the rest': 5000}
+             'the rest': lines(*(p for p in source() if p not in core and not p.startswith(('lab/', 'lessons/'))))}
+    limits = {'model.py': 430, 'ppo.py': 310, 'the core': 4300, 'the rest': 5600}
     assert all(sizes[name] <= limits[name] for name in limits), sizes
 
 def first_sentence(docstring):

@@ -18,6 +18,7 @@ import microscope
 import ppo
 from browser import KEYS, MISSING, Browser
 from common.options import parse_config
+from common.rewards import Reward
 from common.tokens import prompt_ids
 from model import GPT
 from tiny import EOS, PROMPT, PROMPTS, ROOT, RUN, TOK, LikesOnes, bed, by_hand, checkpoint, records, run, stops
@@ -73,7 +74,7 @@ def test_the_numbers_are_those_of_roll_out(made, tmp_path, critic, whiten_reward
         models.critic.load_state_dict(torch.load(os.path.join(made.policy, 'state.pt'), weights_only=True)['critic'])
     asked = [prompt_ids(TOK, row['prompt']) for row in PROMPTS[:6]]
     torch.manual_seed(3) # shown are two answers to each of two prompts; two more prompts fill the iteration
-    batch, lengths, _ = ppo.roll_out(models, [asked[i] for i in (0, 0, 1, 1, 2, 3)], None, TOK, cfg, 0.3, RUN)
+    batch, lengths, _ = ppo.roll_out(models, [asked[i] for i in (0, 0, 1, 1, 2, 3)], [{}] * 6, TOK, cfg, 0.3, RUN)
     assert len(answers) == 4 and sorted(len(answer['ids']) for answer in answers)[1] > 2
     for b, answer in enumerate(answers):
         at = batch['mask'][b] > 0
@@ -84,8 +85,8 @@ def test_the_numbers_are_those_of_roll_out(made, tmp_path, critic, whiten_reward
             assert answer[name] == pytest.approx(batch[array][b, at].tolist(), abs=2e-5), name
         with torch.no_grad(): # the models' own doors, and for the rest the whole logits
             assert answer['ref_logp'] == pytest.approx(models.reference.logp(row, mask)[mask > 0].tolist(), abs=2e-5)
-            scores = [models.reward.rewards(row[:, :n], torch.tensor([n])).item() for n in range(row.size(1) - k,
-                                                                                               row.size(1) + 1)]
+            model, T = models.reward.models[0], row.size(1)
+            scores = [model.rewards(row[:, :n], torch.tensor([n])).item() for n in range(T - k, T + 1)]
             log_q = {name: model(row)[0][0, -k - 1:-1].log_softmax(-1) for name, model in (
                 ('top', models.policy), ('ref_top', models.reference))} # (k, V)
         assert answer['prefix'] == pytest.approx(scores, abs=2e-5)
@@ -113,8 +114,8 @@ def test_the_numbers_are_those_of_roll_out(made, tmp_path, critic, whiten_reward
 def bed_of(**more):
     """The bed of tiny.py, whose reward counts the ones, and options for it."""
     policy = bed(1)
-    models = ppo.Models(policy, bed(3, value_head=True), LikesOnes(), bed(2))
-    tok = SimpleNamespace(eos=EOS, decode_bytes=lambda ids: b''.join(b'%d' % i for i in ids if i < EOS))
+    models = ppo.Models(policy, bed(3, value_head=True), Reward([LikesOnes()]), bed(2))
+    tok = SimpleNamespace(eos=EOS, decode=str, decode_bytes=lambda ids: b''.join(b'%d' % i for i in ids if i < EOS))
     return models, tok, ppo.Config(**dict(prompts='-', max_new_tokens=2, batch_size=8, device='cpu', lr=0.05,
                                           missing_eos_penalty=0.5, kl_coef=0.25, **more))
 
@@ -151,7 +152,7 @@ def test_ratio_and_clip_by_hand(monkeypatch):
 def test_the_update_is_ppos_own_on_a_copy():
     models, tok, cfg = bed_of(epochs=3)
     torch.manual_seed(0)
-    batch, lengths, _ = ppo.roll_out(models, [PROMPT] * 32, None, tok, cfg, cfg.kl_coef, RUN)
+    batch, lengths, _ = ppo.roll_out(models, [PROMPT] * 32, [{}] * 32, tok, cfg, cfg.kl_coef, RUN)
     before = [p.clone() for model in models[:2] for p in model.parameters()]
     torch.manual_seed(1)
     ratio, _ = microscope.after_update(models, batch, lengths, cfg, RUN)
@@ -189,7 +190,7 @@ def test_the_options_are_those_of_the_run(made, tmp_path):
 def test_a_beta_that_moved_is_the_last_one(made, tmp_path):
     out = tmp_path / 'adapted'
     lines = run(ppo, policy=made.reference, reward_model=made.reward_model, prompts=made.prompts, out_dir=out,
-                max_steps=3, batch_size=8, minibatches=1, max_new_tokens=4, kl_coef=0.3, kl_target=6.0, kl_horizon=8)
+                max_steps=3, batch_size=8, minibatches=1, max_new_tokens=4, kl_coef=0.3, kl_target=6.0, kl_gain=1.0)
     assert lines[-1]['kl_coef'] < 0.25
     assert f"β {lines[-1]['kl_coef']:g}," in shown(made, tmp_path, prompt='Hi', policy=out)[1][1]
 

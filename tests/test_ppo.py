@@ -4,17 +4,20 @@ expected reward and the KL are sums; the options of the update. test_stages.py h
 """
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ppo
 from common import training
+from common.rewards import Reward
 from common.rollout import kl_k1, masked_mean, pack
 from common.training import make_optimizer
 from data.toy import world
 from model import GPT, GPTConfig
-from ppo import Models, adapt_kl_coef, gae, policy_loss, ppo_loss, roll_out, token_rewards, update, value_loss
+from ppo import (Models, adapt_kl_coef, gae, policy_loss, ppo_loss, ptx_backward, roll_out, token_rewards, update,
+                 value_loss)
 from tiny import (ANSWERS, BED_TOK, CLIPPED, DEMONSTRATIONS, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK,
                   LikesOnes, bed, by_hand, checkpoint, enumerated, gradients, records, run)
 
@@ -87,15 +90,22 @@ def test_value_loss_by_hand():
     assert values.grad.tolist() == [by_hand([0.333333, 0.0, -0.3, 0.0])]
 
 @pytest.mark.parametrize('kl, expected', [
-    (12.0, 0.100128), # error clipped at 0.2: 0.1 (1 + 0.2 * 64 / 10000)
-    (6.6, 0.100064), # 6.6 / 6 - 1 = 0.1
+    (12.0, 0.102), # error clipped at 0.2: 0.1 (1 + 0.1 * 0.2)
+    (6.6, 0.101), # 6.6 / 6 - 1 = 0.1
     (6.0, 0.1),
-    (5.4, 0.099936),
-    (0.0, 0.099872),
-    (-3.0, 0.099872), # an estimate may be negative
+    (5.4, 0.099),
+    (0.0, 0.098),
+    (-3.0, 0.098), # an estimate may be negative
 ])
 def test_adapt_kl_coef_by_hand(kl, expected):
-    assert adapt_kl_coef(0.1, kl, target=6.0, n=64, horizon=10000) == by_hand(expected)
+    assert adapt_kl_coef(0.1, kl, target=6.0, gain=0.1) == by_hand(expected)
+    assert adapt_kl_coef(0.1, kl, target=6.0, gain=0.5) == by_hand(0.1 + 5 * (expected - 0.1))
+
+def test_beta_grows_sevenfold_in_a_hundred_iterations_far_above_the_target():
+    kl_coef = 0.1
+    for _ in range(100):
+        kl_coef = adapt_kl_coef(kl_coef, 100.0, target=6.0, gain=0.1)
+    assert kl_coef == by_hand(0.724465) # 0.1 * 1.02^100: 100 log 1.02 = 1.980263
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the test bed of tiny.py
@@ -139,11 +149,12 @@ def config(**more):
 def train(cfg, iterations=8):
     """PPO on the test bed; returns the expected reward before and after, and the KL after, all enumerated."""
     policy, critic = bed(1), bed(3, value_head=True)
-    models = Models(policy, critic, LikesOnes(), copy.deepcopy(policy))
+    models = Models(policy, critic, Reward([LikesOnes()]), copy.deepcopy(policy))
     optimizers = dict(policy=make_optimizer(policy, cfg, eps=1e-5), critic=make_optimizer(critic, cfg, eps=1e-5))
     before = (enumerated(policy).exp() * REWARDS).sum().item()
     for step in range(iterations):
-        batch, lengths, _ = roll_out(models, [PROMPT] * cfg.batch_size, None, BED_TOK, cfg, cfg.kl_coef, RUN)
+        batch, lengths, _ = roll_out(models, [PROMPT] * cfg.batch_size, [{}] * cfg.batch_size, BED_TOK, cfg,
+                                     cfg.kl_coef, RUN)
         update(models, optimizers, batch, lengths, cfg, RUN, step)
     with torch.no_grad():
         logp, kl = enumerated(policy, models.reference)
@@ -161,11 +172,11 @@ def test_ppo_raises_the_expected_reward_and_beta_holds_it_back():
 def rolled(**more):
     """Roll-outs of the test bed; the same answers for every option."""
     cfg, policy = config(**more), bed(1)
-    models = Models(policy, bed(3, value_head=True), LikesOnes(), bed(2))
+    models = Models(policy, bed(3, value_head=True), Reward([LikesOnes()]), bed(2))
     with torch.no_grad():
         models.critic.value_head.weight.normal_()
         torch.manual_seed(5)
-        return models, *roll_out(models, [PROMPT] * 64, None, BED_TOK, cfg, cfg.kl_coef, RUN)
+        return models, *roll_out(models, [PROMPT] * 64, [{}] * 64, BED_TOK, cfg, cfg.kl_coef, RUN)
 
 def test_the_parts_of_a_roll_out_agree():
     models, batch, lengths, measured = rolled(gamma=1.0, lam=1.0, missing_eos_penalty=0.5, kl_coef=0.3)
@@ -306,9 +317,11 @@ def test_the_critic_has_a_learning_rate_of_its_own():
 def test_value_coef_is_for_a_shared_critic(shared, weight):
     """A separate one has an optimizer, and a learning rate, of its own."""
     models, batch, _, _ = rolled()
+    cfg = config()
+    cfg.value_coef = 0.25
     if shared:
         models = models._replace(policy=models.critic)
-    loss, measured, _ = ppo_loss(models, batch, config(value_coef=0.25), RUN)
+    loss, measured, _ = ppo_loss(models, batch, cfg, RUN)
     assert measured['value_loss'].item() > 0.01
     assert loss.item() == by_hand(measured['policy_loss'].item() + weight * measured['value_loss'].item())
     assert measured['loss'].item() == loss.item()
@@ -339,7 +352,8 @@ LOGGED = {'step', 'time', 'reward', 'score', 'kl', 'kl_k3', 'entropy', 'ended', 
           'value_clipfrac', 'grad_norm', 'first_ratio', 'updates', 'kl_coef', 'lr'}
 
 @pytest.mark.parametrize('options', [
-    dict(), dict(critic='shared'), dict(whiten_rewards=True, entropy_coef=0.01), dict(kl_target=1.0, kl_horizon=100),
+    dict(), dict(critic='shared', critic_lr=1e-5), dict(whiten_rewards=True, entropy_coef=0.01),
+    dict(kl_target=1.0, kl_gain=0.08),
     dict(grad_accum=2, early_stop_kl=1e-6), dict(gold='data.toy.world:gold')])
 def test_two_iterations(tmp_path, given, options):
     if 'gold' in options: # it knows no other prompts
@@ -350,7 +364,7 @@ def test_two_iterations(tmp_path, given, options):
     assert log[0]['first_ratio'] < 1e-4 and log[1]['first_ratio'] < 1e-4
     assert log[0]['kl'] == pytest.approx(0.0, abs=1e-4) and abs(log[1]['kl']) > 1e-6 # it starts at the reference
     assert log[0]['updates'] == (1 if 'early_stop_kl' in options else 4)
-    if 'kl_target' in options: # below the target: 0.05 (1 - 0.2 * 8 / 100)
+    if 'kl_target' in options: # below the target: 0.05 (1 - 0.08 * 0.2)
         assert [line['kl_coef'] for line in log] == by_hand([0.05, 0.0492])
     assert GPT.from_pretrained(str(tmp_path / 'out')).config.value_head == (options.get('critic') == 'shared')
 
@@ -363,7 +377,7 @@ def test_a_shared_critic_adds_no_bias_to_a_policy_without(tmp_path, given):
     policy, out = str(tmp_path / 'plain'), str(tmp_path / 'out')
     GPT(GPTConfig(64, 257, n_layer=1, n_head=2, n_embd=16, bias=False)).save_pretrained(policy)
     TOK.save(policy)
-    run(ppo, out_dir=out, max_steps=2, **given | dict(policy=policy, critic='shared', lr=1e-2))
+    run(ppo, out_dir=out, max_steps=2, **given | dict(policy=policy, critic='shared', critic_lr=1e-5, lr=1e-2))
     trained = GPT.from_pretrained(out)
     assert trained.ln_f.bias.abs().max() == 0 and trained.value_head.weight.abs().max() > 0
 
@@ -371,11 +385,11 @@ def test_the_critic_starts_as_the_reward_model_and_others_stay(tmp_path, given, 
     kept, load_models = [], ppo.load_models
     monkeypatch.setattr(ppo, 'load_models', lambda *a: (kept.append(load_models(*a)), kept[-1])[1])
     before = load_models(config(**{k: given[k] for k in ('policy', 'reward_model')}), RUN, TOK)
-    assert torch.equal(before.critic.value_head.weight, before.reward.reward_head.weight)
+    assert torch.equal(before.critic.value_head.weight, before.reward.models[0].reward_head.weight)
     run(ppo, out_dir=str(tmp_path / 'out'), max_steps=2, **given)
     after = kept[0]
     same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    assert same(before.reward, after.reward) and same(before.reference, after.reference)
+    assert same(before.reward.models[0], after.reward.models[0]) and same(before.reference, after.reference)
     assert same(before.policy, before.reference)
     assert not same(before.policy, after.policy) and not same(before.critic, after.critic)
 
@@ -387,10 +401,29 @@ def test_float16(tmp_path, given, monkeypatch, critic, scale_may_change):
     monkeypatch.setattr(ppo, 'optimizer_step', lambda run, cfg, step, model, optimizer, lr, *more: (
         last.append((more or (True,))[0]), optimizer_step(run, cfg, step, model, optimizer, lr, *more))[1])
     lines = run(ppo, out_dir=str(tmp_path / 'out'), max_steps=1, dtype='float16', critic=critic,
-                **given | dict(epochs=1, minibatches=1, batch_size=8))
+                **given | dict(epochs=1, minibatches=1, batch_size=8, critic_lr=1e-5))
     assert last == scale_may_change and lines[0]['grad_norm'] > 0
-    held = [m.h[0].mlp.c_fc.weight.dtype for m in kept[0]] # policy, critic, reward model, reference
+    models = kept[0]._replace(reward=kept[0].reward.models[0])
+    held = [m.h[0].mlp.c_fc.weight.dtype for m in models] # policy, critic, reward model, reference
     assert held == [torch.float32] * 2 + [torch.float16] * 2
+
+class Falls(torch.nn.Module):
+    """Gives token number k the log-probability -w k; a pad's is absurd."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(1.0))
+
+    def logp(self, idx, mask):
+        return -self.w * torch.where(idx[:, 1:] == 0, 1e6, idx[:, 1:].float()) * mask
+
+@pytest.mark.parametrize('grad_accum', [1, 3])
+def test_ptx_loss_by_hand(grad_accum):
+    examples = [([5, 2, 1], [0, 1, 1]), ([7, 9, 4, 3], [0, 0, 1, 1]), ([6, 8], [0, 1])]
+    policy = Falls()
+    loss = ptx_backward(policy, examples, SimpleNamespace(ptx_coef=0.5, grad_accum=grad_accum), RUN)
+    assert loss == by_hand(3.6) # (2 + 1 + 4 + 3 + 8) / 5 tokens, whatever rows they are in; not times ptx_coef
+    assert policy.w.grad.item() == by_hand(1.8) # 0.5 * 3.6
 
 @pytest.mark.parametrize('grad_accum', [1, 2])
 def test_ptx_adds_the_pretraining_gradient_and_walks_through_its_data(tmp_path, given, monkeypatch, grad_accum):
@@ -404,11 +437,14 @@ def test_ptx_adds_the_pretraining_gradient_and_walks_through_its_data(tmp_path, 
         rows.at = lambda step: (asked.append(step), at(step))[1]
         return rows, other
 
-    plain, _ = gradients(monkeypatch, ppo, out_dir=str(tmp_path / 'plain'), **options)
+    plain, lines = gradients(monkeypatch, ppo, out_dir=str(tmp_path / 'plain'), **options)
+    assert 'ptx_loss' not in lines[0]
     monkeypatch.setattr(ppo, 'load_training_set', noting)
     mixed, _ = gradients(monkeypatch, ppo, out_dir=str(tmp_path / 'mixed'), ptx_coef=0.5, ptx_data=data,
                          ptx_batch_size=8, **options)
     assert asked == list(range(8)) # two iterations of two epochs of two minibatches: no batch twice, none left out
+    _, lines = gradients(monkeypatch, ppo, out_dir=str(tmp_path / 'once'), ptx_coef=0.5, ptx_data=data,
+                         ptx_batch_size=8, early_stop_kl=1e-6, **options)
     policy = GPT.from_pretrained(given['policy'])
     rows = load(data, TOK, 64, 8, 1)[0].at(0)
     loss = 0.0 # the mean over all 64 answer tokens, one row at a time
@@ -418,3 +454,4 @@ def test_ptx_adds_the_pretraining_gradient_and_walks_through_its_data(tmp_path, 
     expected = torch.autograd.grad(0.5 * loss, list(policy.parameters()))
     for a, b, e in zip(plain[0], mixed[0], expected, strict=True):
         torch.testing.assert_close(b - a, e, rtol=0, atol=1e-5)
+    assert lines[0]['updates'] == 1 and lines[0]['ptx_loss'] == by_hand(loss.item()) # of the updates that were made

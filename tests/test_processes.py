@@ -208,17 +208,27 @@ def test_processes_share_the_rows():
 def options_of(kind, folder):
     """Return (script, options); half of the answers alone would decide on other early stops."""
     made = stages(folder)
-    if kind == 'grpo':
-        return 'reinforce', made['rloo'][1] | dict(kind='grpo', kl_coef=0.5)
+    if kind in ('grpo', 'gspo', 'constant'):
+        own = dict(grpo={}, gspo=dict(ratio='sequence', average='answer', clip=0.01), constant=dict(average='constant'))
+        return 'reinforce', made['rloo'][1] | dict(kind='grpo', kl_coef=0.5) | own[kind]
     if kind == 'margins': # three rows for batches of four
         return 'reward', made['reward'][1] | dict(
             train_data=records(os.path.join(folder, 'margins.jsonl'), COMPARISONS[:3]), lm_coef=0.0,
             val_data=records(os.path.join(folder, 'one_margin.jsonl'), COMPARISONS[3:]))
+    if kind == 'ratings': # each prompt has as many answers as its number says: the shares of the processes differ
+        rows = [dict(prompt=f'{n}', response='x' * k, score=(3 * n + k) % 5)
+                for n in range(1, 6) for k in range(1, n + 1)]
+        path = records(os.path.join(folder, 'ratings.jsonl'), rows)
+        return 'reward', made['reward'][1] | dict(train_data=path, val_data=path, loss='regression')
     if kind == 'teacher':
         return 'sft', made['sft'][1] | dict(teacher=os.path.join(folder, 'sft_model'), temperature=2.0)
+    if kind == 'on policy': # three of the four batches are the student's
+        return 'sft', made['sft'][1] | dict(teacher=os.path.join(folder, 'sft_model'), on_policy=0.5, max_new_tokens=6,
+                                            divergence='jsd', jsd_beta=0.9)
     return 'ppo', made['ppo'][1] | dict(early_stop_kl=0.1, lr=0.01, epochs=4)
 
-@pytest.mark.parametrize('kind', ['grpo', 'margins', 'teacher', 'early stop'])
+@pytest.mark.parametrize('kind', ['grpo', 'gspo', 'constant', 'margins', 'ratings', 'teacher', 'on policy',
+                                  'early stop'])
 def test_two_forks_train_as_one(tmp_path, kind):
     script, options = options_of(kind, str(tmp_path))
     options |= dict(max_steps=4)

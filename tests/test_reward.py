@@ -14,8 +14,10 @@ from common.tokens import prompt_ids, response_ids
 from common.training import make_optimizer
 from model import GPT, GPTConfig
 from models import signs
-from reward import bradley_terry_loss, evaluate, margin_of, normalise_rewards, ranking_loss, score_rows
-from tiny import COMPARISONS, RANKINGS, TOK, by_hand, records, run, stops
+from reward import (bradley_terry_loss, evaluate, margin_of, normalise_rewards, ranking_loss, regression_loss,
+                    score_rows, standardise)
+from tiny import (COMPARISONS, RANKINGS, TOK, assert_resumes_exactly, assert_same_for_micro_batches, by_hand, records,
+                  run, stops)
 
 T = torch.tensor
 
@@ -88,6 +90,55 @@ def test_weight_decay_is_for_matrices_heads_included():
     still = {name: p for name, p in model.named_parameters() if name not in decayed} # the head of rewards has no bias
     assert 'value_head.bias' in still and all(name.endswith('bias') or '.ln_' in f".{name}" for name in still)
     assert all((p == 1).all() for p in still.values())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ratings
+
+def rated(*values, ranks=None, key='ratings'):
+    """Make a row whose answers have these ratings."""
+    ranks = ranks or [sorted(set(values), reverse=True).index(x) for x in values]
+    return Row([1], [[2]] * len(values), {'ranks': ranks, key: list(values), 'responses': ['a'] * len(values)})
+
+def test_regression_loss_by_hand():
+    scores = T([2., 0., -1.], requires_grad=True)
+    loss = regression_loss(scores, T([1., 0., 0.5])) # (1 + 0 + 2.25) / 3
+    loss.backward()
+    assert loss.shape == () and loss.item() == by_hand(1.083333)
+    assert scores.grad.tolist() == by_hand([2 / 3, 0.0, -1.0]) # 2 (score - z) / 3
+
+@pytest.mark.parametrize('key', ['ratings', 'scores'])
+def test_ratings_are_standardised(key):
+    """7, 1 and 4: mean 4, variance (9 + 9 + 0) / 3 = 6. Rankings with `scores` are read alike."""
+    rows = [rated(7., 1., key=key), rated(4., key=key)]
+    standardise(rows, 'file')
+    assert [row.record['ratings'] for row in rows] == [by_hand([1.224745, -1.224745]), by_hand([0.0])]
+
+def test_a_loss_of_ratings_is_a_mean_over_answers():
+    """Not over prompts: z 1, -1 | 1; scores 0, 0 | 3: (1 + 1 + 4) / 3 = 2, where prompts would give (1 + 4) / 2."""
+    rows = [rated(1., -1.), rated(1.)]
+    assert reward.preference_loss(T([0., 0., 3.]), rows, False, 'regression').item() == by_hand(2.0)
+
+def test_held_out_ratings_by_hand():
+    """
+    z 1, -1 | 0, 0 | 0; scores 3, 1 | 2, 0 | 1: squares 4, 4, 4, 0, 1: 13/5. The correlation: scores less their mean 1.4
+    are 1.6, -.4, .6, -1.4, -.4, with z (1.6 + .4) = 2; 2 / sqrt(2 * 5.2), 5.2 their squares' sum. One pair, in order.
+    """
+    class Fixed(torch.nn.Module):
+        def answers(self, batch):
+            return None, T([3., 1., 2., 0., 1.])
+
+    rows = [rated(1., -1.), rated(0., 0.), rated(0.)]
+    found = evaluate(Fixed(), rows, Run('cpu', 'float32'), loss='regression')
+    assert found == {'val_loss': by_hand(2.6), 'val_correlation': by_hand(0.620174), 'val_accuracy': 1.0,
+                     'val_shorter_wins': 0.5, 'val_pairs': 1}
+
+def test_lone_answers_are_learnt_without_a_pair():
+    class Fixed(torch.nn.Module):
+        def answers(self, batch):
+            return None, T([0., 2.])
+
+    found = evaluate(Fixed(), [rated(1.), rated(-1.)], Run('cpu', 'float32'), loss='regression')
+    assert found == {'val_loss': by_hand(5.0), 'val_correlation': by_hand(-1.0), 'val_pairs': 0} # (1 + 9) / 2
 
 # ---------------------------------------------------------------------------------------------------------------------
 # normalising
@@ -271,3 +322,105 @@ def test_scores_that_do_not_differ_cannot_be_normalised(tmp_path, sft_model, cap
                  train_data=records(tmp_path / 'same.jsonl', rows))
     assert 'the scores of the training answers do not differ' in said
     assert set(os.listdir(tmp_path / 'out')) == {'.lock', 'log.jsonl'}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs on ratings
+
+NUMBERS = iter([7, 2, 4, 9, 3, 8, 8, 1, 5, 5, 6, 2, 10, 4, 4, 9, 1, 3, 7, 6, 5])
+RATINGS = [dict(prompt=row['prompt'], response=text, score=next(NUMBERS)) for row in RANKINGS
+           for text in row['responses']]
+RATINGS += [dict(prompt='Alone', response='one', score=9), dict(prompt='Alone too', response='two', score=1)]
+
+@pytest.fixture
+def ratings(tmp_path):
+    return records(tmp_path / 'ratings.jsonl', RATINGS)
+
+def test_it_learns_ratings(tmp_path, sft_model, ratings, capsys):
+    """Held-out and training loss are alike on the same rows, and the scores are normalised as ever."""
+    out, n = str(tmp_path / 'out'), len({row['prompt'] for row in RATINGS})
+    log = run(reward, out_dir=out, init_from=sft_model, train_data=ratings, val_data=ratings, loss='regression',
+              lr=0.01, batch_size=n, max_steps=60, eval_every=20)
+    steps, held_out = ([line for line in log if key in line] for key in ('loss', 'val_loss'))
+    assert held_out[0]['val_loss'] == pytest.approx(steps[0]['loss'], abs=1e-5)
+    assert held_out[-1]['val_correlation'] > 0.95 and held_out[-1]['val_accuracy'] > 0.9
+    assert held_out[0]['val_loss'] > 1 > 0.2 > held_out[-1]['val_loss'] # guessing the mean costs 1, the variance of z
+    scores = scores_alone(GPT.from_pretrained(out).eval(), [row | dict(responses=[row['response']]) for row in RATINGS])
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-4) and scores.std().item() == pytest.approx(1.0, abs=1e-4)
+    assert f"{len(RATINGS)} ratings of {len(RATINGS)} answers, 0 of them rated several times" in capsys.readouterr().out
+
+def test_the_first_regression_loss_is_the_variance(tmp_path, sft_model, ratings, monkeypatch):
+    def without_head(*args, **more):
+        model = load_policy(*args, **more)
+        torch.nn.init.zeros_(model.reward_head.weight)
+        return model
+    monkeypatch.setattr(reward, 'load_policy', without_head)
+    log = run(reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=ratings, batch_size=10,
+              max_steps=2, loss='regression')
+    assert log[0]['loss'] == by_hand(1.0) and log[1]['loss'] < 1
+
+def test_several_raters_and_rankings_with_scores_are_the_same_ratings(tmp_path, sft_model, ratings, capsys):
+    """Each rater 1 above or below; or all in one ranking per prompt, which then are measured alike."""
+    two = [records(tmp_path / f'{by}.jsonl', [row | dict(score=row['score'] + by) for row in RATINGS])
+           for by in (1, -1)]
+    rows = [row | dict(scores=[x['score'] for x in RATINGS if x['prompt'] == row['prompt']]) for row in RANKINGS]
+    rows = [row | dict(ranks=[0] * len(row['ranks'])) for row in rows] # ties are no reason to leave them out
+    files = dict(one=ratings, two=','.join(two))
+    logs = {name: run(reward, out_dir=str(tmp_path / name), init_from=sft_model, train_data=path, max_steps=2, seed=1,
+                      loss='regression') for name, path in files.items()}
+    for a, b in zip(*logs.values()):
+        assert a['loss'] == by_hand(b['loss'])
+    n = len(RATINGS)
+    assert f"{2 * n} ratings of {n} answers, {n} of them rated several times: 2.00 apart" in capsys.readouterr().out
+    one = records(tmp_path / 'one.jsonl', [row for row in RATINGS if 'Alone' not in row['prompt']])
+    scored = records(tmp_path / 'scored.jsonl', rows)
+    logs = [run(reward, out_dir=str(tmp_path / name), init_from=sft_model, train_data=path, max_steps=1, batch_size=8,
+                loss='regression')[0]['loss'] for name, path in (('a', one), ('b', scored))]
+    assert logs[0] == by_hand(logs[1])
+
+@pytest.mark.parametrize('lm_coef', [0.0, 0.5])
+def test_regression_sums_over_micro_batches_and_resumes_exactly(tmp_path, sft_model, ratings, monkeypatch, lm_coef):
+    options = dict(init_from=sft_model, train_data=ratings, loss='regression', lm_coef=lm_coef, batch_size=8)
+    assert_same_for_micro_batches(monkeypatch, tmp_path, reward, ['loss', 'accuracy'], max_steps=1, **options)
+    assert_resumes_exactly(tmp_path, reward, **options)
+
+def test_answers_rated_above_the_mean_are_learnt_to_be_written(tmp_path, sft_model):
+    """Scores 1, 2 and 9, mean 4: the third alone, 3 tokens with space and end. Its prompt has no other answer."""
+    rows = [dict(prompt='Hi', response='Yo', score=1), dict(prompt='Hi', response='hm', score=2),
+            dict(prompt='A', response='c', score=9)]
+    path, losses = records(tmp_path / 'rows.jsonl', rows), []
+    for coef in (0.0, 0.5):
+        log = run(reward, out_dir=str(tmp_path / str(coef)), init_from=sft_model, train_data=path, max_steps=1,
+                  batch_size=2, lm_coef=coef, loss='regression')
+        losses.append(log[0]['loss'])
+    model, ids = GPT.from_pretrained(sft_model).eval(), prompt_ids(TOK, 'A') + response_ids(TOK, 'c')
+    logp = model(T([ids]))[0].log_softmax(-1)[0]
+    total = sum(logp[t - 1, ids[t]].item() for t in range(len(ids) - 3, len(ids)))
+    assert losses[1] - losses[0] == pytest.approx(-0.5 * total / 3, abs=1e-5)
+
+def test_lone_answers_alone_can_be_trained_on(tmp_path, sft_model):
+    path = records(tmp_path / 'rows.jsonl', RATINGS[-2:])
+    log = run(reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path, val_data=path, max_steps=2,
+              batch_size=2, loss='regression', lm_coef=0.5)
+    assert 'accuracy' not in log[-2] and log[-1]['val_pairs'] == 0 and 'val_accuracy' not in log[-1]
+
+def test_ratings_make_pairs_too(tmp_path, sft_model, ratings):
+    """The default loss takes the pairs that they imply."""
+    rows = [row | dict(ranks=[-x['score'] for x in RATINGS if x['prompt'] == row['prompt']]) for row in RANKINGS]
+    rows = [row | dict(ranks=[rank + 10 for rank in row['ranks']]) for row in rows]
+    logs = [run(reward, out_dir=str(tmp_path / name), init_from=sft_model, train_data=path, max_steps=1, batch_size=8)
+            for name, path in (('a', ratings), ('b', records(tmp_path / 'rankings.jsonl', rows)))]
+    assert logs[0][0]['loss'] == by_hand(logs[1][0]['loss'])
+
+@pytest.mark.parametrize('rows, options, expected', [
+    (RATINGS, dict(loss='mse'), "--loss=mse: loss must be pairwise or regression, got 'mse'"),
+    (RANKINGS, dict(loss='regression'), '{path}: wanted ratings, or rankings with `scores`, that differ, with'),
+    (COMPARISONS, dict(loss='regression'), '{path}: wanted ratings, or rankings with `scores`'),
+    ([row | dict(score=3) for row in RATINGS], dict(loss='regression'),
+     '{path}: wanted ratings, or rankings with `scores`, that differ'),
+    ([row | dict(score=3) for row in RATINGS], dict(), 'all answers of every prompt tie'),
+    ([dict(prompt='Hi', response='Yo', label=True)], dict(loss='regression'), 'wanted rankings'),
+])
+def test_bad_ratings(tmp_path, sft_model, capsys, rows, options, expected):
+    path = records(tmp_path / 'rows.jsonl', rows)
+    said = stops(capsys, reward, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=path, **options)
+    assert expected.format(path=path) in said and not os.path.exists(tmp_path / 'out')

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import rrhf
-from common.batches import Row
+from common.batches import Row, collate, collate_answers, encode_demonstrations
 from common.tokens import prompt_ids, response_ids
-from model import GPT
+from model import GPT, GPTConfig
 from rrhf import batch_loss, rrhf_loss
+from sft import sft_loss
 from tiny import COMPARISONS, RANKINGS, TOK, by_hand, gradients, records, run
 
 NAN = float('nan')
@@ -74,6 +75,25 @@ def test_the_first_of_equally_good_answers_is_learnt():
     loss, _ = batch_loss(logp, rows, SimpleNamespace(sizes=T([1, 1, 1])), CFG(rank_coef=1.0))
     loss.backward()
     assert loss.item() == by_hand(1.0) and logp.grad.tolist() == by_hand([0.0, -1.0, 0.0])
+
+def test_sft_is_rrhf_without_the_ranking_part():
+    """With rank_coef 0 the loss and its gradients are those of sft.py on the prompt's best answer alone."""
+    texts, best = ['No.', 'Yes, it is.', 'Well'], 1
+    row = Row(prompt_ids(TOK, 'Hi'), [response_ids(TOK, text) for text in texts], dict(ranks=[1, 0, 2]))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=TOK.n_vocab, n_layer=1, n_head=2, n_embd=16))
+
+    answers = collate_answers([row])
+    loss, _ = batch_loss(model.answers(answers)[0], [row], answers, CFG(rank_coef=0.0))
+    loss.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    idx, mask = collate(encode_demonstrations(TOK, [dict(prompt='Hi', response=texts[best])], 64))
+    expected = sft_loss(model.logp(idx, mask), mask)
+    expected.backward()
+    assert loss.item() == by_hand(expected.item()) and expected > 1
+    for a, p in zip(found, model.parameters()):
+        assert torch.allclose(a, p.grad, atol=1e-6)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs

@@ -39,7 +39,10 @@ class Stage:
 
     def given(self, **more):
         more = {k: v.format(folder=self.folder) if isinstance(v, str) else v for k, v in more.items()}
-        return self.options | more
+        unread = {'critic_lr'} if more.get('critic') == 'shared' else set()
+        if more.get('init_from', 'scratch') != 'scratch':
+            unread |= SCRATCH.keys()
+        return {k: v for k, v in self.options.items() if k not in unread} | more
 
     def run(self, **more):
         return run(self.script, **dict(out_dir=self.out) | self.given(**more))
@@ -100,11 +103,12 @@ def cross(names, rows):
         (dict(kl_coef=-1), '--kl_coef=-1: kl_coef must be at least 0, got -1.0'),
         (dict(max_new_tokens=64), 'wanted block_size above max_new_tokens'),
         (dict(max_new_tokens=65), 'wanted block_size above max_new_tokens'),
-        (dict(gold='data.toy.world:gold'), "prompts.jsonl: prompt 1: not a prompt of the toy world: 'Hi'"),
+        (dict(gold='data.toy.world:gold'),
+         "--gold=data.toy.world:gold: ValueError: not a prompt of the toy world: 'Hi' ("),
         (dict(gold='toy'), '--gold=toy: cannot be imported (')]),
     ('sft', dict(train_date='x'), '--train_date=x: unknown option train_date, did you mean train_data?'),
     ('sft', dict(lr='fast'), "--lr=fast: lr must be float, got 'fast'"),
-    ('sft', dict(train_data=''), "train_data must be a file of demonstrations or text, got ''"),
+    ('sft', dict(train_data=''), "train_data must be a file of records, see --help, got ''"),
     ('sft', dict(loss_on='answer'), "--loss_on=answer: loss_on must be response or all, got 'answer'"),
     ('sft', dict(val_fraction=1.0), '--val_fraction=1.0: val_fraction must be at least 0 and below 1, got 1.0'),
     ('sft', dict(eval_batches=-1), 'eval_batches must be at least 0, got -1'),
@@ -114,33 +118,33 @@ def cross(names, rows):
     ('sft', dict(n_head=3), 'n_embd must be a multiple of n_head, got n_embd=16, n_head=3'),
     ('reward', dict(init_form='x'), '--init_form=x: unknown option init_form, did you mean init_from?'),
     ('reward', dict(epochs=1.5), '--epochs=1.5: epochs must be int, got 1.5'),
-    ('reward', dict(train_data=''), "train_data must be a file of rankings or comparisons, got ''"),
+    ('reward', dict(train_data=''), "train_data must be a file of records, see --help, got ''"),
     ('reward', dict(normalise_on=0), '--normalise_on=0: normalise_on must be at least 1, got 0'),
     ('reward', dict(lm_coef=-1), '--lm_coef=-1: lm_coef must be at least 0, got -1.0'),
     ('dpo', dict(label_smooth=0.1), '--label_smooth=0.1: unknown option label_smooth, did you mean label_smoothing?'),
     ('dpo', dict(beta='high'), "--beta=high: beta must be float, got 'high'"),
-    ('dpo', dict(beta=0), '--beta=0: beta must be above 0, got 0.0'),
+    ('dpo', dict(beta=-0.1), '--beta=-0.1: beta must be at least 0, got -0.1'),
     ('dpo', dict(label_smoothing=0.5),
      '--label_smoothing=0.5: label_smoothing must be at least 0 and below 0.5, got 0.5'),
     ('dpo', dict(loss='sympo'), "--loss=sympo: loss must be one of dpo, ipo, hinge, simpo, orpo, got 'sympo'"),
     ('dpo', dict(simpo_margin=-1), '--simpo_margin=-1: simpo_margin must be at least 0, got -1.0'),
-    ('dpo', dict(train_data=''), "train_data must be a file of comparisons or rankings, got ''"),
+    ('dpo', dict(train_data=''), "train_data must be a file of records, see --help, got ''"),
     ('kto', dict(undesirable=2), '--undesirable=2: unknown option undesirable, did you mean undesirable_weight?'),
     ('kto', dict(beta=0), '--beta=0: beta must be above 0, got 0.0'),
     ('kto', dict(batch_size=1), '--batch_size=1: batch_size must be at least 2, got 1'),
     ('kto', dict(desirable_weight=-1), '--desirable_weight=-1: desirable_weight must be at least 0, got -1.0'),
     ('kto', dict(undesirable_weight=-1), '--undesirable_weight=-1: undesirable_weight must be at least 0, got -1.0'),
-    ('kto', dict(train_data=''), "train_data must be a file of answers with labels, comparisons or rankings, got ''"),
+    ('kto', dict(train_data=''), "train_data must be a file of records, see --help, got ''"),
     ('rrhf', dict(rank_coeff=2), '--rank_coeff=2: unknown option rank_coeff, did you mean rank_coef?'),
     ('rrhf', dict(rank_coef=-1), '--rank_coef=-1: rank_coef must be at least 0, got -1.0'),
     ('rrhf', dict(use_scores=1), '--use_scores=1: use_scores must be bool, got 1'),
-    ('rrhf', dict(train_data=''), "train_data must be a file of rankings or comparisons, got ''"),
+    ('rrhf', dict(train_data=''), "train_data must be a file of records, see --help, got ''"),
     ('ppo', dict(rewardmodel='x'), '--rewardmodel=x: unknown option rewardmodel, did you mean reward_model?'),
     ('ppo', dict(epochs='two'), "--epochs=two: epochs must be int, got 'two'"),
     ('ppo', dict(lam=1.5), '--lam=1.5: lam must be between 0 and 1, got 1.5'),
     ('ppo', dict(critic='none'), "--critic=none: critic must be separate or shared, got 'none'"),
     ('ppo', dict(kl_target=6.0, kl_coef=0.0), 'kl_coef must be above 0 with kl_target, which multiplies it, got 0.0'),
-    ('ppo', dict(kl_target=6.0, kl_horizon=3), 'kl_horizon must be at least batch_size * minibatches'),
+    ('ppo', dict(kl_target=6.0, kl_gain=5.0), '--kl_gain=5.0: kl_gain must be above 0 and below 5, got 5.0'),
     ('ppo', dict(ptx_coef=1.0), 'ptx_data must be given together with ptx_coef'),
     ('ppo', dict(ptx_coef=1.0, ptx_data='{folder}/prompts.jsonl', ptx_batch_size=1, grad_accum=2),
      '--ptx_batch_size=1: must be at least 2, processes x grad_accum'),
@@ -152,6 +156,20 @@ def cross(names, rows):
     ('reinforce', dict(batch_size=6), '--batch_size=6: batch_size must be a multiple of n_answers=4, got 6'),
     ('reinforce', dict(baseline_decay=1.0),
      '--baseline_decay=1.0: baseline_decay must be at least 0 and below 1, got 1.0'),
+    ('reinforce', dict(baseline_decay=0.5),
+     '--baseline_decay=0.5: baseline_decay must be left at 0.9: only kind=reinforce reads it, got 0.5'),
+    ('reinforce', dict(scale_std=False),
+     '--scale_std=False: scale_std must be left at True: only kind=grpo reads it, got False'),
+    ('reinforce', dict(kind='reinforce', refill=2),
+     '--refill=2: refill must be left at 0: only kind=rloo or grpo reads it, got 2'),
+    ('reinforce', dict(refill=-1), '--refill=-1: refill must be at least 0, got -1'),
+    ('reinforce', dict(clip_high=-0.1), '--clip_high=-0.1: clip_high must be at least 0, got -0.1'),
+    ('reinforce', dict(loss='cispo', clip_high=1.0, clip=0.3),
+     '--clip=0.3: clip must be left at 0.2: only loss=clip reads it, got 0.3'),
+    ('reinforce', dict(loss='gspo'), "--loss=gspo: loss must be clip or cispo, got 'gspo'"),
+    ('reinforce', dict(ratio='answer'), "--ratio=answer: ratio must be token or sequence, got 'answer'"),
+    ('reinforce', dict(average='tokens'),
+     "--average=tokens: average must be token, answer or constant, got 'tokens'"),
 ])
 def test_bad_options(stage, capsys, options, expected):
     assert expected in stage.stops(capsys, **dict(max_steps=1) | options)
@@ -283,14 +301,15 @@ def test_resume_with_another_model_is_refused(stage, tmp_path, capsys, changed, 
 # stopping and resuming
 
 KINDS = [('reinforce', dict(kind='reinforce')), ('reinforce', dict(kind='rloo')),
-         ('reinforce', dict(kind='grpo', epochs=2))]
+         ('reinforce', dict(kind='grpo', epochs=2)),
+         ('reinforce', dict(kind='grpo', epochs=2, ratio='sequence', average='answer', scale_std=False))]
 
 @table('options', [
     ('sft', dict(dropout=0.1)), # dropout: the generator counts
     ('sft', dict(dtype='float16', checkpointing=True)), ('sft', dict(teacher='{folder}/sft', temperature=2.0)),
     ('reward', dict(dropout=0.1)), # the shorter run ends with normalised scores; the longer takes those it trained
-    ('dpo', {}), ('kto', {}), ('rrhf', {}), ('ppo', dict(kl_target=1.0, kl_horizon=100)),
-    ('ppo', dict(critic='shared', kl_target=1.0, kl_horizon=100)), *KINDS])
+    ('dpo', {}), ('kto', {}), ('rrhf', {}), ('ppo', dict(kl_target=1.0, kl_gain=0.08)),
+    ('ppo', dict(critic='shared', kl_target=1.0, kl_gain=0.08)), *KINDS])
 def test_four_steps_equal_two_and_two_more(stage, tmp_path, options):
     assert_resumes_exactly(tmp_path, stage.script, **stage.given(**options))
 

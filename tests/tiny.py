@@ -68,6 +68,7 @@ class Config(TrainOptions):
     batch_size: int = 4
     grad_accum: int = 1
     save_every: int = 2
+    eval_every: int = 0
     device: str = 'cpu'
     dtype: str = 'float32'
 
@@ -278,7 +279,7 @@ def assert_nan_stops(tmp_path, capsys, script, option, **options):
 
 RUN = Run('cpu', 'float32')
 EOS, PROMPT = 3, [0]
-BED_TOK = SimpleNamespace(eos=EOS)
+BED_TOK = SimpleNamespace(eos=EOS, decode=str)
 ANSWERS = [[EOS]] + [[a, b] for a in range(3) for b in range(4)] # all 13 of them
 N_TOKENS = 25 # 1 + 12 * 2
 
@@ -316,3 +317,38 @@ CLIPPED = [
     (0.5, -1.0, +0.8, 0.0), # a bad action has halved already: clipped
     (1.1, +2.0, -2.2, -2.2), # within the clip
 ]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# functions as a user writes them
+
+@pytest.fixture
+def rules(tmp_path, monkeypatch):
+    """Write functions as a user would, into a module and into a file with a neighbour."""
+    text = '''
+def score(record, response):
+    if record['prompt'] == 'Why?':
+        raise ValueError(f'unknown prompt {record["prompt"]!r}')
+    return len(response) - len(record['prompt'])
+
+def scaled(record, response, by=1, plus=0):
+    return by * len(response) + plus
+
+def exact(record, response):
+    return response == record['answer']
+
+def nothing(record, response):
+    return None if response else 0
+
+def infinite(record, response):
+    return float('inf') if response == 'oo' else 0.5
+
+LIST = []
+'''
+    (tmp_path / 'rules_of_mine.py').write_text(text)
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'neighbour_of_mine.py').write_text('OFFSET = 10\n')
+    (tmp_path / 'mine' / 'file_of_mine.py').write_text(
+        'from neighbour_of_mine import OFFSET\n\ndef score(record, response):\n    return OFFSET + len(response)\n')
+    (tmp_path / 'mine' / 'broken_of_mine.py').write_text('def score(record, response):\n    return (\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path

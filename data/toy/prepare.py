@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's 
 
 from common.options import launch, require
 from common.records import write_records
-from common.tokens import load_tokenizer, save_bpe, train_bpe
+from common.tokens import load_tokenizer, save_bpe
+from data.bpe import train_bpe
 from data.toy import world
 
 @dataclass

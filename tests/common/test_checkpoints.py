@@ -231,7 +231,7 @@ def test_a_folder_without_permission_is_told(tmp_path, capsys, resume):
 
 def test_resume_without_a_checkpoint_is_told(tmp_path, capsys):
     cfg, model = config(tmp_path, resume=True), tiny()
-    assert 'state.pt is missing' in one_line(capsys, lambda: load_checkpoint(RUN, cfg, model, {}))
+    assert 'state.pt is missing' in one_line(capsys, lambda: prepare_out_dir(Run('cpu', 'float32'), cfg))
     assert load_checkpoint(RUN, config(tmp_path), model, {}) is None
 
 def test_the_end_of_text_is_the_tokenizers_where_the_model_has_more_tokens(tmp_path):
@@ -423,7 +423,10 @@ def test_resuming_with_other_inputs(tmp_path, capsys):
     assert '--' not in resume() and '--' not in resume(init_from=str(moved))
     assert one_line(capsys, lambda: resume(init_from=other)) == (
         f"--init_from={other}: is not what the run in {tmp_path}/out began with; wanted the same model")
-    assert '--tokenizer=bytes: is not what the run in' in one_line(capsys, lambda: resume(tokenizer='bytes'))
+    scratch = dict(init_from='scratch', out_dir=str(tmp_path / 'scratch'))
+    prepare_out_dir(run := Run('cpu', 'float32'), first := cfg(tokenizer='bytes', **scratch))
+    save_checkpoint(run, first, tiny(), TOK, 1, {})
+    assert '--tokenizer=gpt2: is not what the run in' in one_line(capsys, lambda: resume(**scratch))
     records(tmp_path / 'a.jsonl', [dict(text='b')])
     assert f"--train_data={data}: is not what the run in {tmp_path}/out began with; going on" in resume()
 

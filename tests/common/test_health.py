@@ -132,7 +132,8 @@ def test_a_resumed_run_knows_its_past(tmp_path):
 
 def test_a_stage_says_it_while_it_runs(tmp_path, monkeypatch, capfd):
     """Its answers are sampled at another temperature than they are scored at."""
-    monkeypatch.setattr(ppo, 'sample_answers', lambda *args: rollout.sample_answers(*args, temperature=0.95))
+    sample = rollout.sample_answers
+    monkeypatch.setattr(rollout, 'sample_answers', lambda *args: sample(*args, temperature=0.95))
     options = dict(policy=checkpoint(tmp_path / 'sft'), prompts=records(tmp_path / 'prompts.jsonl', PROMPTS),
                    reward_model=checkpoint(tmp_path / 'reward', reward_head=True), out_dir=str(tmp_path / 'out'),
                    max_new_tokens=8, batch_size=8, epochs=1)

@@ -21,6 +21,7 @@ GOOD = {
     "demonstrations": {"prompt": "a", "response": "b"},
     "comparisons": {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
     "rankings": {"prompt": "a", "responses": ["b", "c"], "ranks": [0, 1], "scores": [1.5, 1]},
+    "ratings": {"prompt": "a", "response": "b", "helpful": 7, "honest": 9.5, "ended": False, "annotator": "Anna"},
     "prompts": {"prompt": [user("a"), assistant("b"), user("c")], "category": "extra keys stay"},
 }
 
@@ -83,6 +84,10 @@ def bad(kind, **changes):
     bad("comparisons", scores=[10**309, 1]) + ("`scores` to be two numbers",),
     bad("rankings", scores=[10**309, 1]) + ("`scores` to be 2 numbers",),
     bad("rankings", ranks=[0, 2**63]) + ("`ranks` to be 2 integers",),
+    bad("ratings", response=" ") + ("`response` to be text",),
+    bad("ratings", helpful=..., honest=...) + ("numbers below 1e38 for one or more of helpful, harmless, honest",),
+    bad("ratings", helpful="7") + ("numbers below 1e38",), bad("ratings", honest=True) + ("numbers below 1e38",),
+    bad("ratings", score=None) + ("numbers below 1e38",), bad("ratings", ended=[True]) + ("`ended` to be true or",),
     # what is not to be learnt
     bad("demonstrations", label=False) + ("wanted demonstrations, got a bad answer (`label` is false); kto.py",),
     bad("demonstrations", messages=[user("a"), assistant("b")], label=False) + ("kto.py learns from those",),
@@ -260,3 +265,36 @@ def test_a_name_may_hold_a_comma(tmp_path):
     (dict(ranks=[1, 0], scores=[0.5, 7]), True, [0.5, 7])])
 def test_goodness(record, use_scores, expected):
     assert goodness(record, use_scores) == expected
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ratings
+
+def rating(prompt, response, *numbers, **more):
+    return dict(prompt=prompt, response=response, **dict(zip(("helpful", "harmless", "honest"), numbers)), **more)
+
+def test_several_raters_are_averaged(tmp_path, capsys):
+    """
+    Anna: x (8 + 10 + 9) / 3 = 9, y 3, z 8. Ben: x 7, z 8. Their means: x 8, y 3, z 8: x and z tie. The same text
+    without its end is another answer. A prompt with one answer, and one whose two answers tie, make no pair.
+    """
+    anna = [rating("p", "x", 8, 10, 9), rating("p", "y", 2, 4, 3), rating("p", "z", 8, 8, 8), rating("q", "x", 1, 1, 4)]
+    ben = [rating("p", "z", 9, 8, 7), rating("r", "x", 5, 5, 5), rating("r", "x", 6, 5, 4, ended=False),
+           rating("p", "x", 6, 8, 7)]
+    for name, rows in dict(anna=anna, ben=ben).items():
+        write_records(tmp_path / f"{name}.jsonl", rows)
+    files = f"{tmp_path}/anna.jsonl,{tmp_path}/ben.jsonl"
+    p, q, r = read_ranked(files, ties=True)
+    assert p == dict(prompt="p", responses=["x", "y", "z"], ended=[True] * 3, ratings=[8, 3, 8], ranks=[0, 2, 0],
+                     rated=[[9, 7], [3], [8, 8]])
+    assert (q["responses"], q["ratings"], q["ranks"]) == (["x"], [2], [0])
+    assert (r["responses"], r["ended"], r["ratings"], r["ranks"]) == (["x", "x"], [True, False], [5, 5], [0, 0])
+    capsys.readouterr()
+    assert read_ranked(files, name="train") == [p] # as a file of rankings
+    assert "train: 2 of 3 prompts left out, all their answers tie" in capsys.readouterr().out
+
+def test_ratings_of_other_qualities_do_not_mix(tmp_path, capsys):
+    write_records(tmp_path / "a.jsonl", [rating("p", "x", 8, 10, 9), rating("p", "y", score=5)])
+    assert one_line(capsys, lambda: read_ranked(str(tmp_path / "a.jsonl"))) == (
+        f"{tmp_path / 'a.jsonl'}: wanted numbers for the same qualities in every rating")
+    write_records(tmp_path / "b.jsonl", [dict(prompt="p", responses=["x", "y"], ranks=[0, 1])])
+    exits(capsys, "b.jsonl:1: wanted a row of kind ratings", read_ranked, f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")

@@ -1,4 +1,4 @@
-"""common/rollout.py by hand: masks typed out, padding that holds absurd numbers, an enumerated KL, gold scores."""
+"""common/rollout.py by hand: masks typed out, padding that holds absurd numbers, an enumerated KL."""
 import math
 from types import SimpleNamespace
 
@@ -7,10 +7,10 @@ import torch
 
 from common.batches import Row
 from common.rollout import (beats, check_same_vocabulary, describe, describe_critic, frozen_logp, frozen_rewards,
-                            frozen_values, kl_k1, kl_k3, load_gold, masked_mean, mean_gold, micro_batches, pack,
-                            pair_agreement, ratio_stats, sample_answers, score_answers, score_packed, score_records,
-                            whiten)
+                            frozen_values, kl_k1, kl_k3, masked_mean, micro_batches, pack, pair_agreement, ratio_stats,
+                            sample_answers, score_packed, whiten)
 from common.tokens import Tokenizer, prompt_ids, response_ids
+from feedback.scores import score_answers, score_records
 from model import GPT
 from models import all_values, full_logp, random_model
 from tiny import RUN, TOK, by_hand, checkpoint, one_line
@@ -67,6 +67,22 @@ def test_kl_gradients_by_hand():
     assert torch.autograd.grad(kl_k3(logp, ref_logp).sum(), logp)[0].tolist() == by_hand([0.5, -1.0])
     assert torch.autograd.grad(kl_k1(logp, ref_logp).sum(), logp)[0].tolist() == by_hand([1.0, 1.0])
 
+def test_k3_as_a_loss_has_the_gradient_of_the_other_kl():
+    """On policy k3's mean is KL(pi || ref), but the mean of its gradient is that of KL(ref || pi).
+
+    By logits z: d KL(ref || pi) / dz = pi - ref, and d KL(pi || ref) / dz = pi (log(pi / ref) - KL(pi || ref)).
+    """
+    def mean_gradient(loss): # the mean over tokens sampled from pi; the sampling itself has no gradient
+        z = PI.log().requires_grad_()
+        return torch.autograd.grad((PI * loss(z.log_softmax(0))).sum(), z)[0].tolist()
+
+    assert mean_gradient(lambda logp: kl_k3(logp, REF.log())) == by_hand([0.3, -0.2, -0.1])
+    # as a loss k1 has none; as a reward, a number times log pi, it has that of KL(pi || ref):
+    # .7 (.559616 - .183787), .2 (-.693147 - .183787), .1 (the same)
+    assert mean_gradient(lambda logp: kl_k1(logp, REF.log())) == by_hand([0.0, 0.0, 0.0])
+    assert mean_gradient(lambda logp: kl_k1(logp, REF.log()).detach() * logp) == by_hand(
+        [0.263080, -0.175387, -0.087693])
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what an update is made of
 
@@ -107,7 +123,9 @@ def test_pack_by_hand():
     assert rollouts.logp.tolist() == [[0, 0, -0.5, -0.25], [0, -2.0, 0, 0], [-1.0, -1.5, -3.0, 0]]
     assert rollouts.ended.tolist() == [1.0, 1.0, 0.0]
     assert rollouts.idx.dtype == torch.long and rollouts.mask.dtype == rollouts.logp.dtype == torch.float32
-    assert [x.tolist() for x in vars(rollouts.to('cpu')).values()] == [x.tolist() for x in vars(rollouts).values()]
+    assert rollouts.ends == [[5], [3], [4]]
+    as_lists = lambda r: [x.tolist() if isinstance(x, torch.Tensor) else x for x in vars(r).values()]
+    assert as_lists(rollouts.to('cpu')) == as_lists(rollouts)
 
 class Scripted:
     """A policy whose answer is the prompt's first token as often as the prompt is long, then EOS; notes its batches."""
@@ -216,48 +234,6 @@ def test_what_is_logged_of_a_critic_by_hand():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # measuring
-
-@pytest.fixture
-def rules(tmp_path, monkeypatch):
-    """Write a module with a gold score of its own, as a user would."""
-    (tmp_path / 'rules_of_mine.py').write_text('''
-def gold(prompt, response):
-    if prompt == 'Why?':
-        raise ValueError(f'unknown prompt {prompt!r}')
-    return len(response) - len(prompt)
-''')
-    monkeypatch.syspath_prepend(tmp_path)
-
-def test_a_gold_score_by_its_name(rules):
-    gold = load_gold('rules_of_mine:gold', [dict(prompt='Hi'), dict(prompt='Who?')], 'prompts.jsonl')
-    assert gold('Hi', 'Hello') == 3
-    assert load_gold('', [dict(prompt='Why?')], 'prompts.jsonl') is None
-
-def test_the_mean_gold_score_of_answers(rules):
-    """An answer's text is what its user reads: without the first space and the end of text."""
-    gold = load_gold('rules_of_mine:gold', [], 'prompts.jsonl')
-    answers = [response_ids(TOK, 'Hello'), TOK.encode(' not ended')]
-    assert mean_gold(gold, ['Hi', 'Who?'], answers, TOK).item() == by_hand(4.0) # (5 - 2 + 9 - 4) / 2, whole numbers
-
-def test_the_toy_worlds_gold_score():
-    from data.toy import world
-    records = [dict(prompt='Where does the fox live?')]
-    assert load_gold('data.toy.world:gold', records, 'prompts.jsonl') is world.gold
-
-@pytest.mark.parametrize('name, expected', [
-    ('nowhere_at_all:gold', "--gold=nowhere_at_all:gold: cannot be imported (No module named 'nowhere_at_all')"),
-    ('rules_of_mine:silver', "--gold=rules_of_mine:silver: cannot be imported (module 'rules_of_mine' has no"),
-    ('rules_of_mine', '--gold=rules_of_mine: cannot be imported ('),
-    (':gold', '--gold=:gold: cannot be imported ('),
-    ('toy', '--gold=toy: cannot be imported (')])
-def test_no_such_gold_score_is_told_in_one_line(rules, capsys, name, expected):
-    line = one_line(capsys, lambda: load_gold(name, [], 'prompts.jsonl'))
-    assert line.startswith(expected) and line.endswith('; wanted MODULE:FUNCTION, as in data.toy.world:gold')
-
-def test_a_prompt_without_a_gold_score_is_told_in_one_line(rules, capsys):
-    records = [dict(prompt='Hi'), dict(prompt='Why?')]
-    line = one_line(capsys, lambda: load_gold('rules_of_mine:gold', records, 'data/prompts.jsonl'))
-    assert line == "data/prompts.jsonl: prompt 2: unknown prompt 'Why?'; there is no gold score for it"
 
 @pytest.mark.parametrize('scores, ranks, points, pairs', [
     ([3.0, 2.0, 1.0], [0, 1, 2], 3.0, 3),

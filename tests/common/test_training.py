@@ -126,6 +126,16 @@ def test_a_step_ends_with_log_bar_and_checkpoint(tmp_path, capsys):
     out = capsys.readouterr()
     assert 'held-out: loss 9.0000' in out.out + out.err and 'loss=1.000' in out.err
 
+def test_held_out_data_are_measured_before_the_first_step_and_then_every_eval_every(tmp_path):
+    cfg, measured = Config(out_dir=str(tmp_path), max_steps=5, save_every=0, eval_every=2), []
+    evaluate = lambda: measured.append(1) or dict(val_loss=float(len(measured)))
+    for step in (bar := training_bar(RUN, cfg, None, evaluate)):
+        finish_step(RUN, cfg, bar, step + 1, dict(loss=1.0), ['loss'], lambda done: None, evaluate)
+    found = [(line['step'], line['val_loss']) for line in read_log(str(tmp_path / 'log.jsonl')) if 'val_loss' in line]
+    assert found == [(0, 1.0), (2, 2.0), (4, 3.0), (5, 4.0)]
+    list(training_bar(RUN, cfg, dict(step=4), evaluate)) # a resumed run has measured before
+    assert len(measured) == 4
+
 def test_other_processes_write_no_line(tmp_path, capsys):
     cfg, second = Config(out_dir=str(tmp_path), max_steps=1), Run('cpu', 'float32', rank=1)
     for step in (bar := training_bar(second, cfg, 0)):

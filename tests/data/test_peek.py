@@ -41,6 +41,9 @@ def shown(capsys, path, rows=3):
     ({'prompt': 'Hi', 'chosen': 'Yo', 'rejected': 'x', 'ended': [False, True]}, 'comparisons', # the first was cut off
      '[prompt: 28 tokens, 0 learnt]\n### Human: Hi\n### Assistant:\n[chosen: 3 tokens, 3 learnt]\n⟦ Yo⟧\n'
      '[rejected: 3 tokens, 3 learnt]\n⟦ x<|endoftext|>⟧\n'),
+    ({'prompt': 'Hi', 'response': 'Yo', 'honest': 3, 'helpful': 7.5}, 'ratings',
+     '[prompt: 28 tokens, 0 learnt]\n### Human: Hi\n### Assistant:\n[helpful 7.5, honest 3: 4 tokens, 4 learnt]\n'
+     '⟦ Yo<|endoftext|>⟧\n'),
     ({'text': 'Hi'}, 'text', '[text: 3 tokens, 3 learnt]\n⟦Hi<|endoftext|>⟧\n'),
 ])
 def test_peek_shows_the_mask(tmp_path, capsys, row, kind, expected):

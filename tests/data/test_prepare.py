@@ -24,7 +24,8 @@ import data.shakespeare.prepare as shakespeare
 import data.sharegpt.prepare as sharegpt
 import data.trl.prepare as trl
 from common.records import read_preferences, read_records
-from common.tokens import dialogue, load_tokenizer, prompt_ids, response_ids, save_bpe, train_bpe
+from common.tokens import dialogue, load_tokenizer, prompt_ids, response_ids, save_bpe
+from data.bpe import train_bpe
 from data.prepare_common import read_rows
 from tiny import ROOT, assistant, run, stops, user
 

@@ -24,6 +24,24 @@ def test_kappa_knows_no_first_answer():
     a, b = [[0, 1, 1, 2]], [[1, 0, 2, 2]]
     assert agreement.kappa(a, b) == agreement.kappa([r[::-1] for r in a], [r[::-1] for r in b]) == agreement.kappa(b, a)
 
+def test_alpha_by_hand():
+    """
+    Means and variances: 1, 3: 2, variance 2; 4, 6: variance 2; of all four the mean is 3.5, the squares 6.25, 0.25,
+    0.25, 6.25, D_e = 13/3. D_o = (2 * 2 + 2 * 2) / 4 = 2: alpha = 1 - 6/13. With three ratings 1, 1, 4 (variance 3) and
+    two 4, 4: D_o = 9/5; mean 2.8, squares 3.24, 3.24, 1.44 three times, D_e = 10.8 / 4: 1 - 1.8 / 2.7.
+    """
+    assert agreement.alpha([[1, 3], [4, 6]]) == by_hand(7 / 13)
+    assert agreement.alpha([[1, 1, 4], [4, 4]]) == by_hand(1 / 3)
+    assert agreement.alpha([[1, 1], [5, 5]]) == 1 and agreement.alpha([[3, 3], [3, 3]]) is None
+    assert agreement.alpha([[1, 2], [2, 1]]) == by_hand(-0.5) # D_o = 1/2, D_e = 1/3: worse than chance
+
+def test_what_is_said_of_raters():
+    """Two answers were rated twice: 2 and 2 apart. The third does not count."""
+    assert agreement.of_raters([[1, 3], [4, 6], [9]]) == (
+        "5 ratings of 3 answers, 2 of them rated several times: 2.00 apart on average, Krippendorff's alpha 0.538")
+    assert agreement.of_raters([[1], [9]]) == "2 ratings of 2 answers, 0 of them rated several times"
+    assert agreement.of_raters([[3, 3]]).endswith("0.00 apart on average, Krippendorff's alpha –")
+
 def test_compare(capsys):
     """The same texts in another order; one prompt is missing there. The scores order fair before bad, the ranks tie."""
     ours = [dict(prompt='p', responses=['good', 'bad', 'fair'], ranks=[0, 2, 1]),

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import collect
-from common.checkpoints import load_reward_model
+from common.checkpoints import load_policy, load_reward_model
 from common.records import parse_line, read_lines, read_records
 from common.tokens import prompt_ids, response_ids
-from feedback.annotators import RewardModel, SimulatedPerson, Terminal, Undo, read_order, to_ranks, visible
+from feedback.annotators import (PolicyReward, RewardFunction, RewardModel, SimulatedPerson, Terminal, Undo,
+                                 read_numbers, read_order, to_ranks, visible)
 from tiny import ROOT, RUN, TOK, checkpoint, launch, records, run, stops
 
 @pytest.mark.parametrize('values, tie, ranks', [
@@ -30,18 +31,21 @@ from tiny import ROOT, RUN, TOK, checkpoint, launch, records, run, stops
 def test_to_ranks(values, tie, ranks):
     assert to_ranks(values, tie) == ranks
 
+def asked(responses, prompt='?', **more):
+    return dict(prompt=prompt, responses=responses, **more)
+
 def person(noise, tie=0.0, seed=1):
     """Make somebody for whom an answer is as good as the number it says."""
-    return SimulatedPerson(SimpleNamespace(noise=noise, tie=tie, seed=seed), lambda prompt, response: float(response))
+    return SimulatedPerson(SimpleNamespace(noise=noise, tie=tie, seed=seed), lambda row, response: float(response))
 
 def test_without_noise_the_order_is_exact():
-    assert person(0.0).rank('?', ['1', '3', '2', '3.0']) == ([2, 0, 1, 0], [1.0, 3.0, 2.0, 3.0])
-    assert person(0.0, tie=1.5).rank('?', ['1', '5', '2']) == ([1, 0, 1], [1.0, 5.0, 2.0])
+    assert person(0.0).rank(asked(['1', '3', '2', '3.0'])) == ([2, 0, 1, 0], [1.0, 3.0, 2.0, 3.0])
+    assert person(0.0, tie=1.5).rank(asked(['1', '5', '2'])) == ([1, 0, 1], [1.0, 5.0, 2.0])
 
 def test_the_same_text_ties_whatever_the_noise():
     someone = person(5.0)
     for _ in range(100):
-        ranks, _ = someone.rank('?', ['1', '3', '1', '2'])
+        ranks, _ = someone.rank(asked(['1', '3', '1', '2']))
         assert ranks[0] == ranks[2] and sorted(set(ranks)) == [0, 1, 2]
 
 @pytest.mark.parametrize('others', [[], ['0.25'], ['7', '-3']])
@@ -52,21 +56,80 @@ def test_noisy_choices_follow_bradley_terry(others):
     """
     someone, first = person(0.5), 0
     for _ in range(4000):
-        ranks, scores = someone.rank('?', ['0.5', '0'] + others)
+        ranks, scores = someone.rank(asked(['0.5', '0'] + others))
         assert scores[:2] == [0.5, 0.0] # what is stored is free of noise
         first += ranks[0] < ranks[1]
     assert 0.703 < first / 4000 < 0.759
 
 def test_a_person_is_the_same_for_the_same_seed():
-    asked = [['1', '2', '1.5']] * 20
-    again = [[person(1.0, seed=s).rank('?', a)[0] for a in asked] for s in (1, 1, 2)]
+    rows = [['1', '2', '1.5']] * 20
+    again = [[person(1.0, seed=s).rank(asked(a))[0] for a in rows] for s in (1, 1, 2)]
     one = person(1.0)
-    assert again[0] == again[1] != again[2] and len({tuple(one.rank('?', a)[0]) for a in asked}) > 1
+    assert again[0] == again[1] != again[2] and len({tuple(one.rank(asked(a))[0]) for a in rows}) > 1
+
+@pytest.mark.parametrize('gold, scale, number', [
+    ('0', 5, 1), ('1', 5, 5), ('0.5', 5, 3), ('0.6', 5, 3), ('0.7', 5, 4), ('-3', 5, 1), ('7', 5, 5), # steps of 1/4
+    ('0.5', 10, 5), ('0.6', 10, 6), ('1', 10, 10), ('0.4', 2, 1), ('0.6', 2, 2), # 4.5 is rounded to the even 4
+])
+def test_gold_scores_become_whole_numbers(gold, scale, number):
+    assert rater(scale, noise=0.0).rate(asked([gold])) == [dict(score=number)]
+
+def rater(scale, qualities='score', noise=0.1, seed=1):
+    return SimulatedPerson(SimpleNamespace(noise=noise, seed=seed, scale=scale, qualities=qualities),
+                           lambda row, response: float(response))
+
+def test_a_simulated_rater_sees_through_noise_without_bias():
+    """
+    Gumbel's standard deviation is pi / sqrt(6) = 1.282550, times 0.05 is 0.064. On a scale of 10, in steps of 1/9, gold
+    0.5 becomes 1 + 9 * 0.5 = 5.5 on average: no end is within four deviations. Of 4000 ratings the standard deviation
+    is sqrt((9 * 0.064)^2 + 1/12) / sqrt(4000) = 0.0102; four of them are 0.041.
+    """
+    someone = rater(10, noise=0.05)
+    ratings = [someone.rate(asked(['0.5']))[0]['score'] for _ in range(4000)]
+    assert all(type(x) is int and 1 <= x <= 10 for x in ratings) and len(set(ratings)) > 3
+    assert abs(sum(ratings) / 4000 - 5.5) < 0.041
+
+def test_a_simulated_rater_rates_each_answer_once_and_each_quality_anew():
+    someone = rater(10, 'helpful,honest', noise=0.3)
+    rows = [someone.rate(asked(['0.5', '0.4', '0.5'])) for _ in range(50)]
+    assert all(a == c and {*a} == {'helpful', 'honest'} for a, _, c in rows)
+    assert any(a != b for a, b, _ in rows) and any(a['helpful'] != a['honest'] for a, *_ in rows)
+    rows = [someone.rate(asked(['0.5', '0.5'], ended=[True, False])) for _ in range(50)]
+    assert any(a != b for a, b in rows) # one was cut off: two answers
+
+def test_a_function_ranks(tmp_path):
+    """It sees the whole record; what it ranks highest is 0."""
+    someone = RewardFunction(SimpleNamespace(seed=1, tie=0.5), lambda row, text: len(text) * row['sign'])
+    assert someone.rank(asked(['a', 'ccc', 'bb'], sign=1)) == ([2, 0, 1], [1, 3, 2])
+    assert someone.rank(asked(['a', 'ccc', 'bb'], sign=-1)) == ([0, 2, 1], [-1, -3, -2])
+    assert someone.rank(asked(['a', 'b', 'ccc'], sign=0.25)) == ([0, 0, 0], [0.25, 0.25, 0.75]) # at most 0.5 apart
+
+def test_a_policy_ranks_as_rrhf_and_dpo_score(tmp_path):
+    """Each answer alone, token by token: the mean of log pi; or the sum, less the reference's. The end counts."""
+    folders = [checkpoint(tmp_path / 'policy'), checkpoint(tmp_path / 'reference', seed=5)]
+    texts, ended, found = ['Yo', 'Hello there', 'Yo', '?', 'Yo'], [True, True, False, True, True], []
+    for folder in folders:
+        model, totals = load_policy(folder).eval(), []
+        for text, end in zip(texts, ended):
+            prompt, answer = prompt_ids(TOK, 'Hi'), [*f' {text}'.encode()] + [256] * end
+            logp = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)[0]
+            totals.append(sum(logp[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer)))
+        found.append(totals)
+    sizes = [4, 13, 3, 3, 4] # the space, the bytes, the end
+    row = dict(prompt='Hi', responses=texts, ended=ended)
+    for reference, expected in (('', [x / n for x, n in zip(found[0], sizes)]),
+                                (folders[1], [x - y for x, y in zip(*found)])):
+        cfg = SimpleNamespace(reward_policy=folders[0], reward_reference=reference, seed=1, tie=0.0)
+        someone = PolicyReward(cfg, RUN)
+        someone.look_ahead([row, dict(prompt='Other', responses=['x'])])
+        ranks, scores = someone.rank(row)
+        assert scores == pytest.approx(expected, abs=1e-4) and ranks[0] == ranks[4] and len(set(ranks)) == 4
+        assert all((ranks[i] < ranks[j]) == (scores[i] > scores[j]) for i in range(5) for j in range(5))
 
 def ranked(prompt, responses, tie=0.0, folder=None):
     someone = RewardModel(SimpleNamespace(reward_model=folder, tie=tie, seed=1), RUN)
     someone.look_ahead([dict(prompt=prompt, responses=responses)])
-    return someone.rank(prompt, responses)
+    return someone.rank(dict(prompt=prompt, responses=responses))
 
 def test_a_reward_model_ranks_by_its_scores(tmp_path):
     """Each answer's score is what the reward model gives to prompt, answer and end of text alone."""
@@ -92,7 +155,7 @@ def test_a_reward_model_scores_an_answer_as_it_was_written(tmp_path):
     alone = [model.rewards(torch.tensor([row]), torch.tensor([len(row)])).item() for row in rows]
     someone = RewardModel(SimpleNamespace(reward_model=folder, tie=0.0, seed=1), RUN)
     someone.look_ahead([dict(prompt='Hi', responses=texts, ended=ended)])
-    ranks, scores = someone.rank('Hi', texts, ended)
+    ranks, scores = someone.rank(dict(prompt='Hi', responses=texts, ended=ended))
     assert scores == pytest.approx(alone, abs=1e-5) and len(set(ranks)) == 3 and ranks[0] == ranks[2] != ranks[1]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,6 +180,17 @@ def test_read_order_of_two_and_of_many():
 def test_read_order_says_what_was_wanted(text, wanted):
     with pytest.raises(ValueError, match=wanted):
         read_order(text, 3)
+
+@pytest.mark.parametrize('text, n, numbers', [('3', 1, [3]), (' 10 ', 1, [10]), ('7 10 8', 3, [7, 10, 8]),
+                                              ('7,10, 8', 3, [7, 10, 8])])
+def test_read_numbers(text, n, numbers):
+    assert read_numbers(text, n, 10) == numbers
+
+@pytest.mark.parametrize('text, n', [('', 1), ('0', 1), ('11', 1), ('7 10', 3), ('7 10 8 1', 3), ('7.5', 1), ('-1', 1),
+                                     ('x', 1), ('٣', 1), ('1' * 5000, 1)])
+def test_read_numbers_says_what_was_wanted(text, n):
+    with pytest.raises(ValueError, match='wanted a whole number from 1 to 10' if n == 1 else 'wanted 3 whole numbers'):
+        read_numbers(text, n, 10)
 
 def test_no_text_commands_the_terminal():
     """Cursor movements, colours, a title, a bell, an overwritten line, letters from right to left; text stays."""
@@ -152,15 +226,15 @@ def test_a_person_sees_shuffled_distinct_answers(monkeypatch):
     screen = typing(monkeypatch, *[look] * 50)
     someone = someone_there()
     for _ in range(50):
-        assert someone.rank('Who?', ['c', 'a', 'c', 'b']) == ([2, 0, 2, 1], None)
+        assert someone.rank(asked(['c', 'a', 'c', 'b'], 'Who?')) == ([2, 0, 2, 1], None)
     assert len(set(orders)) == 6 and set(orders[0]) == {'a', 'b', 'c'} # all 3! orders; "c" once
     assert 'user: Who?' in screen.getvalue()
-    assert someone.rank('Who?', ['a', 'a']) == ([0, 0], None) # nothing to ask
+    assert someone.rank(asked(['a', 'a'])) == ([0, 0], None) # nothing to ask
 
 def test_a_person_sees_what_was_cut_off(monkeypatch):
     """The same text, once ended and once cut off, is shown twice, and has two ranks."""
     typing(monkeypatch, lambda texts: (sorted(texts) == ['a', 'a…', 'b…'] and by_name(texts)))
-    assert someone_there().rank('Who?', ['b', 'a', 'a', 'a'], [False, True, False, True]) == ([2, 0, 1, 0], None)
+    assert someone_there().rank(asked(['b', 'a', 'a', 'a'], ended=[False, True, False, True])) == ([2, 0, 1, 0], None)
 
 def test_undo_goes_back_to_answers_that_differ_in_their_end(some, tmp_path, monkeypatch):
     rows = [dict(prompt=f'{n}', responses=['a', 'a'], ended=[True, n == 1], ranks=[0, 1]) for n in range(3)]
@@ -185,13 +259,13 @@ def test_two_raters_see_other_orders(some, tmp_path, monkeypatch):
 def test_what_else_a_person_says(monkeypatch):
     screen = typing(monkeypatch, 'what?', '1', 's', 'u', 'Q')
     someone = someone_there()
-    assert someone.rank('?', ['a', 'b', 'c']) == (None, None)
+    assert someone.rank(asked(['a', 'b', 'c'])) == (None, None)
     assert 'numbers 1 to 3' in screen.getvalue() and 'places of 2, 3' in screen.getvalue()
     with pytest.raises(Undo):
-        someone.rank('?', ['a', 'b'])
+        someone.rank(asked(['a', 'b']))
     for _ in range(2): # q, Ctrl-D
         with pytest.raises(KeyboardInterrupt):
-            someone.rank('?', ['a', 'b'])
+            someone.rank(asked(['a', 'b']))
 
 def test_ranked_by_a_person(some, monkeypatch):
     """Digits come before letters: the third answer is best, then "a". Stretches of three; undo goes back over both."""
@@ -273,6 +347,49 @@ def test_second_opinions_of_an_older_version(some, tmp_path, monkeypatch, capsys
     records(tmp_path / 'out.jsonl.partial', [dict(prompt='Q0', responses=['b', 'a'], ranks=[0, 1], repeat=True)])
     said = stops(capsys, collect, annotator='human', resume=True, repeat=0.4, **some)
     assert 'was written by an older version' in said
+
+def test_rated_by_a_person(some, monkeypatch):
+    """Digits get 9 9 9, "a" 5 6 7, "b" 1 2 3. A lone answer is shown too. Undo goes back to a task that was skipped."""
+    numbers, screens = dict(a='5 6 7', b='1 2 3'), [None, 0] # the texts on the screen, and how many have their numbers
+
+    def look(texts):
+        screens[:] = texts, (screens[1] + 1 if texts == screens[0] else 0)
+        return numbers.get(texts[screens[1]], '9 9 9')
+
+    screen = typing(monkeypatch, '5 6', *[look] * 6, 's', 'u', *[look] * 13)
+    run(collect, annotator='human', ask='ratings', qualities='helpful,harmless,honest', **some)
+    rows = read_records(some['out'], 'ratings')
+    for row in rows:
+        said = ' '.join(str(row[quality]) for quality in ('helpful', 'harmless', 'honest'))
+        assert said == numbers.get(row['response'], '9 9 9')
+        assert set(row) == {'prompt', 'number', 'annotator', 'response', 'ended', 'helpful', 'harmless', 'honest'}
+        assert row['annotator'] == 'human' and row['ended'] is True
+    assert 'wanted 3 whole numbers from 1 to 10' in screen.getvalue()
+    assert [row['number'] for row in rows] == [n for n in range(7) for _ in range(3 if n != 3 else 1)]
+
+def test_undo_within_a_task_takes_back_one_answer(tmp_path, monkeypatch):
+    rows = [dict(prompt=f'{n}', responses=['a', 'b'], ranks=[0, 1]) for n in range(2)]
+    typing(monkeypatch, '1', 'u', '2', '3', 'u', '4', '5', '6', '7') # the second task's u goes back to the first
+    out = str(tmp_path / 'out.jsonl')
+    run(collect, annotator='human', ask='ratings', scale=7, answers=records(tmp_path / 'a.jsonl', rows), device='cpu',
+        out=out)
+    found = read_records(out, 'ratings')
+    assert sorted(row['score'] for row in found[:2]) == [4, 5] and sorted(row['score'] for row in found[2:]) == [6, 7]
+
+def test_rating_goes_on_later(some, monkeypatch, capsys):
+    """After q what was said is kept; a task half said is asked again."""
+    with monkeypatch.context() as m:
+        typing(m, *'123', *'45', 'q')
+        assert launch(m, collect, annotator='human', ask='ratings', **some) == 130
+    kept = [parse_line(line) for _, line in read_lines(some['out'] + '.partial')]
+    assert len(kept) == 1 and sorted(x['score'] for x in kept[0]['ratings']) == [1, 2, 3]
+    assert 'read it as it is' not in capsys.readouterr().out # reward.py reads the finished file
+    said = stops(capsys, collect, annotator='human', ask='ratings', scale=3, resume=True, **some)
+    assert 'stdin is not a terminal' in said or said.startswith('--scale=3: ')
+    typing(monkeypatch, *'123', *'123', 's', *'123', *'123', *'123')
+    run(collect, annotator='human', ask='ratings', resume=True, **some)
+    rows = read_records(some['out'], 'ratings')
+    assert [row['number'] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [4] * 3 + [5] * 3 + [6] * 3
 
 def test_nobody_there(some, capsys):
     assert stops(capsys, collect, annotator='human', **some) == (

@@ -49,7 +49,7 @@ def judge(told, opinion, tie=0.0):
 
 def ranked(someone, prompt, responses):
     someone.look_ahead([dict(prompt=prompt, responses=responses)])
-    return someone.rank(prompt, responses)
+    return someone.rank(dict(prompt=prompt, responses=responses))
 
 def test_two_orders_by_hand(told):
     """
@@ -95,7 +95,7 @@ def test_a_judge_sees_what_was_cut_off(told):
     someone, asked = judge(told, lambda a, b: (asked.append((a, b)), float(a < b))[1]), []
     row = dict(prompt='?', responses=['b', 'b', 'b'], ended=[False, True, False])
     someone.look_ahead([row])
-    assert someone.rank('?', row['responses'], row['ended']) == ([1, 0, 1], [0.0, 1.0, 0.0])
+    assert someone.rank(row) == ([1, 0, 1], [0.0, 1.0, 0.0])
     assert sorted(asked) == [('b', 'b…'), ('b…', 'b')]
 
 def test_look_ahead_asks_everything_once(told):
@@ -104,7 +104,7 @@ def test_look_ahead_asks_everything_once(told):
     someone.ask = lambda questions: (asked.append(len(questions)), ask(questions))[1]
     rows = [dict(prompt='?', responses=['a', 'b', 'c']), dict(prompt='?', responses=['b', 'd', 'b', 'a'])]
     someone.look_ahead(rows)
-    assert [someone.rank(row['prompt'], row['responses'])[0] for row in rows] == [[0, 1, 2], [1, 2, 1, 0]]
+    assert [someone.rank(row)[0] for row in rows] == [[0, 1, 2], [1, 2, 1, 0]]
     assert asked == [3 * 2 + 3 * 2 - 2] # a and b are asked about in both
 
 def test_a_gpt_as_judge(told, tmp_path):
@@ -471,7 +471,8 @@ def test_what_is_refused(tmp_path, some, told, capsys, monkeypatch):
     for options, expected in [
         (dict(annotator='ai'), 'judge must be a checkpoint with annotator=ai, unless judge_url is given'),
         (dict(judge='x'), "else empty, got 'x'"), (dict(page=True), 'page must be False unless annotator=human'),
-        (url | dict(annotator='simulated'), 'judge_url must be http://HOST… or https://HOST… with annotator=ai, else'),
+        (url | dict(annotator='simulated', gold='data.toy.world:gold'),
+         'judge_url must be http://HOST… or https://HOST… with annotator=ai, else'),
         (url | dict(judge_url='http://[::1'), "with annotator=ai, else empty, got 'http://[::1'"),
         (url | dict(judge_timeout=1e30), 'judge_timeout must be above 0 and at most 3600'),
         (dict(annotator='ai', judge='x', judge_url='http://y', judge_model='m'), 'judge must be a checkpoint with'),
@@ -488,7 +489,8 @@ def test_what_is_refused(tmp_path, some, told, capsys, monkeypatch):
         (dict(answers='nowhere.jsonl'), 'nowhere.jsonl: no such file'),
         (dict(prompts='p.jsonl', answers='', policy='a,b,c', n_answers=2), 'n_answers must be at least 3'),
     ]:
-        assert expected in stops(capsys, collect, **some | options)
+        gold = {} if 'annotator' in options else dict(gold='data.toy.world:gold') # of the simulated person
+        assert expected in stops(capsys, collect, **some | gold | options)
     monkeypatch.setenv('JUDGE_API_KEY', 'sk-secret')
     assert 'in the clear' in stops(capsys, collect, **some | url | dict(judge_url='http://nowhere.example/v1'))
     empty, cache = tmp_path / 'empty.txt', tmp_path / 'cache.jsonl'

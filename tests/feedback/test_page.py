@@ -21,10 +21,10 @@ from tiny import ROOT, records
 TEXTS = ['one', 'two', 'three']
 
 class Asked:
-    """Let a page ask one question in a thread; `got` is what came of it."""
+    """Let a page ask one question in a thread, for ranks or `numbers`; `got` is what came of it."""
 
-    def __init__(self, page):
-        self.page, self.got = page, []
+    def __init__(self, page, numbers=False):
+        self.ask_for, self.page, self.got = page.ask_numbers if numbers else page.ask, page, []
         self.thread = threading.Thread(target=self.ask, daemon=True)
         self.thread.start()
         while page.task is None:
@@ -32,7 +32,7 @@ class Asked:
 
     def ask(self):
         try:
-            self.got.append(self.page.ask([dict(role='user', content='Hi')], TEXTS))
+            self.got.append(self.ask_for([dict(role='user', content='Hi')], TEXTS))
         except (Undo, KeyboardInterrupt) as e:
             self.got.append(type(e))
 
@@ -42,7 +42,7 @@ class Asked:
 
 @pytest.fixture
 def page():
-    page = Page(SimpleNamespace(port=0, seed=1))
+    page = Page(SimpleNamespace(port=0, seed=1, qualities='helpful,honest', scale=5))
     page.progress = 4, 10
     yield page
     page.close()
@@ -114,6 +114,25 @@ def test_what_is_no_answer_changes_nothing(page, body, status):
 ])
 def test_what_is_said(page, said, got):
     asked = Asked(page)
+    threading.Thread(target=call, args=(page, 'POST', '/said', dict(id=1, said=said)), daemon=True).start()
+    assert asked.wait() == [got]
+
+def test_numbers_are_asked_for_and_said(page):
+    asked = Asked(page, numbers=True)
+    assert call(page, 'GET', '/task')[1] == dict(id=1, messages=[dict(role='user', content='Hi')], texts=TEXTS, done=4,
+                                                 total=10, qualities=['helpful', 'honest'], scale=5)
+    for said in ([1, 2, 3], [[1, 2], [3, 4]], [[1, 2], [3, 4], [5]], [[1, 2], [3, 4], [5, 6]], [[1, 2], [3, 4], [5, 0]],
+                 [[1, 2], [3, 4], [5, True]], [[1, 2], [3, 4], [5, None]], [[1, 2], [3, 4], 'ab'], [], 'delete'):
+        assert call(page, 'POST', '/said', dict(id=1, said=said)) == (
+            400, dict(error='wanted 3 times 2 numbers, skip, undo or quit'))
+    assert not asked.got
+    threading.Thread(target=call, args=(page, 'POST', '/said', dict(id=1, said=[[1, 2], [3, 4], [5, 5]])),
+                     daemon=True).start()
+    assert asked.wait() == [[[1, 2], [3, 4], [5, 5]]]
+
+@pytest.mark.parametrize('said, got', [('skip', None), ('undo', Undo), ('quit', KeyboardInterrupt)])
+def test_what_is_said_instead_of_numbers(page, said, got):
+    asked = Asked(page, numbers=True)
     threading.Thread(target=call, args=(page, 'POST', '/said', dict(id=1, said=said)), daemon=True).start()
     assert asked.wait() == [got]
 
@@ -281,6 +300,74 @@ def test_in_a_browser(tmp_path):
     out = read_records(tmp_path / 'out.jsonl', 'rankings')
     assert [row['ranks'] for row in out[:2]] == [[0, 1, 2], [1, 2, 0]] and len(out) == 3 # the skipped one is left out
     assert out[0]['policies'] == ['secret_a', 'secret_b', 'secret_a'] and out[0]['annotator'] == 'human'
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_rating_in_a_browser(tmp_path):
+    """By keys and by mouse; a closed tab and a killed program lose nothing; skip, undo, quit."""
+    rows = [dict(prompt=f'{EVIL} {n}', responses=[f'good {EVIL}', 'poor'], ranks=[0, 1]) for n in range(3)]
+    records(tmp_path / 'a.jsonl', rows)
+    partial, options = tmp_path / 'out.jsonl.partial', dict(ask='ratings', qualities='helpful,honest')
+    saved = lambda: [json.loads(line).get('ratings') for line in open(partial)] if partial.exists() else []
+    browser, place = Browser(tmp_path / 'profile'), {} # text -> its number on the page, from 0
+    number = lambda n, q, x: f'.card:nth-child({n + 1}) .scale:nth-of-type({q + 1}) button:nth-of-type({x})'
+    text_of = lambda n: browser.js(f'document.querySelectorAll("#answers .text")[{n}].textContent')
+    spoken = lambda: browser.js('document.getElementById("spoken").textContent')
+
+    def showing(count):
+        browser.wait(f'document.getElementById("count").textContent.startsWith("{count} of 3") '
+                     '&& !document.getElementById("skip").disabled')
+        place.clear()
+        place.update({text_of(n)[:4]: n for n in range(2)})
+
+    process, url = start(tmp_path, **options)
+    try:
+        browser.open(url)
+        showing(1)
+        assert 'How good are the answers?' in browser.js('document.body.innerText')
+        assert 'a number from 1 (bad) to 10 (good)' in browser.js('document.body.innerText')
+        assert browser.js('document.querySelectorAll("img").length') == 0
+        assert browser.js('document.getElementById("save").disabled')
+        # keys: from the first answer's first quality on; 0 is 10; Backspace takes the last one back
+        browser.press('3', '0', '7', 'Backspace', '8', '1')
+        assert spoken() == 'Answer 1: helpful 3, honest 10; Answer 2: helpful 8, honest 1'
+        browser.press('Enter')
+        showing(2)
+        found, = saved()
+        # the page shuffles; the file has the answers in their own order, and the numbers follow the shown order
+        first, second = dict(helpful=3, honest=10), dict(helpful=8, honest=1)
+        assert found in ([first, second], [second, first])
+        # the mouse, in any order, and one changed
+        browser.click(number(place['poor'], 1, 2))
+        browser.click(number(place['good'], 0, 9))
+        browser.click(number(place['good'], 0, 10))
+        browser.open('about:blank')
+        browser.open(url)
+        showing(2)
+        assert browser.js('document.getElementById("save").disabled')
+        browser.click(number(place['poor'], 0, 1))
+        browser.click(number(place['good'], 1, 4))
+        browser.click('#save')
+        showing(3)
+        assert saved()[1] == [dict(helpful=10, honest=4), dict(helpful=1, honest=2)]
+        process.kill()
+        process.wait()
+        process, url = start(tmp_path, resume=True, **options)
+        browser.open(url)
+        showing(3)
+        browser.press('u') # nothing to take back here: the task before
+        showing(2)
+        assert len(saved()) == 1
+        browser.press('5', '5', '5', '5', 'Enter')
+        showing(3)
+        browser.press('s')
+        browser.wait('document.getElementById("count").textContent.startsWith("All 3")')
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        browser.close()
+    out = read_records(tmp_path / 'out.jsonl', 'ratings')
+    assert [row['response'][:4] for row in out] == ['good', 'poor'] * 2 # the skipped one is left out
+    assert [(row['helpful'], row['honest']) for row in out[2:]] == [(5, 5)] * 2
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_another_site_cannot_speak_for_the_person(tmp_path, page):

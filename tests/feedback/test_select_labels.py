@@ -6,10 +6,10 @@ import torch
 import collect
 from common.checkpoints import load_reward_model
 from common.records import read_records
-from common.rollout import score_records
 from common.tokens import prompt_ids, response_ids
 from data.toy import world
 from feedback import select_labels
+from feedback.scores import score_records
 from feedback.select_labels import disagreement, farthest_first, most_uncertain, words_of
 from tiny import TOK, by_hand, checkpoint, records, run, stops
 

@@ -35,7 +35,7 @@ def test_says_what_is_missing(tmp_path, capsys):
     (tmp_path / 'run' / 'evaluate' / 'results.json').write_text(json.dumps(dict(models={'sft': {}})))
     assert "wanted the results of demo.py, got none with 'gold'" in stops(capsys, demo_figure, run=run)
 
-@pytest.mark.parametrize('name', ['demo_figure', 'fewer_labels', 'tables'])
+@pytest.mark.parametrize('name', ['abstain', 'demo_figure', 'fewer_labels', 'tables'])
 def test_a_path_works_as_well_as_a_module(name, tmp_path):
     """python lab/NAME.py, from any folder."""
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'lab', f'{name}.py'), '--help'], cwd=tmp_path, text=True,
