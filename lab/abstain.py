@@ -23,7 +23,7 @@ import demo
 from common.options import launch, require
 from common.records import read_json, write_atomic
 from lab import figures
-from lab.fewer_labels import numbers
+from lab.seeds import Seeds
 from lab.tables import show, table
 
 DECODINGS = {'sampled': 'models', 'greedy': 'greedy'} # and their keys in evaluate.py's results.json
@@ -31,16 +31,14 @@ SILENT = 0.1 # up to this coverage, some 30 answers, a risk says nothing
 COLUMNS = ('right', 'abstains', 'wrong', 'declines', 'coverage', 'risk', 'honest', 'harmless')
 
 @dataclass
-class Config:
+class Config(Seeds):
     out_dir: str = 'out/abstain' # seed N in a folder N
-    seeds: str = '1,2,3'
     prices: str = '-1,-0.5,0,0.2,0.3,0.6' # of abstaining: -1 is worth a wrong answer, 1 a right one
 
     def __post_init__(self):
-        seeds, prices = numbers(self.seeds), prices_of(self)
-        demo.Config(out_dir=self.out_dir) # checks it
-        require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'),
-                prices=([] != prices == sorted({*prices}) and -1 <= prices[0] <= prices[-1] <= 1,
+        super().__post_init__()
+        prices = prices_of(self)
+        require(self, prices=([] != prices == sorted({*prices}) and -1 <= prices[0] <= prices[-1] <= 1,
                         'rising numbers from -1 to 1, separated by commas'))
 
 def prices_of(cfg):
@@ -72,9 +70,7 @@ def columns_of(row):
 
 def main(cfg):
     found = [] # evaluate.py's results of each seed
-    for seed in numbers(cfg.seeds):
-        at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}')
-        demo.claim(at)
+    for at in cfg.each():
         demo.run_stages(stages(cfg, at), at)
         found.append(read_json(f'{at.out_dir}/evaluate/results.json'))
     results = {} # {decoding: {sft or price: {column: [of each seed]}}}

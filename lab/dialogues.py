@@ -40,7 +40,7 @@ from common.records import write_atomic
 from common.rollout import sample_rollouts
 from common.tokens import load_tokenizer
 from data.toy import dialogues
-from lab.fewer_labels import numbers
+from lab.seeds import Seeds
 from lab.tables import show, table
 
 SCRIPTS = dict(ppo='ppo.py', rloo='reinforce.py')
@@ -53,18 +53,16 @@ FEWEST = 50 # answers that a mean is shown of
 COLUMNS = ('total', 'first', 'second', 'asks', 'then', 'last')
 
 @dataclass
-class Config:
+class Config(Seeds):
     out_dir: str = 'out/dialogues' # seed N in a folder N
-    seeds: str = '1,2,3'
     methods: str = 'ppo,rloo'
     split: str = 'test' # whose dialogues are measured: test, or val to choose settings
     n: int = 4 # dialogues per record
 
     def __post_init__(self):
-        seeds, methods = numbers(self.seeds), self.methods.split(',')
-        demo.Config(out_dir=self.out_dir) # checks it
-        require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'),
-                methods=({*methods} <= {*SCRIPTS} and len({*methods}) == len(methods), 'ppo, rloo or ppo,rloo'),
+        super().__post_init__()
+        methods = self.methods.split(',')
+        require(self, methods=({*methods} <= {*SCRIPTS} and len({*methods}) == len(methods), 'ppo, rloo or ppo,rloo'),
                 split=(self.split in ('val', 'test'), 'val or test'), n=(self.n >= 1, 'at least 1'))
 
 def folder_of(at, method, way):
@@ -105,9 +103,7 @@ def measure(folder, records, n):
 
 def main(cfg):
     methods, results = cfg.methods.split(','), {} # {policy: {column: [of each seed]}}
-    for seed in numbers(cfg.seeds):
-        at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}')
-        demo.claim(at)
+    for at in cfg.each():
         demo.run_stages(stages(at, methods, DIALOGUES), at)
         steps = {method: iterations(folder_of(at, method, 'each turn')) for method in methods}
         demo.run_stages(stages(at, methods, TURNS, steps), at)

@@ -23,9 +23,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import demo
 from common.checkpoints import read_log
-from common.options import launch, require
+from common.options import launch
 from common.records import read_json, read_records, write_atomic, write_records
-from lab.fewer_labels import numbers
+from lab.seeds import Seeds
 from lab.tables import show, table
 
 REPEATS = 4 # answers to a prompt: a few unlikely ones hold most of the KL
@@ -37,14 +37,8 @@ STUDENTS = { # name -> what differs from config/toy/gkd.py
 COLUMNS = dict(tokens='tokens', kl='KL', path_kl='path KL', gold='gold', greedy_gold='greedy gold')
 
 @dataclass
-class Config:
+class Config(Seeds):
     out_dir: str = 'out/distillation' # seed N in a folder N
-    seeds: str = '1,2,3'
-
-    def __post_init__(self):
-        seeds = numbers(self.seeds)
-        demo.Config(out_dir=self.out_dir) # checks it
-        require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'))
 
 def folder_of(name, at):
     return f"{at.out_dir}/{name.replace(' ', '_')}"
@@ -64,9 +58,7 @@ def stages(at):
 
 def main(cfg):
     found = {} # {model: [a row of each seed]}
-    for seed in numbers(cfg.seeds):
-        at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}', methods='rejection,distill')
-        demo.claim(at)
+    for at in cfg.each(methods='rejection,distill'):
         todo = stages(at)
         demo.run_stages(todo[:1], at) # the data
         write_records(f'{at.out_dir}/prompts.jsonl', REPEATS * read_records('data/toy/prompts_test.jsonl', 'prompts'))

@@ -19,24 +19,18 @@ from statistics import fmean
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
 import demo
-from common.options import launch, require
+from common.options import launch
 from common.records import write_atomic
 from lab import figures
-from lab.fewer_labels import numbers
+from lab.seeds import Seeds
 from lab.tables import show, table
 
 KINDS = ('alone', 'mean', 'min', 'lcb')
 COLUMNS = ('peak', 'peak at', 'end', 'reward at the end', 'KL at the end')
 
 @dataclass
-class Config:
+class Config(Seeds):
     out_dir: str = 'out/ensembles' # seed N in a folder N
-    seeds: str = '1,2,3'
-
-    def __post_init__(self):
-        seeds = numbers(self.seeds)
-        demo.Config(out_dir=self.out_dir) # checks it
-        require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'))
 
 def stages(at):
     """Return the stages of one seed, as demo.stages does. at: its demo.Config."""
@@ -63,9 +57,7 @@ def columns_of(log, smooth=5):
 
 def main(cfg):
     logs = {kind: [] for kind in KINDS}
-    for seed in numbers(cfg.seeds):
-        at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}')
-        demo.claim(at)
+    for at in cfg.each():
         demo.run_stages(stages(at), at)
         for kind, log in figures.read_runs({kind: f'{at.out_dir}/{kind}' for kind in KINDS}).items():
             logs[kind].append(log)

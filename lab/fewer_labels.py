@@ -11,7 +11,6 @@ rest. It prints each command, reuses finished stages, and writes results.json an
 
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass
 
@@ -23,27 +22,23 @@ from common.options import fail, launch, require
 from common.records import write_atomic
 from evaluate import mean, print_table
 from lab import figures
+from lab.seeds import Seeds, numbers
 
 HOW = ('random', 'diverse', 'uncertain')
 ENSEMBLE = 3
 
 @dataclass
-class Config:
+class Config(Seeds):
     out_dir: str = 'out/labels' # seed N in a folder N
-    seeds: str = '1,2,3'
     budgets: str = '250,500,1000,2000' # prompts that are ranked, fewest first; each with 4 answers
     steps: int = 300 # of every reward model
 
     def __post_init__(self):
-        seeds, budgets = numbers(self.seeds), numbers(self.budgets)
-        demo.Config(out_dir=self.out_dir) # checks it
-        require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'),
-                budgets=([] != budgets == sorted({*budgets} - {0}), 'rising numbers above 0, separated by commas'),
+        super().__post_init__()
+        budgets = numbers(self.budgets)
+        rising = [] != budgets == sorted({*budgets} - {0})
+        require(self, budgets=(rising, 'rising numbers above 0, separated by commas'),
                 steps=(self.steps >= 1, 'at least 1'))
-
-def numbers(text):
-    """Parse '1,20' to [1, 20], anything else to []."""
-    return [int(n) for n in text.split(',')] if re.fullmatch('[0-9]+(,[0-9]+)*', text) else []
 
 def stages(cfg, at):
     """Return the stages of one seed, as demo.stages does. at: its demo.Config."""
@@ -92,9 +87,7 @@ def print_accuracies(results, seeds, first):
 def main(cfg):
     budgets = numbers(cfg.budgets)
     results = {how: {n: [] for n in budgets} for how in HOW}
-    for seed in numbers(cfg.seeds):
-        at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}')
-        demo.claim(at)
+    for at in cfg.each():
         demo.run_stages(stages(cfg, at), at)
         for how in HOW:
             for n in budgets:

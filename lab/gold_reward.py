@@ -20,9 +20,9 @@ from dataclasses import dataclass
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
 import demo
-from common.options import launch, require
+from common.options import launch
 from common.records import read_json, read_records, write_atomic, write_records
-from lab.fewer_labels import numbers
+from lab.seeds import Seeds
 from lab.tables import show, table
 
 GOLD = dict(reward_model='', reward='data.toy.world:gold')
@@ -37,14 +37,8 @@ RUNS = { # name -> script, config file, further options
 COLUMNS = ('gold', 'helpful', 'honest', 'harmless', 'tool', 'declines')
 
 @dataclass
-class Config:
+class Config(Seeds):
     out_dir: str = 'out/gold_reward' # seed N in a folder N
-    seeds: str = '1,2,3'
-
-    def __post_init__(self):
-        seeds = numbers(self.seeds)
-        demo.Config(out_dir=self.out_dir) # checks it
-        require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'))
 
 def folder_of(at, name):
     return f"{at.out_dir}/{name.replace(', ', '_').replace(' ', '')}"
@@ -75,9 +69,7 @@ def columns_of(row):
 
 def main(cfg):
     found = [] # evaluate.py's results of each seed
-    for seed in numbers(cfg.seeds):
-        at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}')
-        demo.claim(at)
+    for at in cfg.each():
         todo, prompts = stages(at), f'{at.out_dir}/prompts_balanced.jsonl'
         demo.run_stages(todo[:1], at) # the data
         if not os.path.exists(prompts):

@@ -23,7 +23,8 @@ import demo
 from common.options import fail, launch, require
 from common.records import read_lines, write_atomic
 from lab import fewer_labels, figures
-from lab.fewer_labels import accuracy, numbers, print_accuracies
+from lab.fewer_labels import accuracy, print_accuracies
+from lab.seeds import numbers
 
 LOSS = dict(pairs='pairwise', ratings='regression') # of reward.py
 
@@ -68,9 +69,7 @@ def cut(path, n, out):
 def main(cfg):
     budgets = numbers(cfg.budgets)
     results = {kind: {n: [] for n in budgets} for kind in LOSS}
-    for seed in numbers(cfg.seeds):
-        at = demo.Config(seed=seed, out_dir=f'{cfg.out_dir}/{seed}')
-        demo.claim(at)
+    for at in cfg.each():
         demo.run_stages(collecting(cfg, at), at)
         for kind, n in itertools.product(LOSS, budgets):
             cut(f'{at.out_dir}/{kind}.jsonl', n, f'{at.out_dir}/{kind}{n}.jsonl')

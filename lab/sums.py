@@ -22,7 +22,7 @@ from lab import tables
 from lab.figures import COLOURS, panels
 
 METHODS = dict( # a config file and a folder each: the script, and iterations without the scratch line
-    grpo=('reinforce.py', 300), rloo=('reinforce.py', 300), ppo=('ppo.py', 120))
+    grpo=('reinforce.py', 250), rloo=('reinforce.py', 300), ppo=('ppo.py', 120))
 STYLES = dict(scratch='', direct='_direct') # what ends the names of stages and folders
 
 @dataclass

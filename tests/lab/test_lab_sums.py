@@ -16,7 +16,7 @@ def test_stages():
     assert stages['pretrain'][-1] == ['data'] and stages['sft_direct'][-1] == ['pretrain_direct']
     assert stages['others_direct'][-1] == ['grpo_direct', 'ppo_direct']
     assert stages['grpo_direct'][:4] == ['reinforce.py', 'config/sums/grpo.py', dict(
-        policy='out/s/sft_direct', max_steps=300, out_dir='out/s/grpo_direct'), 'out/s/grpo_direct/model.safetensors']
+        policy='out/s/sft_direct', max_steps=250, out_dir='out/s/grpo_direct'), 'out/s/grpo_direct/model.safetensors']
     assert stages['grpo'][2] == dict(policy='out/s/sft', out_dir='out/s/grpo') # the config file's own max_steps
     assert stages['others_direct'][2]['models'] == (
         'base=out/s/base_direct,sft=out/s/sft_direct,grpo=out/s/grpo_direct,ppo=out/s/ppo_direct')
