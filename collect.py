@@ -71,7 +71,7 @@ class Config(RunOptions):
     ask: str = 'ranks' # of a person, simulated or not: ranks, or ratings, numbers for each answer
     qualities: str = 'score' # of ratings: what gets a number, among helpful,harmless,honest,score
     scale: int = 0 # of ratings: whole numbers from 1 to this; 0 = 5 for score alone, else 10
-    gold: str = '' # simulated: MODULE:FUNCTION of (prompt, response), the gold score, as in data.toy.world:gold
+    gold: str = '' # simulated: MODULE:FUNCTION of (record, response), the gold score, as in data.toy.world:gold
     noise: float = 0.15 # of the simulated person: a gold difference of `noise` is seen with sigmoid(1) = 73 %; 0 = none
     tie: float = 0.0 # neighbours that seem at most this far apart (in units of its score) get the same rank
     page: bool = False # human: in a browser on this machine, not in the terminal

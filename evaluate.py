@@ -26,7 +26,7 @@ from common.records import lock, read_preferences, read_records, write_atomic, w
 from common.rollout import beats, check_same_vocabulary, frozen_rewards, in_chunks, pack, sample_answers, score_packed
 from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
-from feedback.functions import guarded, load_reward_function
+from feedback.functions import guarded, load_reward_function, module_of
 from feedback.scores import score_answers
 from lab import figures
 
@@ -361,8 +361,7 @@ def evaluate(cfg, run):
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]
     gold = load_reward_function(cfg.gold, 'gold', records, cfg.prompts)
     function = load_reward_function(cfg.reward, 'reward', records, cfg.prompts)
-    module = os.path.basename(cfg.gold.partition(':')[0]).removesuffix('.py')
-    explain = getattr(sys.modules.get(module), 'explain', lambda record, response: {})
+    explain = getattr(sys.modules.get(module_of(cfg.gold)), 'explain', lambda record, response: {})
     explain = guarded(explain, 'gold', cfg.gold, cfg.prompts)
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
     held_out = []

@@ -193,7 +193,6 @@ def main(cfg):
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
     if state: # its weights are normalised
         load_weights(model, state['before_normalising'])
-
     measure = (lambda: evaluate(model, val, run, margins, cfg.loss)) if val else None
 
     def save(step):
@@ -207,7 +206,6 @@ def main(cfg):
                  f"since the last checkpoint in {cfg.out_dir}", code=1)
         save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
         load_weights(whole, before) # training goes on with these
-
     bar = training_bar(run, cfg, state, measure)
     for step in bar:
         measured = update(model, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step, margins)

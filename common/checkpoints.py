@@ -197,9 +197,9 @@ def load_checkpoint(run, cfg, model, optimizers):
     for name, old in fields.items():
         if old != (new := getattr(model.config, name)):
             fail(f"--resume=True: {name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
-    for name, value in run.inputs.items():
-        if value != began.get(name, value):
-            told = f"--{name}={getattr(cfg, name)}: is not what the run in {cfg.out_dir} began with"
+    for name in {**began, **run.inputs}: # one that only one of the two runs has is another too
+        if run.inputs.get(name) != began.get(name):
+            told = f"--{name}={getattr(cfg, name, '')}: is not what the run in {cfg.out_dir} began with"
             note(f"{told}; going on with it") if name in DATA else fail(f"{told}; wanted the same model")
     weights.load_tensors(model, *tensors)
     try:

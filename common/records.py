@@ -246,8 +246,9 @@ def read_ratings(files):
     An answer's rating is the mean over its raters (`rated`) of the mean over the qualities.
     """
     rows, prompts = [row for file in files for row in read_records(file, 'ratings')], {}
-    if len({tuple(quality in row for quality in QUALITIES) for row in rows}) > 1:
-        fail(f"{','.join(map(str, files))}: wanted numbers for the same qualities in every rating")
+    kinds = {' and '.join(quality for quality in QUALITIES if quality in row) for row in rows}
+    if len(kinds) > 1:
+        fail(f"{files[0]}: wanted the same qualities in every rating, got {', but '.join(sorted(kinds))}")
     for row in rows: # prompts: {prompt: {(response, ended): [a number per rater]}}
         answer, answers = (row['response'], row.get('ended', True)), prompts.setdefault(json.dumps(row['prompt']), {})
         answers.setdefault(answer, []).append(fmean(row[quality] for quality in QUALITIES if quality in row))

@@ -129,10 +129,11 @@ def sample_rollouts(model, prompts, records, tok, cfg, user=None):
     prompts: lists of ids, of these records. user(record, messages) returns what the user says next. A dialogue ends
     with None, after cfg.max_turns answers or one that did not end, and where the context has no room for another.
     """
-    rows, asked, records = [[(ids, None)] for ids in prompts], [[] for _ in prompts], list(records)
+    rows, asked = [[(ids, None)] for ids in prompts], [[] for _ in prompts]
+    records = [r | dict(prompt=as_messages(r['prompt'])) for r in records] if user else list(records)
 
     def goes_on(b):
-        messages = [*as_messages(records[b]['prompt']), dict(role='assistant', content=asked[b][-1][1])]
+        messages = [*records[b]['prompt'], dict(role='assistant', content=asked[b][-1][1])]
         if len(asked[b]) == cfg.max_turns or rows[b][-1][0][-1] != tok.eos:
             return False
         said = user(records[b], messages)

@@ -417,7 +417,7 @@ def test_other_bad_input(tmp_path, given, capsys):
     path.write_text('{"prompt": "Where does the fox live?"}\n{"prompt": "Write a poem about rain."}\n')
     assert stops(capsys, collect, out=out, **given | dict(prompts=str(path))) == (
         "--gold=data.toy.world:gold: ValueError: not a prompt of the toy world: 'Write a poem about rain.' "
-        f"({world.__file__}:143), with the record {path}: {{'prompt': 'Write a poem about rain.'}}")
+        f"({world.__file__}:143), called with '' and the record {path}: {{'prompt': 'Write a poem about rain.'}}")
     assert stops(capsys, collect, out=str(tmp_path), overwrite=True, **given) == (
         f"--out={tmp_path}: is a folder, wanted a file")
     assert 'max_prompts must be at least 0' in stops(capsys, collect, out=out, max_prompts=-1, **given)

@@ -105,7 +105,7 @@ def cross(names, rows):
         (dict(max_new_tokens=65), 'wanted block_size above max_new_tokens'),
         (dict(gold='data.toy.world:gold'),
          "--gold=data.toy.world:gold: ValueError: not a prompt of the toy world: 'Hi' ("),
-        (dict(gold='toy'), '--gold=toy: cannot be imported (')]),
+        (dict(gold='toy'), "--gold=toy: '' names no function; wanted MODULE:FUNCTION")]),
     ('sft', dict(train_date='x'), '--train_date=x: unknown option train_date, did you mean train_data?'),
     ('sft', dict(lr='fast'), "--lr=fast: lr must be float, got 'fast'"),
     ('sft', dict(train_data=''), "train_data must be a file of records, see --help, got ''"),

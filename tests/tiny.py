@@ -342,6 +342,28 @@ def nothing(record, response):
 def infinite(record, response):
     return float('inf') if response == 'oo' else 0.5
 
+def one(record):
+    return 1
+
+def leaves(record, response):
+    raise SystemExit(3)
+
+def bad(record, response):
+    raise OverflowError('too large')
+
+def text(record, response):
+    return '1.5'
+
+def huge(record, response):
+    return 10**400
+
+def odd(record, response):
+    return 1e300
+
+def changes(record, response):
+    record['prompt'][0]['content'] += '!'
+    return 0
+
 LIST = []
 '''
     (tmp_path / 'rules_of_mine.py').write_text(text)

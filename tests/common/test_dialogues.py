@@ -79,7 +79,7 @@ def test_a_dialogue_is_the_one_of_the_chat_template():
     # a user hears all that was said before, and a reward function gets each answer's own record
     assert heard == [first[:3], second[:2], first, second]
     assert rolls.asked == [[(dict(prompt=SYSTEM), 'Yo'), (dict(prompt=first[:4]), 'Yes')],
-                           [(dict(prompt='Who'), 'It is me.'), (dict(prompt=second[:3]), 'No')]]
+                           [(dict(prompt=[user('Who')]), 'It is me.'), (dict(prompt=second[:3]), 'No')]]
     assert asking == [dict(prompt=SYSTEM), dict(prompt='Who')] # the records of the file are as they were
     assert model.given[1][1].endswith('### Human: And <|endoftext|>?\n### Assistant:')
 

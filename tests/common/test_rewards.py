@@ -147,3 +147,12 @@ def test_a_reward_policy_has_to_be_a_language_model(tmp_path, given, capsys):
     folder = checkpoint(tmp_path / 'rm', reward_head=True)
     exits(capsys, f'--reward_policy={folder}: is a reward model', lambda: run(
         ppo, out_dir=str(tmp_path / 'out'), reward_policy=folder, **given))
+
+@pytest.mark.parametrize('script', [ppo, reinforce])
+def test_a_resumed_run_has_the_models_that_it_began_with(tmp_path, given, rules, capsys, script):
+    """One more or one less in the reward is another reward."""
+    options = given | dict(out_dir=str(tmp_path / 'out'), reward='rules_of_mine:scaled')
+    run(script, **options | dict(max_steps=1, reward_policy=given['policy']))
+    for more in (dict(), dict(reward_policy=given['policy'], reward_reference=given['policy'])):
+        exits(capsys, 'is not what the run in', lambda: run(script, resume=True, **options | more))
+    assert len(run(script, resume=True, **options | dict(reward_policy=given['policy']))) == 2

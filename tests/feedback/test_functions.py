@@ -18,13 +18,49 @@ def test_a_function_with_arguments(rules):
 @pytest.mark.parametrize('name, why', [
     ('nowhere_at_all:score', "ModuleNotFoundError: No module named 'nowhere_at_all'"),
     ('rules_of_mine:silver', "AttributeError: module 'rules_of_mine' has no attribute 'silver'"),
-    ('rules_of_mine', 'SyntaxError'), (':score', 'ValueError'), ('rules_of_mine:', 'SyntaxError'),
-    ('nowhere.py:score', 'FileNotFoundError'), ('rules_of_mine:scaled(by=len)', 'ValueError'),
-    ('rules_of_mine:scaled(2)', 'ValueError: arguments are given by name'), ('rules_of_mine:a.b', 'AttributeError')])
+    (':score', 'ValueError'), ('nowhere.py:score', 'FileNotFoundError')])
 def test_no_such_function_is_told_in_one_line(rules, capsys, name, why):
     line = one_line(capsys, lambda: load_function(name, 'reward'))
     assert line.startswith(f'--reward={name}: cannot be imported ({why}'), line
     assert line.endswith('; wanted MODULE:FUNCTION or FILE.py:FUNCTION, as in data.toy.world:gold')
+
+@pytest.mark.parametrize('call', ['', 'scaled(by=len)', 'scaled(2)', 'scaled(by=2', 'a.b', '3'])
+def test_what_names_no_function_is_told_in_one_line(rules, capsys, call):
+    """Only literals are arguments, and each by its name."""
+    line = one_line(capsys, lambda: load_function(f'rules_of_mine:{call}', 'reward'))
+    assert line == (f"--reward=rules_of_mine:{call}: {call!r} names no function; wanted MODULE:FUNCTION or "
+                    "FILE.py:FUNCTION, as in data.toy.world:gold, or FUNCTION(name=3, other='text')")
+
+def test_arguments_that_the_function_does_not_take_are_told_in_one_line(rules, capsys):
+    exits(capsys, "--reward=rules_of_mine:scaled(bye=2): got an unexpected keyword argument 'bye'; wanted a function",
+          load_function, 'rules_of_mine:scaled(bye=2)', 'reward')
+    exits(capsys, '--reward=rules_of_mine:one: too many positional arguments; wanted a function of two arguments',
+          load_function, 'rules_of_mine:one', 'reward')
+
+def test_a_file_hides_no_module(rules):
+    """Not even where it has the name of a library."""
+    (rules / 'mine' / 'random.py').write_text('def score(record, response):\n    return 7\n')
+    assert load_function(f"{rules / 'mine' / 'random.py'}:score", 'reward')({}, '') == 7
+    import random
+    assert random.Random(1).random() < 1
+    (rules / 'random.py').write_text('def score(record, response):\n    return 8\n') # another of the same name
+    one, two = (load_function(f'{folder}/random.py:score', 'reward') for folder in (rules / 'mine', rules))
+    assert (one({}, ''), two({}, '')) == (7, 8)
+
+@pytest.mark.parametrize('name, why', [('leaves', 'SystemExit: 3'), ('bad', 'OverflowError')])
+def test_a_function_that_exits_or_overflows_is_an_error(rules, capsys, name, why):
+    exits(capsys, f'--reward=rules_of_mine:{name}: {why}', load_reward_function, f'rules_of_mine:{name}', 'reward',
+          [dict(prompt='Hi')], 'p.jsonl')
+
+@pytest.mark.parametrize('name', ['text', 'huge', 'odd'])
+def test_what_is_no_number_of_float32_is_refused(rules, capsys, name):
+    exits(capsys, f'--reward=rules_of_mine:{name}: wanted a finite number, got ', load_reward_function,
+          f'rules_of_mine:{name}', 'reward', [dict(prompt='Hi')], 'p.jsonl')
+
+def test_what_a_function_changes_reaches_nobody(rules):
+    record = dict(prompt=[dict(role='user', content='Hi')])
+    load_reward_function('rules_of_mine:changes', 'reward', [record], 'p.jsonl')
+    assert record == dict(prompt=[dict(role='user', content='Hi')])
 
 def test_a_file_with_a_mistake_and_what_is_no_function(rules, capsys):
     exits(capsys, 'SyntaxError', load_function, f"{rules / 'mine' / 'broken_of_mine.py'}:score", 'gold')
@@ -39,7 +75,7 @@ def test_a_record_that_a_function_cannot_read_is_told_before_anything_begins(rul
     asked = [dict(prompt='Hi'), dict(prompt='Why?')]
     line = one_line(capsys, lambda: load_reward_function('rules_of_mine:score', 'gold', asked, 'data/p.jsonl'))
     assert line.startswith("--gold=rules_of_mine:score: ValueError: unknown prompt 'Why?' (")
-    assert "rules_of_mine.py:4), with the record data/p.jsonl: {'prompt': 'Why?'}" in line
+    assert "rules_of_mine.py:4), called with '' and the record data/p.jsonl: {'prompt': 'Why?'}" in line
     exits(capsys, "KeyError: 'answer'", load_reward_function, 'rules_of_mine:exact', 'reward', asked, 'p.jsonl')
 
 @pytest.mark.parametrize('name, response, got', [('nothing', 'x', 'None'), ('infinite', 'oo', 'inf')])
