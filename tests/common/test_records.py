@@ -295,6 +295,7 @@ def test_several_raters_are_averaged(tmp_path, capsys):
 def test_ratings_of_other_qualities_do_not_mix(tmp_path, capsys):
     write_records(tmp_path / "a.jsonl", [rating("p", "x", 8, 10, 9), rating("p", "y", score=5)])
     assert one_line(capsys, lambda: read_ranked(str(tmp_path / "a.jsonl"))) == (
-        f"{tmp_path / 'a.jsonl'}: wanted the same qualities in every rating, got helpful and harmless and honest, but score")
+        f"{tmp_path / 'a.jsonl'}: wanted the same qualities in every rating, got helpful and harmless and honest, but "
+        "score")
     write_records(tmp_path / "b.jsonl", [dict(prompt="p", responses=["x", "y"], ranks=[0, 1])])
     exits(capsys, "b.jsonl:1: wanted a row of kind ratings", read_ranked, f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl")
