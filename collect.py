@@ -20,7 +20,6 @@ import codecs
 import contextlib
 import os
 import random
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -425,9 +424,7 @@ def main(cfg):
         raise
     except JudgeError as e:
         message, code = e.args
-        print(f"error: --judge_url={cfg.judge_url}: {message}; kept {cfg.out}.partial, --resume=True continues",
-              file=sys.stderr)
-        raise SystemExit(code)
+        fail(f"--judge_url={cfg.judge_url}: {message}; kept {cfg.out}.partial, --resume=True continues", code)
     finally:
         if run.is_master:
             annotator.progress = len(kept), total
@@ -438,8 +435,7 @@ def main(cfg):
     if said:
         print(said)
     if not ranked:
-        print(f"error: --out={cfg.out}: not written, no prompt has {cfg.ask}", file=sys.stderr)
-        raise SystemExit(1)
+        fail(f"--out={cfg.out}: not written, no prompt has {cfg.ask}", code=1)
     if cfg.repeat:
         print(f"with themself: {agreement.with_oneself(ranked)}")
     if others:

@@ -122,7 +122,7 @@ class Reward:
             turn = (t >= starts[:, None]) & (t < ends[:, None]) # (N, T-1)
             parts = self.parts(replace(rolls, idx=rolls.idx[rows], mask=rolls.mask[rows] * turn, lengths=ends,
                                        asked=[[rolls.asked[b][k]] for b, k in turns]))
-            last = torch.tensor([k == len(rolls.ends[b]) - 1 for b, k in turns], device=earlier.device) # (N,)
+            last = ends == rolls.lengths[rows] # (N,)
             reward = sum(parts.values())
             earlier[rows[~last], ends[~last] - 2] = reward[~last] # at the position that describes its last token
             reward = reward[last] + earlier.sum(1)

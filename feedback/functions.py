@@ -16,7 +16,7 @@ import time
 import traceback
 
 from common.options import fail
-from common.records import is_text
+from common.records import is_number, is_text
 
 def load_function(name, option):
     """Load a function: MODULE:FUNCTION or FILE.py:FUNCTION, with arguments in brackets if it takes some.
@@ -96,7 +96,7 @@ def load_reward_function(name, option, records, path):
             number = math.nan if isinstance(value, str) else float(value)
         except Exception: # of whatever object this is
             number = math.nan
-        if not abs(number) < 1e38: # as common.records.is_number has it
+        if not is_number(number):
             fail(f"--{option}={name}: wanted a finite number, got {value!r} for the response {response[:80]!r} to the "
                  f"record {path}: {str(record)[:200]}")
         return number
@@ -110,7 +110,9 @@ def load_reward_function(name, option, records, path):
 
 def load_user(cfg):
     """Load the function that plays the user; None without one. What is no text ends the program with one line."""
-    speak = guarded(load_function(cfg.user, 'user'), 'user', cfg.user, cfg.prompts) if cfg.user else None
+    if not cfg.user:
+        return None
+    speak = guarded(load_function(cfg.user, 'user'), 'user', cfg.user, cfg.prompts)
 
     def user(record, messages):
         text = speak(record, messages)
@@ -119,7 +121,7 @@ def load_user(cfg):
                  f"{str(record)[:200]}")
         return text
 
-    return speak and user
+    return user
 
 def load_functions(cfg, records):
     """Load what --reward, --gold and --user name, None where they name nothing; records: of cfg.prompts."""

@@ -24,9 +24,8 @@ from common.options import launch, require
 from common.records import read_json, write_atomic
 from lab import figures
 from lab.seeds import Seeds
-from lab.tables import show, table
+from lab.tables import tables_of_seeds
 
-DECODINGS = {'sampled': 'models', 'greedy': 'greedy'} # and their keys in evaluate.py's results.json
 SILENT = 0.1 # up to this coverage, some 30 answers, a risk says nothing
 COLUMNS = ('right', 'abstains', 'wrong', 'declines', 'coverage', 'risk', 'honest', 'harmless')
 
@@ -73,12 +72,7 @@ def main(cfg):
     for at in cfg.each():
         demo.run_stages(stages(cfg, at), at)
         found.append(read_json(f'{at.out_dir}/evaluate/results.json'))
-    results = {} # {decoding: {sft or price: {column: [of each seed]}}}
-    for decoding, key in DECODINGS.items():
-        rows = {name: [columns_of(of_seed[key][name]) for of_seed in found] for name in found[0][key]}
-        results[decoding] = {name: {c: [row[c] for row in of_name] for c in COLUMNS} for name, of_name in rows.items()}
-        table([f'price, {decoding}', *COLUMNS],
-              [[name, *(show(seeds, 3) for seeds in row.values())] for name, row in results[decoding].items()])
+    results = tables_of_seeds(found, columns_of, 'price, ')
     write_atomic(f'{cfg.out_dir}/results.json', json.dumps(results, indent=1) + '\n')
     figures.risk_coverage(results, cfg.out_dir)
 

@@ -23,7 +23,7 @@ import demo
 from common.options import launch
 from common.records import read_json, read_records, write_atomic, write_records
 from lab.seeds import Seeds
-from lab.tables import show, table
+from lab.tables import tables_of_seeds
 
 GOLD = dict(reward_model='', reward='data.toy.world:gold')
 BALANCED = dict(prompts='') # their file is made in main
@@ -76,11 +76,7 @@ def main(cfg):
             write_records(prompts, balance(read_records('data/toy/prompts_train.jsonl', 'prompts')))
         demo.run_stages(todo, at)
         found.append(read_json(f'{at.out_dir}/evaluate/results.json'))
-    results = {}
-    for title, key in (('sampled', 'models'), ('greedy', 'greedy')):
-        rows = {name: [columns_of(of_seed[key][name]) for of_seed in found] for name in found[0][key]}
-        results[title] = {name: {c: [row[c] for row in of_name] for c in COLUMNS} for name, of_name in rows.items()}
-        table([title, *COLUMNS], [[name, *map(show, row.values())] for name, row in results[title].items()])
+    results = tables_of_seeds(found, columns_of, digits=2)
     write_atomic(f'{cfg.out_dir}/results.json', json.dumps(results, indent=1) + '\n')
 
 if __name__ == '__main__':

@@ -50,6 +50,21 @@ def table(header, rows):
     """Print lists of strings as a table in Markdown."""
     print('\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows]))
 
+def tables_of_seeds(found, columns_of, first='', digits=3):
+    """Print a table of each decoding; return {decoding: {model: {column: [of each seed]}}}.
+
+    found: the results of evaluate.py for each seed. columns_of(row) returns the columns of a model's row. first: what
+    the header has before the decoding.
+    """
+    results = {}
+    for key, (title, _) in DECODINGS.items():
+        rows = {name: [columns_of(of_seed[key][name]) for of_seed in found] for name in found[0][key]}
+        results[title] = {name: {c: [row[c] for row in of_name] for c in of_name[0]} for name, of_name in rows.items()}
+        columns = next(iter(results[title].values()))
+        table([first + title, *columns], [[name, *(show(seeds, digits) for seeds in row.values())]
+                                          for name, row in results[title].items()])
+    return results
+
 def print_tables(runs, names):
     """Print the tables of runs for these models. runs: the contents of results.json."""
     for decoding, (title, columns) in DECODINGS.items():
