@@ -164,7 +164,7 @@ def reference_logp(model, rows, cfg, run, name):
 @torch.no_grad()
 def evaluate(model, rows, ref, cfg, run):
     """Measure the loss and its metrics on held-out rows, averaged over pairs."""
-    means, model = Means(), run.whole(model).eval()
+    means, model = Means(), model.eval()
     for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
         answers = collate_answers([rows[i] for i in part]).to(run.device)
         with run.autocast():

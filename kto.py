@@ -122,7 +122,8 @@ def describe(rewards, labels, run):
 
 def evaluate(model, reference, rows, cfg, run):
     """Measure the loss and its metrics on held-out rows; one z0 for all of them."""
-    model, at_once = run.whole(model).eval(), cfg.batch_size // cfg.grad_accum
+    at_once = cfg.batch_size // cfg.grad_accum
+    model.eval()
     z0, mine = estimate_kl(model, reference, rows, run, at_once), run.rows(rows) # (), the share of this process
     pi, ref = (log_probs(m, mine, run, at_once) for m in (model, reference)) # (B,)
     label = labels_of(mine) # (B,)
@@ -135,7 +136,7 @@ def evaluate(model, reference, rows, cfg, run):
 def update(model, reference, optimizer, rows, cfg, run, step):
     """Take one optimizer step on rows; return its metrics. Every answer weighs the same."""
     at_once = cfg.batch_size // cfg.grad_accum # rows in a pass
-    z0 = estimate_kl(run.whole(model), reference, rows, run, at_once).to(run.device) # (), of the whole batch
+    z0 = estimate_kl(model, reference, rows, run, at_once).to(run.device) # (), of the whole batch
     means, rewards, labels = Means(), [], []
     for part in split_by_tokens(rows, [row.length for row in rows], cfg.grad_accum, run.world_size):
         part = run.rows(part)

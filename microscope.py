@@ -3,10 +3,14 @@
     python microscope.py --policy=out/toy/ppo --reference=out/toy/sft --reward_model=out/toy/reward
     python microscope.py --policy=out/toy/sft,out/toy/ppo --reference=out/toy/sft --reward_model=out/toy/reward \
         --critic=out/toy/ppo --prompt="What is the colour of the camel?"
+    python microscope.py --samples=out/toy/ppo/samples.jsonl
 
 One iteration of PPO, by ppo.py's own functions and with the options of the policy's own run: the policy answers, every
 token is measured, and an update of a copy shows how the ratio moves and where the clip bites (* in the terminal). Two
 policies, with a comma between, stand side by side. The page is one HTML file that needs nothing else.
+
+With --samples nothing is computed: ppo.py and reinforce.py --show=N have written down N answers at every save, and on
+the page one scrolls through training.
 
 In a terminal, tokens that PPO pushes up (their whitened advantage is above 0) are green and the others red. Elsewhere,
 or with NO_COLOR set, the others are between ⟦ and ⟧.
@@ -15,7 +19,6 @@ or with NO_COLOR set, the others are between ⟦ and ⟧.
 import copy
 import dataclasses
 import json
-import math
 import os
 import shlex
 import sys
@@ -27,12 +30,13 @@ import ppo
 from common.batches import encode_prompts
 from common.checkpoints import load_policy, read_log
 from common.options import RunOptions, fail, launch, parse_config, require, unread
-from common.records import read_json, read_records, write_atomic
-from common.rollout import check_context, check_same_vocabulary, frozen_logp, frozen_rewards, kl_k1, masked_mean, whiten
+from common.records import files_of, read_json, read_records, write_atomic
+from common.rollout import check_context, check_same_vocabulary
 from common.run import default_signals, start, stop
-from common.tokens import EOS, load_tokenizer
+from common.tokens import load_tokenizer
 from common.training import make_optimizer
 from common.weights import open_pretrained
+from lab.per_token import compare, describe_answers, plain, read_samples
 
 import torch
 
@@ -49,16 +53,20 @@ class Config(RunOptions):
     max_prompts: int = 6 # of the file
     n_answers: int = 1 # to each prompt
     ppo: str = '' # options of ppo.py, as a config file or "--lam=0 --lr=1e-4"; empty = those of the policy's own run
+    samples: str = '' # instead of models: the samples.jsonl of ppo.py or reinforce.py --show=N, or two, with a comma
     out: str = 'out/microscope.html' # the page; an older one is replaced
 
     def __post_init__(self):
         super().__post_init__()
-        folders = self.policy.split(',')
+        folders, files = self.policy.split(','), files_of(self.samples)
         require(self, policy=(len(folders) <= 2 and all(folders), 'one folder, or two with a comma between'),
+                samples=(not self.samples or len(files) <= 2 and all(files), 'one file, or two with a comma between'),
                 prompts=(not (self.prompt and self.prompts), 'left out where there is a prompt'),
                 max_prompts=(self.max_prompts >= 1, 'at least 1'), n_answers=(self.n_answers >= 1, 'at least 1'),
                 out=(self.out.endswith('.html'), 'a file that ends with .html'))
         unread(self, not self.prompt, 'a run without prompt', 'max_prompts')
+        unread(self, not self.samples, 'a run without samples',
+               *(key for key in Config.__annotations__ if key not in ('samples', 'out')))
 
 def check_out(path):
     """End the program where the page cannot be written."""
@@ -78,7 +86,7 @@ def settings(cfg, folders):
         about = read_json(path) if os.path.exists(path) else {}
         if about.get('script') in ('ppo.py', 'reinforce.py'):
             try:
-                given = {k: v for k, v in about['options'].items() if hasattr(ppo.Config, k)}
+                given = {k: v for k, v in about['options'].items() if hasattr(ppo.Config, k) and k != 'show'}
                 found = ppo.Config(**given)
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 fail(f"{path}: {e}; wanted the options of a run of {about['script']}")
@@ -112,98 +120,28 @@ def load_models(cfg, ppo_cfg, folder, run, tok):
                  "with a separate critic, which began as this reward model")
     return models._replace(reference=reference)
 
-def plain(text):
-    """Escape characters that do not print."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-
-def spell(tok, ids):
-    """Return (label, whole) of each token: its text, and the character of which it is a part, or ''.
-
-    Bytes that are no whole character, and characters that do not print, are escaped, as in \\xe4.
-    """
-    parts = [tok.decode_bytes([i]) for i in ids]
-    at, spans = 0, [] # of every character: its bytes' places in the text
-    for c in b''.join(parts).decode('utf-8', 'surrogateescape'):
-        n = len(c.encode('utf-8', 'surrogateescape'))
-        spans += [(at, at + n, c)] * n
-        at += n
-    out, start = [], 0
-    for i, part in zip(ids, parts):
-        end = start + len(part)
-        whole = ''.join(dict.fromkeys(c for a, b, c in spans[start:end] if a < start or b > end))
-        label = EOS if i == tok.eos else plain(part.decode('utf-8', 'backslashreplace')) if part else f'<{i}>'
-        out.append((label, plain(whole)))
-        start = end
-    return out
-
 def after_update(models, batch, lengths, cfg, run):
-    """Make one iteration's updates on copies; return ratio and clipped, (B, T-1) each.
-
-    clipped: 1 where the clipped surrogate has no gradient any more, although the advantage is not 0.
-    """
+    """Make one iteration's updates on copies; return ratio and clipped, (B, T-1) each (see `compare`)."""
     models = copy.deepcopy(models._replace(reward=None, reference=None))
     trained = ['policy'] if models.critic is models.policy else ['policy', 'critic']
     optimizers = {name: make_optimizer(getattr(models, name), cfg, eps=1e-5) for name in trained}
     ppo.update(models, optimizers, batch, lengths, cfg, run, 0)
-    mask, old_logp, advantages = batch['mask'], batch['old_logp'], batch['advantages'] # (B, T-1) each
-    with run.autocast():
-        logp = frozen_logp(models.policy, batch['idx'], mask, lengths).requires_grad_() # (B, T-1)
-    ppo.policy_loss(logp, old_logp, advantages, mask, cfg.clip).backward()
-    return (logp.detach() - old_logp).exp(), ((logp.grad == 0) & (advantages != 0)).float()
-
-def numbers(x):
-    """Round a tensor to six digits, as a list, None where infinite."""
-    return [float(f'{v:.6g}') if math.isfinite(v) else None for v in x.tolist()]
+    return compare(models.policy, batch, lengths, cfg, run)
 
 def look(models, prompts, n_shown, tok, cfg, run):
-    """Answer prompts (lists of ids), update; return the first n_shown answers.
-
-    Each is a dict of lists. The steps are those of ppo.roll_out, which keeps fewer of their results.
-    """
+    """Answer prompts (lists of ids), update copies; return the first n_shown answers, as describe_answers does."""
     batch, lengths, _ = ppo.roll_out(models, prompts, [{}] * len(prompts), tok, cfg, cfg.kl_coef, run)
-    idx, mask, old_logp, values = (batch[k] for k in ('idx', 'mask', 'old_logp', 'old_values')) # (B, T), (B, T-1) …
-    with torch.no_grad(), run.autocast():
-        ref_logp = frozen_logp(models.reference, idx, mask, lengths) # (B, T-1)
-        reward = frozen_rewards(models.reward.models[0], idx, lengths) # (B,)
-    ended = idx.gather(1, lengths[:, None] - 1)[:, 0] == tok.eos # (B,)
-    scores, kl = reward - cfg.missing_eos_penalty * (~ended).float(), kl_k1(old_logp, ref_logp) # (B,), (B, T-1)
-    rewards = ppo.token_rewards(scores, kl, mask, cfg.kl_coef) # (B, T-1)
-    if cfg.whiten_rewards:
-        rewards = whiten(rewards, mask, run) + masked_mean(rewards, mask, run) * mask
-    advantages, returns = ppo.gae(rewards, values, mask, cfg.gamma, cfg.lam) # (B, T-1) each
     ratio, clipped = after_update(models, batch, lengths, cfg, run) # (B, T-1) each
-    idx, mask, ends = idx[:n_shown], mask[:n_shown], lengths[:n_shown]
-    sizes = mask.sum(1).long() # (B,) tokens of each answer, N in all
-    with torch.no_grad(), run.autocast():
-        entropy = models.policy.logp_entropy_values(idx, mask, True)[1] # (B, T-1)
-        tops = [model.logits_at(idx, mask).log_softmax(-1) for model in (models.policy, models.reference)]
-        rows = torch.arange(len(idx), device=idx.device).repeat_interleave(sizes + 1) # a row for every prefix
-        stops = torch.cat([torch.arange(n - k, n + 1, device=idx.device) for n, k in zip(ends, sizes)])
-        prefixes = frozen_rewards(models.reward.models[0], idx[rows], stops) # first of each: no answer yet
-        prefixes = prefixes.split((sizes + 1).tolist())
-    # of each token: its five likeliest, as log-probabilities and ids
-    tops = [list(zip(*(x.tolist() for x in q.topk(min(5, q.size(1)))))) for q in tops]
-    columns = dict(logp=old_logp, ref_logp=ref_logp, kl=kl, entropy=entropy, reward=rewards, value=values,
-                   advantage=advantages, whitened=batch['advantages'], returns=returns, ratio=ratio, clipped=clipped)
-    found, at = [], 0
-    for b, (n, k) in enumerate(zip(ends.tolist(), sizes.tolist())):
-        ids = idx[b, n - k:n].tolist()
-        answer = {name: numbers(x[b, n - k - 1:n - 1]) for name, x in columns.items()} # position t describes token t+1
-        answer |= dict(ids=ids, tokens=spell(tok, ids), prefix=numbers(prefixes[b]), ended=bool(ended[b]))
-        for name, top in zip(('top', 'ref_top'), tops):
-            answer[name] = [[(spell(tok, [i])[0][0], i, round(logp, 5)) for logp, i in zip(*pair)]
-                            for pair in top[at:at + k]]
-        found.append(answer | dict(score=scores[b].item()))
-        at += k
-    return found
+    return describe_answers(models, batch, lengths, n_shown, ratio, clipped, tok, run)
 
 def print_answer(answer, in_colour):
     """Print a table of an answer, a line per token."""
     names = dict(logp='log pi', ref_logp='log ref', kl='KL', entropy='entropy', reward='reward', value='V',
                  advantage='A', whitened='A white', returns='return', prefix='score', ratio='ratio')
+    names = {key: name for key, name in names.items() if key in answer}
     print(''.join(f'{name:>8}' for name in names.values()) + '  token')
-    for t, (label, whole) in enumerate(answer['tokens']):
-        up = answer['whitened'][t] > 0
+    for t, (label, whole) in enumerate(map(plain, token) for token in answer['tokens']):
+        up = ((answer.get('whitened') or answer['advantage'])[t] or 0) > 0 # None: infinite
         text = f"\x1b[{32 if up else 31}m{label}\x1b[0m" if in_colour else label if up else f'⟦{label}⟧'
         line = [answer[key][t + (key == 'prefix')] for key in names]
         print(''.join('     inf' if x is None else f'{x:8.3f}' for x in line) + ('* ' if answer['clipped'][t] else '  ')
@@ -219,12 +157,10 @@ def about(cfg, c, n):
             f"each policy, the shown ones among them: epochs {c.epochs}, minibatches {c.minibatches}, learning rate "
             f"{c.lr:g}, a fresh optimizer.")
 
-def main(cfg):
-    check_out(cfg.out)
-    run, folders, page = start(cfg), cfg.policy.split(','), []
+def measure(cfg):
+    """Let the policies answer, and describe the answers; return them, and two texts about them."""
+    run, folders, found = start(cfg), cfg.policy.split(','), []
     default_signals() # there is nothing to save
-    in_colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-    sys.stdout.reconfigure(errors='backslashreplace') # for a terminal without these characters
     for name, option in *zip(folders, ['policy'] * 2), (cfg.reference, 'reference'), (cfg.reward_model, 'reward_model'):
         load_tokenizer(name, option) # a mistyped one ends here
     ppo_cfg = settings(cfg, folders)
@@ -245,14 +181,35 @@ def main(cfg):
         shown = [ids for ids in prompts[:cfg.max_prompts] for _ in range(cfg.n_answers)]
         others = islice(cycle(prompts[cfg.max_prompts:] or prompts), n - n_shown)
         torch.manual_seed(cfg.seed) # a second policy changes nothing in what the first one says
-        for ids, answer in zip(shown, look(models, shown + [*others], n_shown, tok, ppo_cfg, run)):
-            print(f"\n[{folder}] {plain(tok.decode(ids))}")
-            print_answer(answer, in_colour)
-            page.append(answer | dict(model=folder, prompt=tok.decode(ids)))
-    data = json.dumps(dict(settings=about(cfg, ppo_cfg, n), answers=page)).replace('<', '\\u003c') # it ends no script
+        found += [a | dict(model=folder) for a in look(models, shown + [*others], n_shown, tok, ppo_cfg, run)]
+    stop(run)
+    return found, about(cfg, ppo_cfg, n)
+
+def read(cfg):
+    """Read the answers of samples.jsonl files; return them, and two texts about them."""
+    found, paths = [], [os.path.join(p, 'samples.jsonl') if os.path.isdir(p) else p for p in files_of(cfg.samples)]
+    for path in paths:
+        folder, name = os.path.split(path)
+        run = folder if folder and name == 'samples.jsonl' else path
+        found += [answer | dict(model=run) for answer in read_samples(path)]
+    return found, (f"Read from {' and '.join(paths)}: answers that the run learnt from in the iteration before each "
+                   "save. Ratio and clip compare the policy as it was saved, after that iteration's updates, with the "
+                   "one that chose the tokens. Entropy and the likeliest tokens are those of the saved policy. All the "
+                   "rest is as it was while sampling.", "The run's options are in options.json beside samples.jsonl.")
+
+def main(cfg):
+    check_out(cfg.out)
+    in_colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    sys.stdout.reconfigure(errors='backslashreplace') # for a terminal without these characters
+    answers, texts = read(cfg) if cfg.samples else measure(cfg)
+    last = {answer['model']: answer.get('step') for answer in answers} # of each run
+    for answer in (answer for answer in answers if answer.get('step') == last[answer['model']]):
+        step = f", step {answer['step']}" if 'step' in answer else ''
+        print(f"\n[{answer['model']}{step}] {plain(answer['prompt'])}")
+        print_answer(answer, in_colour)
+    data = json.dumps(dict(settings=texts, answers=answers)).replace('<', '\\u003c') # it ends no script
     write_atomic(cfg.out, HTML.read_text(encoding='utf-8').replace('"DATA"', data))
     print(f"\nwrote {cfg.out}")
-    stop(run)
 
 if __name__ == '__main__':
     launch(main, Config)

@@ -23,8 +23,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 
 from common.batches import Batches, collate, encode_prompts, load_training_set, split_by_tokens
-from common.checkpoints import (load_checkpoint, load_policy, load_reward_model, load_weights, prepare_out_dir,
-                                save_checkpoint)
+from common.checkpoints import load_checkpoint, load_policy, load_reward_model, prepare_out_dir, save_checkpoint
 from common.options import fail, launch, require, unread
 from common.records import files_of, read_records
 from common.rewards import RolloutOptions, load_actors, mean_gold
@@ -34,6 +33,7 @@ from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, check_finite, finish_step, lr_at, make_optimizer, optimizer_step, training_bar
 from feedback.functions import load_functions
+from lab.per_token import add_samples, earlier_samples
 
 import torch
 
@@ -190,11 +190,11 @@ def roll_out(models, prompts, records, tok, cfg, kl_coef, run, gold=None, user=N
     """
     # 1. roll out: sample answers, or dialogues with the user, at temperature 1, recording log pi_old
     with run.autocast():
-        rolls = sample_rollouts(run.whole(models.policy), prompts, records, tok, cfg, user).to(run.device)
+        rolls = sample_rollouts(models.policy, prompts, records, tok, cfg, user).to(run.device)
     idx, mask, old_logp, lengths = rolls.idx, rolls.mask, rolls.logp, rolls.lengths # (B, T), (B, T-1) twice, (B,)
     with run.autocast():
         ref_logp = frozen_logp(models.reference, idx, mask, lengths, cfg.batch_size // cfg.grad_accum) # (B, T-1)
-        values = frozen_values(run.whole(models.critic), idx, mask, lengths) # (B, T-1)
+        values = frozen_values(models.critic, idx, mask, lengths) # (B, T-1)
         reward, earlier, parts = models.reward(rolls) # (B,), and of it (B, T-1) at the ends of earlier answers
     # 2. score: less a penalty where an answer does not end
     scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (B,)
@@ -204,8 +204,8 @@ def roll_out(models, prompts, records, tok, cfg, kl_coef, run, gold=None, user=N
         rewards = whiten(rewards, mask, run) + masked_mean(rewards, mask, run) * mask
     # 4. advantages by GAE, whitened
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam) # (B, T-1) each
-    batch = dict(idx=idx, mask=mask, old_logp=old_logp, old_values=values, returns=returns,
-                 advantages=whiten(advantages, mask, run))
+    batch = dict(idx=idx, mask=mask, old_logp=old_logp, ref_logp=ref_logp, scores=scores[:, None].expand_as(mask),
+                 rewards=rewards, old_values=values, returns=returns, advantages=whiten(advantages, mask, run))
     measured = describe(rolls, ref_logp, reward, scores, run) | parts | describe_critic(values, returns, mask, run)
     if gold:
         measured['gold'] = mean_gold(gold, rolls)
@@ -262,12 +262,14 @@ def main(cfg):
     optimizers = {name: make_optimizer(model, cfg, eps=1e-5) for name, model in trained.items()}
     state = load_checkpoint(run, cfg, models.policy, optimizers)
     if state and cfg.critic == 'separate':
-        load_weights(models.critic, state['critic'])
+        models.critic.load_state_dict(state['critic'])
     kl_coef = state['kl_coef'] if state and cfg.kl_target else cfg.kl_coef # adapted from step to step
+    samples = earlier_samples(cfg, state) # lines of samples.jsonl
 
     def save(step):
-        critic = run.whole(models.critic).state_dict() if cfg.critic == 'separate' else {}
-        save_checkpoint(run, cfg, models.policy, tok, step, optimizers, critic=critic, kl_coef=kl_coef)
+        critic = models.critic.state_dict() if cfg.critic == 'separate' else {}
+        add_samples(samples, step, models, batch, lengths, tok, cfg, run)
+        save_checkpoint(run, cfg, models.policy, tok, step, optimizers, samples, critic=critic, kl_coef=kl_coef)
 
     bar = training_bar(run, cfg, state)
     for step in bar:

@@ -39,6 +39,7 @@ from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, check_finite, finish_step, lr_at, make_optimizer, optimizer_step, training_bar
 from feedback.functions import load_functions
+from lab.per_token import add_samples, earlier_samples
 
 import torch
 from torch.nn import functional as F
@@ -103,7 +104,7 @@ def roll_out(models, prompts, records, tok, cfg, baseline, run, gold=None, user=
     prompts, records = ([x for x in each for _ in range(cfg.n_answers)] for each in (prompts, records)) # K of each
     # 1. roll out
     with run.autocast():
-        rolls = sample_rollouts(run.whole(policy), prompts, records, tok, cfg, user).to(run.device)
+        rolls = sample_rollouts(policy, prompts, records, tok, cfg, user).to(run.device)
     idx, mask, old_logp = rolls.idx, rolls.mask, rolls.logp # (N, T), (N, T-1), (N, T-1)
     with run.autocast():
         ref_logp = frozen_logp(reference, idx, mask, rolls.lengths, cfg.batch_size // cfg.grad_accum) # (N, T-1)
@@ -232,9 +233,11 @@ def main(cfg):
     # a new reward model scores the reference's answers 0 on average (see reward.py): a fair first guess
     baseline = state['baseline'] if state else 0.0
     drawn = state.get('drawn', state['step']) if state else 0 # batches of prompts so far
+    samples = earlier_samples(cfg, state) # lines of samples.jsonl
 
     def save(step):
-        save_checkpoint(run, cfg, policy, tok, step, dict(policy=optimizer), baseline=baseline, drawn=drawn)
+        add_samples(samples, step, models, batch, lengths, tok, cfg, run)
+        save_checkpoint(run, cfg, policy, tok, step, dict(policy=optimizer), samples, baseline=baseline, drawn=drawn)
 
     def draw():
         nonlocal drawn

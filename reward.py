@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 from common.batches import Batches, collate_answers, load_rankings, split, split_by_tokens, to_table
-from common.checkpoints import load_checkpoint, load_policy, load_weights, prepare_out_dir, save_checkpoint
+from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
 from common.options import DataOptions, fail, launch, require
 from common.rollout import beats, pair_agreement, score_packed
 from common.run import start, stop
@@ -122,7 +122,7 @@ def evaluate(model, rows, run, margins=False, loss='pairwise'):
     model. val_ceiling: by the annotator's own noise-free scores, where the records have them. val_shorter_wins: by
     length, the shorter one first. val_pairs: their number. margins: as in update.
     """
-    flat, points, start = score_rows(run.whole(model), rows, run), {}, 0
+    flat, points, start = score_rows(model, rows, run), {}, 0
     scores = torch.tensor(flat) # (N,)
     measured = dict(val_loss=preference_loss(scores, rows, margins, loss).item())
     if loss == 'regression':
@@ -192,20 +192,19 @@ def main(cfg):
     optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
     state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
     if state: # its weights are normalised
-        load_weights(model, state['before_normalising'])
+        model.load_state_dict(state['before_normalising'], strict=False)
     measure = (lambda: evaluate(model, val, run, margins, cfg.loss)) if val else None
 
     def save(step):
-        whole = run.whole(model)
-        before = {k: whole.state_dict()[k].clone() for k in ('reward_head.weight', 'ln_f.bias')}
-        scores = torch.tensor(score_rows(whole, rows[:cfg.normalise_on], run))
+        before = {k: model.state_dict()[k].clone() for k in ('reward_head.weight', 'ln_f.bias')}
+        scores = torch.tensor(score_rows(model, rows[:cfg.normalise_on], run))
         if 1e-6 < scores.std() < math.inf:
-            normalise_rewards(whole, scores.mean(), scores.std())
+            normalise_rewards(model, scores.mean(), scores.std())
         elif step == cfg.max_steps: # only one text, or a model that scores all alike
             fail("the scores of the training answers do not differ, they cannot be normalised; nothing was saved "
                  f"since the last checkpoint in {cfg.out_dir}", code=1)
-        save_checkpoint(run, cfg, whole, tok, step, dict(policy=optimizer), before_normalising=before)
-        load_weights(whole, before) # training goes on with these
+        save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer), before_normalising=before)
+        model.load_state_dict(before, strict=False) # training goes on with these
     bar = training_bar(run, cfg, state, measure)
     for step in bar:
         measured = update(model, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step, margins)

@@ -65,7 +65,7 @@ def batch_loss(logp, rows, answers, cfg):
 @torch.no_grad()
 def evaluate(model, rows, cfg, run):
     """Measure the loss and its metrics on held-out rows, means over prompts."""
-    means, model = Means(), run.whole(model).eval()
+    means, model = Means(), model.eval()
     for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
         some = [rows[i] for i in part]
         answers = collate_answers(some).to(run.device)

@@ -113,7 +113,7 @@ def own_answers(model, rows, tok, cfg, run):
     mine = run.rows(rows) # the share of this process
     prompts = [ids[:len(mask) - mask[::-1].index(0)][-room:] for ids, mask in mine] # up to the last answer
     with run.autocast():
-        answers, _ = sample_answers(run.whole(model), prompts, tok, cfg.max_new_tokens)
+        answers, _ = sample_answers(model, prompts, tok, cfg.max_new_tokens)
     mine = [(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for prompt, answer in zip(prompts, answers)]
     return [row for share in run.gather(mine) for row in share]
 
@@ -130,7 +130,7 @@ def load_teacher(cfg, model, tok, run):
 def evaluate(model, data, cfg, run):
     """Measure the cross-entropy in nats per counted token of held-out data; a student's too."""
     total = counted = 0.0
-    model = run.whole(model).eval()
+    model.eval()
     for batch in run.rows(data.in_order(cfg.eval_batches, cfg.grad_accum)): # the share of this process
         idx, mask = (x.to(run.device) for x in collate(batch))
         with run.autocast():

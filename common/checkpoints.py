@@ -1,7 +1,8 @@
 """Save and load checkpoints that survive a kill, and write the log.
 
-A checkpoint is a folder: config.json and model.safetensors in the Hugging Face layout, the tokenizer, log.jsonl,
-state.pt to resume from, and options.json: every option, whether the run has finished, digests of its inputs and files.
+A checkpoint is a folder: config.json and model.safetensors in the Hugging Face layout, the tokenizer, log.jsonl, with
+--show samples.jsonl, state.pt to resume from, and options.json: every option, whether the run has finished, digests of
+its inputs and files.
 """
 
 import contextlib
@@ -14,17 +15,18 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from common import weights
 from common.options import fail, note
 from common.records import files_of, lock, read_json, write_atomic
-from common.run import is_spread, spread_like
 from model import GPT
 
 MODELS = ('init_from', 'policy', 'reward_model', 'reward_policy', 'reward_reference', 'teacher') # that a run reads
 DATA = ('train_data', 'val_data', 'prompts', 'ptx_data')
 # files of an older checkpoint that a newer one may not have
-OPTIONAL = ('tokenizer.tiktoken', 'tokenizer_name', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json')
+OPTIONAL = ('tokenizer.tiktoken', 'tokenizer_name', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
+            'samples.jsonl')
 
 def digest(*paths):
     """Return the sha256 of files, one after the other, in hex."""
@@ -90,28 +92,23 @@ def log_of(out_dir):
     new = os.path.join(out_dir, 'log.new.jsonl')
     return new if os.path.exists(new) else os.path.join(out_dir, 'log.jsonl')
 
-def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, **more):
+def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, samples=(), **more):
     """Write a checkpoint folder: weights, tokenizer, options.json, and state.pt to resume from.
 
-    step: finished steps. optimizers: {name: optimizer}. more: further state, tensors and plain values. The files go to
-    out_dir/.saving; its rename to .saved makes them count, and after a kill `finish_save` completes the rest. The first
-    process writes, but all have to call this: each has its random generator and, with fsdp, a part of everything.
+    step: finished steps. optimizers: {name: optimizer}. samples: lines for samples.jsonl. more: further state, tensors
+    and plain values. The files go to out_dir/.saving; its rename to .saved makes them count, and after a kill
+    `finish_save` completes the rest. The first process writes; all must call this, each has its random generator.
     """
-    def whole(x): # every process takes part, the first one keeps it
-        x = x.full_tensor() if is_spread(x) else x
-        return x.cpu() if run.is_master else None
     rng = {'cpu': torch.get_rng_state()}
     if run.device.startswith('cuda'):
         rng['cuda'] = torch.cuda.get_rng_state(run.device)
-    rng, model = run.gather(rng), run.whole(model)
+    rng = run.gather(rng)
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    for state in states.values():
-        state['state'] = {i: {k: whole(v) for k, v in slot.items()} for i, slot in state['state'].items()}
     about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step, max_steps=cfg.max_steps)
     more |= dict(rng=rng, scaler=run.scaler.state_dict(), optimizers=states)
-    run.first(lambda: write_checkpoint(cfg, model, tokenizer, about, more, run.inputs))
+    run.first(lambda: write_checkpoint(cfg, model, tokenizer, about, more, run.inputs, samples))
 
-def write_checkpoint(cfg, model, tokenizer, about, more, inputs):
+def write_checkpoint(cfg, model, tokenizer, about, more, inputs, samples):
     """Write the files of a checkpoint; about: for options.json and state.pt, more: for state.pt alone."""
     for name, p in model.named_parameters():
         if not torch.stack(p.aminmax()).isfinite().all(): # of all that is NaN both are NaN
@@ -124,6 +121,8 @@ def write_checkpoint(cfg, model, tokenizer, about, more, inputs):
         lock(os.path.join(cfg.out_dir, '.lock'))
         model.save_pretrained(new, tokenizer.eos, tokenizer.pad)
         tokenizer.save(new, 'left' if model.reward_head is None else 'right')
+        if samples:
+            write_atomic(os.path.join(new, 'samples.jsonl'), ''.join(line + '\n' for line in samples))
         more |= dict(log_lines=len(read_log(log_of(cfg.out_dir)))) # a resumed run drops later lines
         torch.save(about | more, os.path.join(new, 'state.pt'))
         files = {name: digest(os.path.join(new, name)) for name in ('model.safetensors', 'state.pt')}
@@ -146,7 +145,7 @@ def save_if_due(run, cfg, step, save):
         save(step)
     if stopping:
         if run.is_master:
-            print(f"saved {cfg.out_dir} at step {step}; --resume=True continues from there", file=sys.stderr)
+            tqdm.write(f"saved {cfg.out_dir} at step {step}; --resume=True continues from there", file=sys.stderr)
         raise KeyboardInterrupt(stopping)
 
 def finish_save(out_dir):
@@ -178,16 +177,11 @@ def read_about(out_dir):
             fail(f"{path}: not a state to resume from (it changed since it was saved: options.json has another sha256)")
     return about
 
-def load_weights(model, tensors):
-    """Fill named parameters of a model, fsdp or not, from whole tensors."""
-    params = dict(model.named_parameters())
-    model.load_state_dict({k: spread_like(params[k], v) for k, v in tensors.items()}, strict=False)
-
 def load_checkpoint(run, cfg, model, optimizers):
     """Restore weights, optimizers and random generators from the checkpoint in cfg.out_dir.
 
     Returns its state (with 'step'), or None when the run is not resumed. Call it just before the loop, when everything
-    else is built. The number of processes may differ from the saving run, and so may fsdp.
+    else is built. The number of processes may differ from the saving run.
     """
     if not cfg.resume:
         return None
@@ -210,9 +204,6 @@ def load_checkpoint(run, cfg, model, optimizers):
             new = state['optimizers'][name]
             for saved, group in zip(new['param_groups'], optimizer.param_groups): # options may have changed
                 saved.update({k: v for k, v in group.items() if k != 'params'})
-            params = [p for group in optimizer.param_groups for p in group['params']]
-            new['state'] = {i: {k: spread_like(params[i], v) if v.dim() else v for k, v in slot.items()}
-                            for i, slot in new['state'].items()}
             optimizer.load_state_dict(new)
         if run.rank < len(state['rng']): # each process's own
             torch.set_rng_state(state['rng'][run.rank]['cpu'])
@@ -241,6 +232,10 @@ def log(run, cfg, step, **metrics):
         lock(os.path.join(cfg.out_dir, '.lock'))
         with open(log_of(cfg.out_dir), 'a', encoding='utf-8') as f:
             f.write(json.dumps(line) + '\n')
+        if run.tensorboard:
+            for key, value in metrics.items():
+                run.tensorboard.add_scalar(key, value, step)
+            run.tensorboard.flush()
 
 def read_log(path):
     """Return the lines of a log.jsonl; a last one that a kill cut short is dropped."""

@@ -15,12 +15,16 @@ import re
 import signal
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import get_args
+
+from tqdm import tqdm
 
 def fail(message, code=2):
     """Print the error in one line, and exit. Code 2 is the user's, 1 that of a run that went wrong."""
     escape = lambda found: found[0].encode('unicode_escape').decode() # a text in it may hold line ends or worse
-    print('error: ' + re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]', escape, message), file=sys.stderr)
+    message = re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]', escape, message)
+    tqdm.write(f'error: {message}', file=sys.stderr) # on a line of its own, above a progress bar
     raise SystemExit(code)
 
 def note(text):
@@ -59,7 +63,7 @@ AT_LEAST = dict( # checked in every script that has the option
     minibatches=1, kl_coef=0, kl_target=0, missing_eos_penalty=0, clip=0, value_clip=0, value_coef=0, entropy_coef=0,
     early_stop_kl=0, critic_lr=0, clip_high=0, refill=0, ptx_coef=0, ptx_batch_size=1, lm_coef=0,
     normalise_on=1, rank_coef=0, desirable_weight=0, undesirable_weight=0, simpo_margin=0, lcb_coef=0, length_penalty=0,
-    beta=0, dropout=0)
+    beta=0, dropout=0, show=0)
 ONE_OF = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), lr_schedule=('constant', 'linear', 'cosine'))
 
 @dataclass
@@ -82,10 +86,10 @@ class TrainOptions(RunOptions):
     """Hold the options of all training scripts: how they compute, save and resume."""
     compile: bool = False # torch.compile: meant for long runs
     checkpointing: bool = False # compute activations again in the backward pass: less memory, more time
-    fsdp: bool = False # several processes: each keeps a part of the weights that are trained, for large models
     out_dir: str = 'out/run' # the checkpoint
     save_every: int = 500 # steps between checkpoints; 0 = only at the end
     log_every: int = 10 # steps between lines of log.jsonl
+    tensorboard: bool = False # also write the log to out_dir/tensorboard; needs the package of that name
     resume: bool | str = False # resume from the checkpoint in out_dir; auto: if there is one
     overwrite: bool = False # replace the checkpoint in out_dir
     grad_accum: int = 1 # micro-batches, of rows of like length, that a batch is split into
@@ -97,7 +101,8 @@ class TrainOptions(RunOptions):
         super().__post_init__()
         require(self, resume=(self.resume in (True, False, 'auto'), 'True, False or auto'),
                 overwrite=(not (self.overwrite and self.resume), 'False with resume'),
-                compile=(not (self.fsdp and self.compile), 'False with fsdp=True'),
+                tensorboard=(not self.tensorboard or find_spec('tensorboard'),
+                             'False where that package is absent (pip install tensorboard)'),
                 batch_size=(getattr(self, 'batch_size', 1) >= 1, 'at least 1'))
 
 @dataclass

@@ -43,6 +43,7 @@ class RolloutOptions(TrainOptions):
     warmup_steps: int = 0 # iterations
     save_every: int = 50 # iterations between checkpoints; 0 = only at the end
     log_every: int = 1
+    show: int = 0 # answers that every save describes token by token in out_dir/samples.jsonl, for microscope.py
     gold: str = '' # as --reward: also log this score, which the policy never sees, as in data.toy.world:gold
 
     def __post_init__(self):
@@ -56,7 +57,8 @@ class RolloutOptions(TrainOptions):
                 reward_model=(all(models) or len(models) == 1, 'folders, separated by commas'),
                 reward_reference=(not self.reward_reference or self.reward_policy, 'empty without reward_policy'),
                 max_turns=(self.max_turns >= 2 if self.user else self.max_turns == 1, 'at least 2 with user, else 1'),
-                turn_rewards=(not self.turn_rewards or self.user, 'False without user'))
+                turn_rewards=(not self.turn_rewards or self.user, 'False without user'),
+                show=(self.show <= self.batch_size * self.minibatches, 'at most batch_size * minibatches'))
         unread(self, self.ensemble == 'lcb', 'ensemble=lcb', 'lcb_coef')
         unread(self, self.reward, 'reward', 'reward_weight')
         unread(self, self.reward_policy, 'reward_policy', 'reward_beta')

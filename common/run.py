@@ -8,7 +8,6 @@ import ctypes
 import os
 import signal
 import sys
-import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +25,7 @@ class Run:
     world_size: int = 1
     inputs: dict = field(default_factory=dict) # {option: digest} of the models and data that the run reads
     interrupted: int = 0 # the first signal to end, as Ctrl-C; read by `stop_requested` between two steps
+    tensorboard: object = None # a SummaryWriter, where that is asked for
 
     def __post_init__(self):
         # float16 ends at 6e-8: the loss is scaled up so that small gradients survive (Micikevicius et al. 2018,
@@ -90,26 +90,11 @@ class Run:
         return batch[self.rank::self.world_size]
 
     def prepare(self, model, cfg):
-        """Share the weights and set the model up, before making the optimizer.
-
-        fsdp: each process keeps a part of every weight, its gradient and its optimizer state. A block's weights are
-        gathered while it works (fully_shard: Zhao et al. 2023, https://arxiv.org/abs/2304.11277).
-        """
+        """Share the weights and set the model up, before making the optimizer."""
         model.checkpointing = cfg.checkpointing
         if self.world_size > 1:
             for p in model.parameters():
                 dist.broadcast(p.data, 0)
-        if getattr(cfg, 'fsdp', False):
-            from torch.distributed.device_mesh import init_device_mesh # slow to import
-            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-            warnings.filterwarnings('ignore', message='FSDP2-wrapped module') # nothing changes an output in place
-            mesh = init_device_mesh(self.device.split(':')[0], (self.world_size,))
-            for part in (*model.h, model): # the rest, embeddings and heads, goes with the root
-                fully_shard(part, mesh=mesh)
-                part.set_gradient_divide_factor(1.0) # a sum, as in sum_gradients
-                part.set_force_sum_reduction_for_comms(True) # gloo has no other
-            for method in model.PASSES: # gather the root's weights for these
-                register_fsdp_forward_method(model, method.__name__)
         if cfg.compile:
             for method in model.PASSES:
                 setattr(model, method.__name__, torch.compile(getattr(model, method.__name__)))
@@ -117,39 +102,16 @@ class Run:
 
     @torch.no_grad()
     def sum_gradients(self, model):
-        """Sum the gradients over all processes, before an optimizer step; fsdp has done so already."""
-        if self.world_size > 1 and not any(map(is_spread, model.parameters())):
+        """Sum the gradients over all processes, before an optimizer step."""
+        if self.world_size > 1:
             for p in model.parameters():
                 if p.requires_grad:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
 
-    @torch.no_grad()
-    def whole(self, model):
-        """Return the model, or a whole copy where fsdp spreads its weights; all processes have to call this."""
-        if not any(is_spread(p) for p in model.parameters()):
-            return model
-        with torch.device('meta'): # draws no random numbers
-            copy = type(model)(model.config)
-        copy.to_empty(device=self.device).train(model.training)
-        for p, q in zip(copy.parameters(), model.parameters(), strict=True):
-            p.copy_(q.full_tensor())
-        return copy
-
     def stop_requested(self):
         """Return the signal that told any process to end, or 0."""
         return max(self.gather(self.interrupted))
-
-def is_spread(x):
-    """Tell whether fsdp has spread a tensor over the processes (torch calls it a DTensor)."""
-    return hasattr(x, 'full_tensor')
-
-def spread_like(p, x):
-    """Spread a whole tensor x as the parameter p; x is equal in every process."""
-    if not is_spread(p):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) # no sending: everybody has it
 
 def keep_freed_memory():
     """Make glibc keep freed blocks; faulting their pages in again takes a tenth of a small model's step."""
@@ -194,10 +156,6 @@ def start(cfg):
     pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
     if getattr(cfg, 'batch_size', pieces) % pieces:
         fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
-    if getattr(cfg, 'fsdp', False) and run.world_size == 1:
-        fail("--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2")
-    if getattr(cfg, 'fsdp', False) and dtype == 'float16':
-        fail("--fsdp=True: the scale of float16 is not shared by the processes; wanted --dtype=bfloat16 or float32")
     if run.world_size > 1:
         if device not in ('cuda', 'cpu'):
             fail(f"--device={cfg.device}: several processes take --device=cuda, one GPU for each, or --device=cpu")
@@ -232,6 +190,15 @@ def stop(run):
         dist.barrier() # a process that leaves early can abort another one that is still at work
         dist.destroy_process_group()
 
+class Lines:
+    """Write the states of a progress bar as lines, where the output is no terminal."""
+    flush = staticmethod(lambda: sys.stderr.flush())
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(f'{text.strip()}\n') # in one piece: stages side by side may share the file
+
 def progress(iterable=None, **kwargs):
-    """Return a tqdm bar; in a file it prints a line every ten seconds."""
-    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
+    """Return a tqdm bar; in a file or a pipe it prints a line every five seconds."""
+    how = dict(mininterval=0.2) if sys.stderr.isatty() else dict(mininterval=5, file=Lines(), ascii=True, position=0)
+    return tqdm(iterable, dynamic_ncols=True, **how, **kwargs)

@@ -86,7 +86,7 @@ def load_tokenizer(name, option='tokenizer'):
             fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {name!r}, which is '
                  'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
         check_folder(name, option)
-        checkpoint_file(name, 'config.json') # fails here if the hub cannot be reached; the files below may be absent
+        checkpoint_file(name, 'config.json', named=f'--{option}=' * (option != 'tokenizer')) # or it fails here
     config = checkpoint_file(name, 'config.json', absent_ok=True)
     size = read_json(config).get('vocab_size') if config else None
     tok = stored_tokenizer(name, option, size)

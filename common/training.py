@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from common.checkpoints import log, log_of, save_if_due
+from common.checkpoints import log, log_of, save_if_due, script_of
 from common.health import Health
 from common.options import fail, note
-from common.run import is_spread, progress
+from common.run import progress
 
 def lr_at(step, cfg, peak=None):
     """Return the learning rate of step 0, 1, …: warmup to peak, then constant, to 0, or by cosine to a tenth."""
@@ -39,10 +39,9 @@ def optimizer_step(run, cfg, step, model, optimizer, lr, last=True):
         group['lr'] = lr
     run.sum_gradients(model)
     run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf) # 0 = no clipping
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item() # 0 = no clipping
     run.scaler.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    norm = (norm.full_tensor() if is_spread(norm) else norm).item()
     left_out = run.scaler.is_enabled() and not math.isfinite(norm) and run.scaler.get_scale() >= 1
     if last:
         run.scaler.update()
@@ -97,9 +96,19 @@ def training_bar(run, cfg, state, evaluate=None):
     bar = progress(range(first, cfg.max_steps), initial=first, total=cfg.max_steps, desc=cfg.out_dir,
                    disable=not run.is_master)
     bar.health = Health(vars(cfg), run.dtype, first)
+    if cfg.tensorboard and run.is_master:
+        from torch.utils.tensorboard import SummaryWriter # purge_step hides what an older or a killed run wrote
+        run.tensorboard = SummaryWriter(f"{cfg.out_dir}/tensorboard", purge_step=first + 1 if state else 0)
     if evaluate and first == 0 and cfg.eval_every:
         log(run, cfg, 0, **evaluate())
     return bar
+
+def next_of(cfg):
+    """Say what one runs after this stage."""
+    start = cfg.policy if hasattr(cfg, 'policy') else cfg.init_from
+    return {'sft.py': f"python sample.py --policy={cfg.out_dir} (collect.py, reward.py and dpo.py go on from it)",
+            'reward.py': f"python ppo.py --policy={start} --reward_model={cfg.out_dir} --prompts=FILE",
+            }.get(script_of(cfg), f"python sample.py --policy={start},{cfg.out_dir} (evaluate.py measures them)")
 
 def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
     """End a training step: write the log, the bar, what is sick and the checkpoint when due.
@@ -109,7 +118,7 @@ def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
     """
     if done % cfg.log_every == 0 or done == cfg.max_steps:
         log(run, cfg, done, **measured)
-        bar.set_postfix({key: f"{measured[key]:.3f}" for key in show if key in measured})
+        bar.set_postfix({key: f"{measured[key]:.3f}" for key in show if key in measured}, refresh=False)
     if evaluate and (done == cfg.max_steps or cfg.eval_every and done % cfg.eval_every == 0):
         held_out = evaluate()
         log(run, cfg, done, **held_out)
@@ -120,4 +129,4 @@ def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
         bar.health.tell(log_of(cfg.out_dir), bar.write, done == cfg.max_steps)
     save_if_due(run, cfg, done, save)
     if done == cfg.max_steps and run.is_master:
-        bar.write(f"saved {cfg.out_dir}")
+        bar.write(f"saved {cfg.out_dir}; next: {next_of(cfg)}")

@@ -15,7 +15,6 @@ from safetensors import safe_open
 
 from common.options import fail
 from common.records import read_json, write_atomic
-from common.run import spread_like
 
 HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2') # the hub's GPT-2s that have no owner
 FRESH = ('value_head.weight', 'value_head.bias', 'score.weight') # may be absent: then they stay as initialised
@@ -32,11 +31,11 @@ def on_hub(name):
         return False
     return name in HUB_NAMES or re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name, re.ASCII) is not None
 
-def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
+def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False, named=''):
     """Fetch a file of the hub into its local cache; return the path.
 
     huggingface_hub's environment variables hold, as HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. repo_type: model
-    or dataset. Without a network the cached file is taken. With absent_ok a missing file is None, not an error.
+    or dataset. Without a network the cached file is taken. absent_ok: a missing one is None. named: as "--policy=".
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url # here: folders need no hub
     file = dict(repo_id=repo_id, filename=filename, repo_type=repo_type)
@@ -46,7 +45,7 @@ def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
     except errors.RemoteEntryNotFoundError:
         if absent_ok:
             return None
-        fail(f"{repo_id}: the {repo_type} on the hub has no file {filename}")
+        fail(f"{named}{repo_id}: the {repo_type} on the hub has no file {filename}")
     except errors.GatedRepoError:
         reason = 'it is gated: ask for access on its page, then log in with `hf auth login` or set HF_TOKEN'
     except errors.RepositoryNotFoundError:
@@ -59,8 +58,8 @@ def fetch_from_hub(repo_id, filename, repo_type='model', absent_ok=False):
         if absent_ok:
             return None
     files = 'config.json and model.safetensors' if repo_type == 'model' else filename
-    fail(f"{repo_id}: cannot fetch {filename} from the hub ({reason}); without it, put {files} into a folder and name "
-         f"that folder instead{' (--source=)' if repo_type == 'dataset' else ''}")
+    fail(f"{named}{repo_id}: cannot fetch {filename} from the hub ({reason}); without it, put {files} into a folder "
+         f"and name that folder instead{' (--source=)' if repo_type == 'dataset' else ''}")
 
 def check_folder(name, option):
     """End the program where a name is no checkpoint; option: the one that gave it."""
@@ -69,11 +68,11 @@ def check_folder(name, option):
         fail(f"--{option}={name}: {what}; wanted a checkpoint, which an earlier stage such as sft.py makes, or a model "
              f"on the hub ({', '.join(HUB_NAMES)}, OWNER/NAME)")
 
-def checkpoint_file(name, filename, absent_ok=False):
+def checkpoint_file(name, filename, absent_ok=False, named=''):
     """Return the path of a checkpoint's file; name: a folder or a model on the hub. See fetch_from_hub."""
     name = os.fspath(name)
     if on_hub(name):
-        return fetch_from_hub(name, filename, absent_ok=absent_ok)
+        return fetch_from_hub(name, filename, absent_ok=absent_ok, named=named)
     for path in (os.path.join(name, '.saved', filename), os.path.join(name, filename)): # .saved: a kill left it there
         if os.path.exists(path):
             return path
@@ -177,7 +176,7 @@ def load_tensors(model, path, tensors):
         t = read_tensor(path, tensors, name, p.shape, transposed).to(p.dtype)
         if not torch.stack(t.aminmax()).isfinite().all(): # of all that is NaN both are NaN
             fail(f"{path}: tensor {name} holds a number that is not finite; wanted the weights of a run that went well")
-        p.copy_(spread_like(p, t))
+        p.copy_(t)
     head = tensors.get('lm_head.weight') # most files leave it out
     if head and not torch.equal(head().to(model.wte.weight), model.wte.weight):
         fail(f"{path}: tensor lm_head.weight differs from wte.weight; wanted the output projection tied to it")

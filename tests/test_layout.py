@@ -83,7 +83,7 @@ def test_imports_are_found():
     """Among them those inside of functions, and a module that is named by `from`."""
     graph = imports()
     assert {'common.options', 'common.records'} <= graph['common.weights']
-    assert 'common.weights' in graph['model'] and 'common.run' in graph['common.checkpoints']
+    assert 'common.weights' in graph['model'] and 'common.run' in graph['common.training']
     assert 'common.options' in graph['ppo'] and 'data.toy.world' in graph['data.toy.prepare']
 
 def test_no_import_circle():

@@ -16,10 +16,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), 'feedback'))
 
 import microscope
 import ppo
+import reinforce
 from browser import KEYS, MISSING, Browser
 from common.options import parse_config
 from common.rewards import Reward
 from common.tokens import prompt_ids
+from lab import per_token
 from model import GPT
 from tiny import EOS, PROMPT, PROMPTS, ROOT, RUN, TOK, LikesOnes, bed, by_hand, checkpoint, records, run, stops
 
@@ -132,7 +134,7 @@ def test_an_answer_by_hand():
         # with lambda and gamma 1 a return is all that is still to come
         to_go = [answer['score'] - 0.25 * sum(answer['kl'][t:]) for t in range(len(ids))]
         assert answer['returns'] == pytest.approx(to_go, abs=2e-5)
-        assert [label for label, _ in answer['tokens']] == [microscope.EOS if i == EOS else str(i) for i in ids]
+        assert [label for label, _ in answer['tokens']] == [per_token.EOS if i == EOS else str(i) for i in ids]
         assert sum(math.exp(logp) for _, _, logp in answer['top'][0]) == pytest.approx(1.0, abs=1e-4) # of 4 tokens
     assert any(1 in answer['ids'] for answer in found) and any(not answer['ended'] for answer in found)
 
@@ -144,7 +146,7 @@ def test_ratio_and_clip_by_hand(monkeypatch):
                  mask=torch.tensor([[1.0] * 6 + [0.0]]))
     models, _, cfg = bed_of()
     monkeypatch.setattr(ppo, 'update', lambda *a: None)
-    monkeypatch.setattr(microscope, 'frozen_logp', lambda *a: ratio.log() - 1)
+    monkeypatch.setattr(per_token, 'frozen_logp', lambda *a: ratio.log() - 1)
     got, clipped = microscope.after_update(models, batch, torch.tensor([8]), cfg, RUN)
     assert got.tolist() == [by_hand(ratio[0].tolist())]
     assert clipped[0, :6].tolist() == [1, 0, 0, 1, 0, 0]
@@ -201,14 +203,14 @@ def test_a_beta_that_moved_is_the_last_one(made, tmp_path):
     ('\u202e<', [('\\xe2', '\\u202e'), ('\\x80', '\\u202e'), ('\\xae', '\\u202e'), ('<', '')]), # it turns text round
 ])
 def test_tokens_by_hand(text, expected):
-    assert microscope.spell(TOK, TOK.encode(text)) == expected
+    assert per_token.spell(TOK, TOK.encode(text)) == expected
 
 def test_tokens_of_broken_text():
-    assert microscope.spell(TOK, [0xe4, 0xbd, 65, 256, 0xff]) == [
-        ('\\xe4', ''), ('\\xbd', ''), ('A', ''), (microscope.EOS, ''), ('\\xff', '')] # no character is there to name
+    assert per_token.spell(TOK, [0xe4, 0xbd, 65, 256, 0xff]) == [
+        ('\\xe4', ''), ('\\xbd', ''), ('A', ''), (per_token.EOS, ''), ('\\xff', '')] # no character is there to name
     words = SimpleNamespace(eos=9, decode_bytes=lambda ids: b''.join(
         {0: b' \xe4\xbd', 1: b'\xa0!', 2: ' 你'.encode()}.get(i, b'') for i in ids))
-    assert microscope.spell(words, [0, 1, 2, 12]) == [(' \\xe4\\xbd', '你'), ('\\xa0!', '你'), (' 你', ''), ('<12>', '')]
+    assert per_token.spell(words, [0, 1, 2, 12]) == [(' \\xe4\\xbd', '你'), ('\\xa0!', '你'), (' 你', ''), ('<12>', '')]
 
 def test_the_terminal(made, tmp_path, capsys, monkeypatch):
     answer, = shown(made, tmp_path, prompt='H\x1b[2J', policy=made.policy)[0]
@@ -241,7 +243,7 @@ def test_the_page_needs_nothing_else_and_texts_stay_texts(made, tmp_path):
     assert set(re.findall(r'href="([^"]*)"', html)) == {'data:,'}
 
 def test_an_infinite_ratio_is_no_number():
-    assert microscope.numbers(torch.tensor([1.0, math.inf, 0.12345678])) == [1.0, None, 0.123457]
+    assert per_token.numbers(torch.tensor([1.0, math.inf, 0.12345678])) == [1.0, None, 0.123457]
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(policy='a,b,c'), 'one folder, or two'), (dict(policy='{policy},'), 'one folder, or two'),
@@ -271,6 +273,72 @@ def test_damaged_options_are_one_line(made, tmp_path, capsys):
     assert 'lam must be between 0 and 1' in stops(capsys, microscope, **options(made, policy=folder, prompt='Hi'))
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --samples
+
+@pytest.fixture(scope='module')
+def trained(made):
+    """The samples of a run of ppo.py and of one of reinforce.py, of two saves each."""
+    folders = []
+    for script, more in (ppo, dict(critic='shared')), (reinforce, dict(n_answers=2)):
+        folders.append(str(made.folder / f'shown_{script.__name__}'))
+        run(script, policy=made.reference, reward_model=made.reward_model, prompts=made.prompts, out_dir=folders[-1],
+            max_steps=2, save_every=1, show=2, batch_size=2, minibatches=1, max_new_tokens=6, **more)
+    return folders
+
+def test_the_page_of_samples_holds_the_file(trained, tmp_path, capsys):
+    """Each line, and the run that it is of; the terminal tells the last step alone."""
+    run(microscope, samples=f'{trained[0]}/samples.jsonl', out=tmp_path / 'page.html')
+    page, lines = page_of(tmp_path / 'page.html'), []
+    with open(f'{trained[0]}/samples.jsonl') as f:
+        lines = [json.loads(line) for line in f]
+    assert page['answers'] == [line | dict(model=trained[0]) for line in lines]
+    assert f'{trained[0]}/samples.jsonl' in page['settings'][0] and 'as it was saved' in page['settings'][0]
+    out = capsys.readouterr().out
+    said = [per_token.plain(line['prompt']) for line in lines if line['step'] == 2]
+    assert re.findall(r'^\[(.*)\] (.*)$', out, re.M) == [(f'{trained[0]}, step 2', text) for text in said]
+    assert out.count('log pi') == 2 and out.count('A white') == 2
+
+def test_two_runs_side_by_side_by_their_folders(trained, tmp_path, capsys):
+    run(microscope, samples=','.join(trained), out=tmp_path / 'page.html')
+    assert [a['model'] for a in page_of(tmp_path / 'page.html')['answers']] == [trained[0]] * 4 + [trained[1]] * 4
+    tables = capsys.readouterr().out.split('\n[')[1:]
+    assert ['A white' in table for table in tables] == [True, True, False, False] # RLOO has none
+    header, row = tables[2].splitlines()[1:3]
+    assert header.split() == 'log pi log ref KL entropy A score ratio token'.split()
+    with open(f'{trained[1]}/samples.jsonl') as f:
+        answer = [json.loads(line) for line in f][2]
+    keys = 'logp', 'ref_logp', 'kl', 'entropy', 'advantage'
+    numbers = [answer[key][0] for key in keys] + [answer['prefix'][1], answer['ratio'][0]]
+    assert row.startswith(''.join(f'{x:8.3f}' for x in numbers))
+
+def test_a_file_of_others_steers_no_terminal(trained, tmp_path, capsys):
+    with open(f'{trained[0]}/samples.jsonl') as f:
+        line = json.loads(f.readline())
+    line = line | dict(prompt='\x1b[2J', tokens=[['\x1b[3J', '\x1b']] * len(line['ids']))
+    (tmp_path / 'theirs.jsonl').write_text(json.dumps(line) + '\n')
+    run(microscope, samples=tmp_path / 'theirs.jsonl', out=tmp_path / 'page.html')
+    out = capsys.readouterr().out
+    assert '\x1b' not in out and '\\x1b[2J' in out and '\\x1b[3J' in out and '(part of \\x1b)' in out
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(samples='a,b,c'), 'one file, or two with a comma between'), (dict(samples='{0},'), 'one file, or two'),
+    (dict(samples='nowhere.jsonl'), 'nowhere.jsonl: no such file'), (dict(samples='{0},nowhere'), 'nowhere: no such'),
+    (dict(samples='{0}/log.jsonl'), '{0}/log.jsonl:1: wanted `prompt` to be text; ppo.py and reinforce.py write such'),
+    (dict(samples='{0}/model.safetensors'), '{0}/model.safetensors:1: wanted'),
+    (dict(samples='{0}', policy='x'), 'only a run without samples reads it'),
+    (dict(samples='{0}', prompts='x'), 'only a run without samples reads it'),
+    (dict(samples='{0}', out='none/page.html'), '--out=none/page.html: wanted a file in a folder')])
+def test_bad_samples_are_one_line(trained, tmp_path, capsys, monkeypatch, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    wrong = dict(out='page.html') | {key: value.format(*trained) for key, value in wrong.items()}
+    assert message.format(*trained) in stops(capsys, microscope, **wrong)
+    assert os.listdir(tmp_path) == []
+
+def test_the_options_of_a_run_with_show_are_read(trained, made, tmp_path):
+    answers, (_, said) = shown(made, tmp_path, policy=trained[0], prompt='Hi', ppo='--batch_size=1')
+    assert len(answers) == 1 and 'on 1 answers' in said
+
+# ---------------------------------------------------------------------------------------------------------------------
 # in a browser
 
 def made_up(model, prompt, k):
@@ -286,7 +354,7 @@ def made_up(model, prompt, k):
 def test_in_a_browser(made, tmp_path, monkeypatch):
     answers = [made_up(EVIL, 'Hi', 4), made_up('b', 'Hi', 5), made_up(EVIL, EVIL, 60), made_up('b', EVIL, 1)]
     assert set(answers[0]) == set(shown(made, tmp_path, prompt='Hi')[0][0])
-    answers[0]['tokens'] = [[EVIL, ''], ['\\xe4', '你'], [' b', ''], [microscope.EOS, '']]
+    answers[0]['tokens'] = [[EVIL, ''], ['\\xe4', '你'], [' b', ''], [per_token.EOS, '']]
     answers[0]['clipped'][0], answers[0]['ratio'][1] = 1, None
     path = tmp_path / 'made_up.html'
     data = json.dumps(dict(answers=answers, settings=[EVIL, EVIL])).replace('<', '\\u003c')
@@ -352,5 +420,80 @@ def test_in_a_browser(made, tmp_path, monkeypatch):
         assert tops == sorted(tops) and len(set(tops)) == 4
         browser.click('.card .token:nth-child(2)')
         assert 'token 2 of' in panel(0)
+    finally:
+        browser.close()
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_scrolling_through_training_in_a_browser(tmp_path, monkeypatch):
+    """Run a was saved at steps 2, 4, 10; b, without a critic and a reward model of its own, at 4, 10 and 12."""
+    answers = [made_up('a', 'Hi', 4) | dict(step=2, score=0.2), made_up('a', 'Hi', 5) | dict(step=4, score=0.4),
+               made_up('a', EVIL, 60) | dict(step=10, score=1.0)]
+    bare = [made_up('b', 'Hi', 3) | dict(step=4, score=1.4), made_up('b', EVIL, 7) | dict(step=10, score=2.0),
+            made_up('b', 'Bye', 2) | dict(step=12, score=2.2)]
+    for answer in bare:
+        for key in ('value', 'returns', 'reward', 'whitened', 'prefix'):
+            del answer[key]
+    answers[1]['advantage'][4] = -9.0 # the largest of all steps
+    monkeypatch.setitem(KEYS, 'Left', '\ue012'), monkeypatch.setitem(KEYS, 'Right', '\ue014')
+    monkeypatch.setitem(KEYS, 'End', '\ue010'), monkeypatch.setitem(KEYS, 'Home', '\ue011')
+    pages = {}
+    for name, rows in ('both', answers + bare), ('bare', bare):
+        path = pages[name] = tmp_path / f'{name}.html'
+        data = json.dumps(dict(answers=rows, settings=['facts', 'options'])).replace('<', '\\u003c')
+        path.write_text(microscope.HTML.read_text().replace('"DATA"', data))
+    browser = Browser(tmp_path / 'profile')
+    cdp = lambda cmd, **params: browser.send('POST', '/goog/cdp/execute', cmd=cmd, params=params)
+    cards = lambda: browser.js('[...document.querySelectorAll(".card")].map(c => '
+                               '[c.querySelector("h3").textContent, c.querySelectorAll(".token").length])')
+    said = lambda: browser.js('document.getElementById("now").textContent')
+    names = lambda card: browser.js(
+        f'[...document.querySelectorAll(".panel")[{card}].querySelectorAll("[data-key]")].map(e => e.dataset.key)')
+    missing = {'value', 'returns', 'reward', 'whitened', 'prefix', 'change'}
+    try:
+        cdp('Emulation.setDeviceMetricsOverride', width=1200, height=900, deviceScaleFactor=1, mobile=False)
+        browser.open(pages['both'].as_uri())
+        browser.wait('document.querySelectorAll(".card").length === 1')
+        assert said() == 'step 2, 1 of 4' and cards() == [['a', 4]]
+        scale = browser.js('document.getElementById("high").textContent')
+        assert scale == '9.00' # of all steps: the colours of two steps can be compared
+        # by Tab to the slider, then by its arrow keys
+        browser.press('Tab', 'Tab')
+        assert browser.js('document.activeElement.id') == 'step'
+        browser.press('Right')
+        assert said() == 'step 4, 2 of 4' and cards() == [['a', 5], ['b', 3]]
+        assert browser.js('document.activeElement.id') == 'step' # it stays there
+        assert browser.js('document.getElementById("step").getAttribute("aria-valuetext")') == said()
+        assert browser.js('document.getElementById("high").textContent') == scale
+        tops = browser.js('[...document.querySelectorAll(".card")].map(c => c.getBoundingClientRect().top)')
+        assert tops[0] == tops[1] # side by side
+        # what a run has not is absent, in the panel and in the picture
+        assert not missing & set(names(1)) and missing <= set(names(0)) and 'advantage' in names(1)
+        assert browser.js('document.querySelectorAll(".card > svg").length') == 1
+        assert browser.js('document.querySelector(".panel th").textContent') == 'likeliest, as saved'
+        browser.js('($("metric").value = "value", $("metric").onchange())') # no colour for what is not there
+        colours = browser.js('[...document.querySelectorAll(".card")].map(c => '
+                             'c.querySelector(".token").style.backgroundColor !== "")')
+        assert colours == [True, False]
+        browser.press('Right')
+        assert said() == 'step 10, 3 of 4' and cards() == [['a', 60], ['b', 7]]
+        browser.press('End')
+        assert said() == 'step 12, 4 of 4' and cards() == [['b', 2]] # a has no answer there
+        assert browser.js('document.querySelector("h2").textContent') == 'Bye'
+        browser.press('Left', 'Home')
+        assert said() == 'step 2, 1 of 4' and cards() == [['a', 4]] and browser.js('document.images.length') == 0
+        assert 'score 0.20' in browser.js('document.querySelector(".card").innerText')
+        # a phone, in the dark: nothing is wider than the screen, the slider stays in sight
+        cdp('Emulation.setDeviceMetricsOverride', width=390, height=844, deviceScaleFactor=2, mobile=True)
+        for name, told in ('both', 'step 10, 3 of 4'), ('bare', 'step 12, 3 of 3'):
+            browser.open(pages[name].as_uri())
+            browser.wait('document.querySelectorAll(".card").length >= 1')
+            browser.js('($("step").value = 2, $("step").oninput(), window.scrollTo(0, 500))')
+            assert said() == told and browser.js('document.documentElement.scrollWidth') == 390
+            box = browser.js('(r => [r.top, r.bottom, r.width])($("step").getBoundingClientRect())')
+            assert name == 'bare' or 0 <= box[0] < box[1] < 100 and box[2] > 80 # a page of two cards is long
+        # nothing to draw, and no metric that nobody has
+        assert browser.js('document.querySelectorAll(".card > svg").length') == 0
+        metrics = browser.js('[...document.getElementById("metric").options].map(o => o.value)')
+        assert metrics == ['logp', 'ref_logp', 'kl', 'entropy', 'advantage', 'ratio']
     finally:
         browser.close()

@@ -92,7 +92,7 @@ def test_an_option_has_one_type_everywhere():
     assert {t for found in types.values() for t in found} <= {str, int, float, bool, bool | str}
 
 @pytest.mark.parametrize('key, default', [
-    ('seed', 1), ('device', 'auto'), ('dtype', 'auto'), ('compile', False), ('checkpointing', False), ('fsdp', False),
+    ('seed', 1), ('device', 'auto'), ('dtype', 'auto'), ('compile', False), ('checkpointing', False),
     ('resume', False), ('overwrite', False),
     ('grad_accum', 1), ('grad_clip', 1.0), ('weight_decay', 0.0), ('max_new_tokens', 64), ('train_data', ''),
     ('val_data', ''), ('prompts', ''), ('policy', 'out/sft'), ('dropout', 0.0), ('beta2', 0.99)])
@@ -102,7 +102,7 @@ def test_a_shared_option_has_one_default(key, default):
 
 def test_every_stage_has_the_options_of_a_stage():
     for name in STAGES:
-        wanted = {'out_dir', 'seed', 'device', 'dtype', 'compile', 'checkpointing', 'fsdp', 'max_steps', 'batch_size',
+        wanted = {'out_dir', 'seed', 'device', 'dtype', 'compile', 'checkpointing', 'max_steps', 'batch_size',
                   'grad_accum', 'lr', 'lr_schedule', 'warmup_steps', 'weight_decay', 'grad_clip', 'save_every',
                   'log_every', 'resume', 'overwrite'}
         wanted |= {'policy', 'reward_model', 'prompts'} if name in ('ppo', 'reinforce') else {
@@ -127,7 +127,7 @@ def test_a_script_that_saves_nothing_has_no_options_of_saving(name):
     assert Config.__bases__ == (RunOptions,)
     again = set(Config.__annotations__) & {f.name for f in dataclasses.fields(RunOptions)}
     assert all(options_of(name)[key].default != getattr(RunOptions, key) for key in again), again
-    assert not set(options_of(name)) & {'save_every', 'log_every', 'fsdp'}
+    assert not set(options_of(name)) & {'save_every', 'log_every'}
 
 def config_files():
     for folder, _, names in os.walk(os.path.join(ROOT, 'config')):

@@ -1,4 +1,4 @@
-"""Every stage in two processes, whole models or FSDP's parts in each, and what is left when a process dies."""
+"""Every stage in two processes, and what is left when a process dies."""
 import codecs
 import contextlib
 import importlib
@@ -26,7 +26,6 @@ from tiny import COMPARISONS, PROMPTS, ROOT, checkpoint, in_processes, losses, r
 
 STAGES = ('sft', 'reward', 'dpo', 'ipo', 'rrhf', 'kto', *SAMPLING)
 KINDS = ('sft', 'reward', 'dpo', 'rrhf', 'kto', 'ppo', 'rloo') # one of each script
-WITH_FSDP = (*KINDS, 'ppo_shared')
 
 slow = pytest.mark.slow # all that waits for the torchrun of the fixture `folder`
 
@@ -58,10 +57,10 @@ def assert_close(got, expected):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """
-    ONE/NAME: each stage in one process, four steps. TWO/NAME, FSDP/NAME: the same in two. FREE/NAME: TWO, each process
-    sampling from its own generator. HALVES/NAME: that, stopped after two steps and resumed. ONE-FSDP/NAME: begun by one
-    process, finished by two with FSDP. FSDP-ONE/NAME: the other way round, as yet unfinished. DIED: one of the two is
-    killed after the third step.
+    ONE/NAME: each stage in one process, four steps. TWO/NAME: the same in two. FREE/NAME: TWO, each process sampling
+    from its own generator. HALVES/NAME: that, stopped after two steps and resumed. ONE-TWO/NAME: begun by one process,
+    finished by two. TWO-ONE/NAME: the other way round, as yet unfinished. DIED: one of the two is killed after the
+    third step.
     """
     folder = str(tmp_path_factory.mktemp('processes'))
     at, jobs = lambda *names: os.path.join(folder, *names), []
@@ -70,17 +69,15 @@ def folder(tmp_path_factory):
             four, two = (options | dict(max_steps=n) for n in (4, 2))
             one(script, out_dir=at('ONE', name), **four)
             jobs.append((script, four | dict(out_dir=at('TWO', name)), ['by row']))
-            if name in WITH_FSDP:
-                jobs.append((script, four | dict(out_dir=at('FSDP', name), fsdp=True), ['by row']))
             if name not in KINDS:
                 continue
             jobs += [(script, two | dict(out_dir=at('HALVES', name)), []),
                      (script, four | dict(out_dir=at('HALVES', name), resume=True), [])]
             if name in SAMPLING:
                 jobs.append((script, four | dict(out_dir=at('FREE', name)), []))
-            one(script, out_dir=at('ONE-FSDP', name), **two)
-            jobs += [(script, four | dict(out_dir=at('ONE-FSDP', name), resume=True, fsdp=True), ['by row']),
-                     (script, two | dict(out_dir=at('FSDP-ONE', name), fsdp=True), ['by row'])]
+            one(script, out_dir=at('ONE-TWO', name), **two)
+            jobs += [(script, four | dict(out_dir=at('ONE-TWO', name), resume=True), ['by row']),
+                     (script, two | dict(out_dir=at('TWO-ONE', name)), ['by row'])]
     script, options = stages(folder)['sft']
     jobs.append((script, options | dict(out_dir=at('DIED'), max_steps=5, save_every=2), ['die']))
     with open(at('jobs.json'), 'w') as f:
@@ -96,12 +93,12 @@ def folder(tmp_path_factory):
     return folder
 
 @slow
-@pytest.mark.parametrize('how, name', [('TWO', name) for name in STAGES] + [('FSDP', name) for name in WITH_FSDP])
-def test_two_processes_equal_one(folder, how, name):
+@pytest.mark.parametrize('name', STAGES)
+def test_two_processes_equal_one(folder, name):
     """Every number of the log, evaluation included, and the weights."""
-    assert_close(log_of(os.path.join(folder, how, name)), log_of(os.path.join(folder, 'ONE', name)))
+    assert_close(log_of(os.path.join(folder, 'TWO', name)), log_of(os.path.join(folder, 'ONE', name)))
     expected = GPT.from_pretrained(os.path.join(folder, 'ONE', name)).state_dict()
-    got = GPT.from_pretrained(os.path.join(folder, how, name)).state_dict()
+    got = GPT.from_pretrained(os.path.join(folder, 'TWO', name)).state_dict()
     assert got.keys() == expected.keys()
     for key in expected:
         # Adam's first steps are of size lr whatever the gradient: where it is 0 but for rounding, so are they
@@ -118,13 +115,13 @@ def test_two_processes_resume_exactly(folder, name):
 
 @slow
 @pytest.mark.parametrize('name', KINDS)
-def test_fsdp_goes_on_from_one_process_and_one_process_from_fsdp(folder, name):
+def test_two_processes_go_on_from_one_and_one_from_two(folder, name):
     expected = [line for line in log_of(os.path.join(folder, 'ONE', name)) if line['step'] > 2]
-    got = [line for line in log_of(os.path.join(folder, 'ONE-FSDP', name)) if line['step'] > 2]
+    got = [line for line in log_of(os.path.join(folder, 'ONE-TWO', name)) if line['step'] > 2]
     assert_close(got, expected)
     script, options = stages(folder)[name]
     with sampling_by_row():
-        got = one(script, out_dir=os.path.join(folder, 'FSDP-ONE', name), **options, max_steps=4, resume=True)
+        got = one(script, out_dir=os.path.join(folder, 'TWO-ONE', name), **options, max_steps=4, resume=True)
     assert_close([line for line in got if line['step'] > 2], expected)
 
 @slow
@@ -298,9 +295,6 @@ def test_what_several_processes_cannot_do(tmp_path, capsys, monkeypatch):
     made = stages(str(tmp_path))
     refused = lambda name, **more: stops(capsys, importlib.import_module(made[name][0]), out_dir=str(tmp_path / 'out'),
                                          max_steps=1, **made[name][1] | more)
-    assert refused('sft', fsdp=True) == (
-        '--fsdp=True: this is one process; wanted several, as in torchrun --nproc_per_node=2')
-    assert 'compile must be False with fsdp=True' in refused('sft', fsdp=True, compile=True)
     for name, value in dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='3', MASTER_ADDR='127.0.0.1', MASTER_PORT='1').items():
         monkeypatch.setenv(name, value) # refused before any of them waits for another
     assert refused('sft') == '--batch_size=4: must be a multiple of 6, processes x grad_accum'

@@ -332,7 +332,7 @@ def test_sigterm_saves_and_ends_with_143(tmp_path, monkeypatch, capsys):
 @each()
 def test_what_a_finished_run_says(stage, capsys):
     stage.run(max_steps=1)
-    assert f"saved {stage.out}\n" in capsys.readouterr().out
+    assert f"saved {stage.out}; next: python " in capsys.readouterr().out
     before = weights(stage.out)
     stage.run(max_steps=1, resume=True)
     assert f"{stage.out}: all 1 steps are done; a larger --max_steps trains on" in capsys.readouterr().out

@@ -60,6 +60,8 @@ def test_a_config_file_counts_as_a_flag_does(tmp_path, capsys):
     ('evaluate', '--models= --figure_runs=a=b --prompts= --gold=data.toy.world:gold', 'models'),
     ('evaluate', '--models= --figure_runs=a=b --prompts= --max_new_tokens=8', 'models'),
     ('microscope', '--prompt=Hi --max_prompts=3', 'a run without prompt'),
+    *(('microscope', f'--samples=x --{key}=3', 'a run without samples') for key in (
+        'policy', 'reference', 'reward_model', 'critic', 'prompt', 'prompts', 'max_prompts', 'n_answers', 'ppo')),
     ('bench', '--tokens=64', 'workload=memory'), ('bench', '--workload=memory --data=x', 'a workload that is timed'),
     ('bench', '--init_from=x --preset=small', 'a run without init_from'),
     ('bench', '--workload=ppo --steps=2', 'a workload of optimizer steps'),
@@ -71,6 +73,10 @@ def test_a_config_file_counts_as_a_flag_does(tmp_path, capsys):
     ('collect', '--prompts= --answers=x --max_new_tokens=9', 'a run without answers'),
     ('collect', '--gold=data.toy.world:gold', 'annotator=simulated'), ('collect', '--noise=0', 'annotator=simulated'),
     ('collect', '--tie=0.3', 'any annotator but human'), ('collect', '--port=80', 'page=True'),
+    ('collect', '--guidelines=x', 'page=True'), ('collect', '--overlap=0.2', 'split'),
+    ('collect', '--annotator=function --reward=f --rater=x', 'annotator=human'),
+    *(('collect', f'--annotator=simulated --split=2 --{word}', 'a run without split') for word in (
+        'rater=x', 'tie=1', 'keep=best', 'ask=ratings', 'noise=0', 'gold=x', 'page=True', 'compare=x', 'resume=True')),
     ('collect', '--judge_instruction=x', 'annotator=ai'),
     *(('collect', f'--annotator=ai --judge=x --judge_{key}=9', 'judge_url')
       for key in ('model', 'requests', 'tokens', 'timeout', 'tries', 'cache')),

@@ -1,5 +1,6 @@
 # PPO on the toy world. gold only logs the gold score: the policy is trained only on the reward model.
 #   python ppo.py config/toy/ppo.py
+# With --show=4 --save_every=5 it keeps answers token by token: python microscope.py --samples=out/toy/ppo/samples.jsonl
 policy = "out/toy/sft"
 reward_model = "out/toy/reward"
 prompts = "data/toy/prompts_train.jsonl"

@@ -90,11 +90,11 @@ def test_the_files_of_a_checkpoint(tmp_path):
     assert load_tokenizer(str(tmp_path)).name == 'bytes'
 
 def save_step(folder, step):
-    """A checkpoint whose weights, state and log all say `step`."""
+    """A checkpoint whose weights, state and samples all say `step`."""
     model = tiny()
     with torch.no_grad():
         model.wte.weight.fill_(step)
-    save_checkpoint(RUN, config(folder), model, TOK, step, {'adam': make_optimizer(model, Config())})
+    save_checkpoint(RUN, config(folder), model, TOK, step, {'adam': make_optimizer(model, Config())}, [f'{step}', '0'])
 
 def loaded_step(folder):
     """What a resumed run finds: the step of the state, and the one of the weights."""
@@ -129,7 +129,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
             except KeyboardInterrupt:
                 done = False
         step, weights = loaded_step(folder)
-        assert step == weights
+        assert step == weights and (folder / 'samples.jsonl').read_text() == f'{step}\n0\n'
         outcomes.append(step)
         assert sorted(set(files(folder)) - {'.saving', 'log.jsonl'}) == [
             'config.json', 'model.safetensors', 'options.json', 'state.pt']
@@ -202,12 +202,13 @@ def test_the_log_of_a_run_that_never_saved_is_kept(tmp_path):
     assert read_log(tmp_path / 'log.jsonl') == []
     assert [line['loss'] for line in read_log(tmp_path / 'log.unsaved.jsonl')] == [7.0]
 
-def test_an_overwritten_checkpoints_tokenizer_goes_too(tmp_path):
+def test_an_overwritten_checkpoints_tokenizer_and_samples_go_too(tmp_path):
     save_step(tmp_path, 1)
     for name in OPTIONAL:
         (tmp_path / name).write_text('of the old run')
     prepare_out_dir(RUN, config(tmp_path, overwrite=True))
-    save_step(tmp_path, 1)
+    save_checkpoint(RUN, config(tmp_path), tiny(), TOK, 1, {})
+    assert not os.path.exists(tmp_path / 'samples.jsonl')
     assert 'of the old run' not in [(tmp_path / name).read_text() for name in OPTIONAL if (tmp_path / name).exists()]
     assert load_tokenizer(str(tmp_path)).name == 'bytes'
 

@@ -1,16 +1,18 @@
 """common/run.py: device, precision, Ctrl-C, and several processes that train as one."""
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from common.checkpoints import prepare_out_dir
-from common.options import launch
-from common.run import Run, default_signals, start, stop
+from common.options import fail, launch
+from common.run import Run, default_signals, progress, start, stop
 from common.training import Means, optimizer_step
 from model import GPT, GPTConfig
-from tiny import RUN, Config, by_hand, in_processes, one_line
+from tiny import ROOT, RUN, Config, by_hand, in_processes, one_line
 
 def small(seed=0):
     torch.manual_seed(seed)
@@ -197,3 +199,34 @@ def test_two_processes_equal_one(tmp_path):
     assert first['merged'] == second['merged'] == {0: 5, 1: 6}
     assert first['stop'] and second['stop'] # both stop after one was asked to
     assert not torch.equal(first['drawn'], second['drawn']) # each process samples its own answers
+
+def said_by(program):
+    """Return the lines that a program wrote to a piped stderr."""
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return done.stderr.split('\n')
+
+def test_in_a_pipe_a_bar_is_lines_and_an_error_has_its_own():
+    """The clock goes on by half a second whenever it is asked."""
+    said = said_by("""if True:
+        import itertools, time
+        clock = itertools.count()
+        time.time = lambda: next(clock) / 2
+        from common.run import progress
+        from common.options import fail
+        for step in progress(range(1000), desc='steps'):
+            if step == 900:
+                fail("--lr=3: is too large")""")
+    bars = [line for line in said if line.startswith('steps: ')]
+    assert len(bars) > 5 and all('\r' not in line for line in said)
+    assert said[-3 if said[-2].startswith('steps') else -2] == 'error: --lr=3: is too large' and said[-1] == ''
+
+def test_in_a_terminal_an_error_has_its_own_line(capsys, monkeypatch):
+    """The bar's line is cleared first."""
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    bar = progress(range(3), desc='steps')
+    with pytest.raises(SystemExit):
+        fail('--lr=3: is too large')
+    bar.close()
+    said = capsys.readouterr().err
+    before, after = said.split('error: --lr=3: is too large\n')
+    assert 'steps: ' in before and before.endswith('\r') and before.split('\r')[-2].strip() == '' and 'steps: ' in after

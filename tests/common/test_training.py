@@ -141,3 +141,24 @@ def test_other_processes_write_no_line(tmp_path, capsys):
     for step in (bar := training_bar(second, cfg, 0)):
         finish_step(second, cfg, bar, step + 1, dict(loss=1.0), ['loss'], lambda done: None, lambda: dict(val_loss=9.0))
     assert not (tmp_path / 'log.jsonl').exists() and capsys.readouterr() == ('', '')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorBoard
+
+def test_tensorboard_is_refused_where_it_is_absent(monkeypatch):
+    monkeypatch.setattr('common.options.find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='tensorboard must be False where that package is absent'):
+        Config(tensorboard=True)
+
+def test_tensorboard_reads_the_log(tmp_path):
+    """A run of three lines, killed after its second step, saved after its first, and resumed: each step is there once."""
+    accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator',
+                                      reason='needs tensorboard')
+    cfg = Config(out_dir=str(tmp_path), max_steps=3, log_every=1, save_every=0, tensorboard=True)
+    for state, steps, factor in ((None, (1, 2), 10), (dict(step=1), (2, 3), 100)):
+        run = Run('cpu', 'float32')
+        bar = training_bar(run, cfg, state)
+        for step in steps:
+            finish_step(run, cfg, bar, step, dict(loss=float(factor * step)), ['loss'], lambda step: None)
+    read = accumulator.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    assert [(event.step, event.value) for event in read.Scalars('loss')] == [(1, 10.0), (2, 200.0), (3, 300.0)]
