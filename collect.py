@@ -4,6 +4,7 @@
     python collect.py --annotator=human --page=True --policy=out/sft --prompts=prompts.jsonl --out=out/anna.jsonl
     python collect.py --annotator=human --ask=ratings --policy=out/sft --prompts=prompts.jsonl --out=out/anna.jsonl
     python collect.py --annotator=ai --judge=out/judge --answers=out/anna.jsonl --out=out/ai.jsonl
+    python collect.py --split=3 --overlap=0.2 --policy=out/sft --prompts=prompts.jsonl --out=out/tasks.jsonl
     python collect.py --merge=out/anna.jsonl,out/ben.jsonl --out=out/both.jsonl
 
 Pairs follow from the ranks: C > A > B gives three (Ouyang et al. 2022, section 3.4). --keep=best is best of n or
@@ -11,9 +12,9 @@ rejection sampling (Llama 2, Touvron et al. 2023, https://arxiv.org/abs/2307.092
 answer becomes a demonstration for sft.py. --ask=ratings asks for numbers, and writes a rating record per answer.
 docs/feedback.md describes the annotators.
 
-OUT.partial keeps the ranked tasks, the n-th task in its n-th line. Each number of processes (torchrun) samples answers
-of its own, the same every time. `ended` says of each answer whether the model wrote its end, or was cut off by
-max_new_tokens.
+OUT.partial keeps the ranked tasks, the n-th task in its n-th line. OUT.skipped gets what a person skipped. Each number
+of processes (torchrun) samples answers of its own, the same every time. `ended` says of each answer whether the model
+wrote its end, or was cut off by max_new_tokens.
 """
 
 import codecs
@@ -41,11 +42,14 @@ from feedback.judges import ApiJudge, GPTJudge, JudgeError, is_url
 from feedback.page import Page
 from feedback.select_labels import choose, load_ensemble
 
-OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label', 'ratings')
+OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label', 'ratings', 'rater',
+            'seconds', 'skipped', 'opinions')
 ANNOTATORS = ('simulated', 'human', 'ai', 'reward_model', 'function', 'policy')
 ANSWERS = ('response', 'responses', 'ended', 'policies', 'messages', 'text')
-FREE = ('out', 'device', 'dtype', 'page', 'port', 'judge_url', 'judge_requests', 'judge_timeout', 'judge_tries',
-        'judge_cache', 'compare', 'merge', 'resume', 'overwrite') # shape no row; a judge may have moved
+FREE = ('out', 'device', 'dtype', 'page', 'port', 'guidelines', 'judge_url', 'judge_requests', 'judge_timeout',
+        'judge_tries', 'judge_cache', 'compare', 'merge', 'resume', 'overwrite') # shape no row; a judge may have moved
+DEALT = ('out', 'policy', 'prompts', 'answers', 'max_prompts', 'select', 'budget', 'ensemble', 'n_answers', 'rows',
+         'max_new_tokens', 'temperature', 'split', 'overlap', 'overwrite') # read by a run that only deals out
 
 @dataclass
 class Config(RunOptions):
@@ -75,6 +79,8 @@ class Config(RunOptions):
     tie: float = 0.0 # neighbours that seem at most this far apart (in units of its score) get the same rank
     page: bool = False # human: in a browser on this machine, not in the terminal
     port: int = 0 # of the page; 0 = any that is free
+    guidelines: str = '' # a text file that the page shows
+    rater: str = '' # human: whose judgements these are
     repeat: float = 0.0 # this share of each stretch is asked a second time: the rater's agreement with themself
     judge: str = '' # ai: a checkpoint that answers comparisons (see config/toy/judge.py)
     judge_url: str = '' # ai: or a server of the OpenAI chat API, as in https://HOST/v1; key in JUDGE_API_KEY
@@ -85,6 +91,8 @@ class Config(RunOptions):
     judge_timeout: float = 60.0 # seconds without a byte before a request is tried again; ten times that for all of it
     judge_tries: int = 6 # per request, later and later
     judge_cache: str = 'out/judge_cache.jsonl' # replies, so that a rerun asks nothing twice; empty = none
+    split: int = 0 # nothing is ranked: deal what is to be ranked to so many raters, into OUT_1, OUT_2, …
+    overlap: float = 0.0 # split: this share of the prompts goes to all raters, each other prompt to one
     compare: str = '' # rankings or comparisons of the same answers: print how far OUT agrees
     merge: str = '' # nothing of the above: merge these raters' files, separated by commas, into OUT
     rows: int = 0 # prompts answered ahead, a stretch; 0 = 16 for a person, who waits for them, 256 for others
@@ -99,6 +107,8 @@ class Config(RunOptions):
                                  'two files or more, each once, separated by commas'))
             others = [key for key in Config.__annotations__ if key not in ('merge', 'out', 'resume', 'overwrite')]
             return unread(self, False, 'a run without merge', *others)
+        if self.split:
+            unread(self, False, 'a run without split', *(key for key in Config.__annotations__ if key not in DEALT))
         at_least = dict(noise=0, tie=0, rows=0, max_prompts=0, judge_requests=1, judge_tokens=1, judge_tries=1,
                         n_answers=max(2 - (self.ask == 'ratings' and not self.select), len(self.policy.split(','))))
         require(self, **{key: (getattr(self, key) >= low, f"at least {low}") for key, low in at_least.items()})
@@ -125,10 +135,13 @@ class Config(RunOptions):
                 qualities=({*qualities} <= {*QUALITIES} and len({*qualities}) == len(qualities),
                            f"some of {','.join(QUALITIES)}, each once"),
                 scale=(self.scale == 0 or 2 <= self.scale <= 10, 'from 2 to 10, or 0'),
-                gold=(self.gold or self.annotator != 'simulated',
+                gold=(self.gold or self.annotator != 'simulated' or self.split,
                       'MODULE:FUNCTION with annotator=simulated, as in data.toy.world:gold'),
                 repeat=(0 <= self.repeat <= 0.5, 'between 0 and 0.5'), port=(0 <= self.port < 65536, '0 to 65535'),
                 page=(not self.page or self.annotator == 'human', 'False unless annotator=human'),
+                rater=(self.rater.isprintable() and self.rater == self.rater.strip(), "a person's name"),
+                split=(self.split == 0 or 2 <= self.split <= 100, 'from 2 to 100, or 0'),
+                overlap=(0 <= self.overlap <= 1, 'between 0 and 1'),
                 judge=(bool(self.judge) != bool(self.judge_url) if ai else not self.judge,
                        'a checkpoint with annotator=ai, unless judge_url is given; else empty'),
                 judge_url=(not self.judge_url or ai and is_url(self.judge_url),
@@ -141,7 +154,9 @@ class Config(RunOptions):
         unread(self, not self.answers, 'a run without answers', 'policy', 'n_answers', 'max_new_tokens', 'temperature')
         unread(self, self.annotator == 'simulated', 'annotator=simulated', 'gold', 'noise')
         unread(self, self.annotator != 'human', 'any annotator but human', 'tie')
-        unread(self, self.page, 'page=True', 'port')
+        unread(self, self.annotator == 'human', 'annotator=human', 'rater')
+        unread(self, self.page, 'page=True', 'port', 'guidelines')
+        unread(self, self.split, 'split', 'overlap')
         unread(self, ai, 'annotator=ai', 'judge_instruction')
         unread(self, self.judge_url, 'judge_url', 'judge_model', 'judge_requests', 'judge_tokens', 'judge_timeout',
                'judge_tries', 'judge_cache')
@@ -209,16 +224,39 @@ def stretches(cfg, run, writers, records, skip=0):
         rows = records[first:first + cfg.rows]
         seed = cfg.seed * 1_000_003 + first # of this stretch alone
         torch.manual_seed(seed + run.rank)
-        if cfg.annotator == 'human' and writers and not cfg.select:
+        if (cfg.annotator == 'human' or cfg.split) and writers and not cfg.select:
             note(f"{cfg.policy}: writing answers to the next {len(rows)} prompts …")
         if writers:
             rows = write_answers(cfg, run, writers, records, range(first, first + len(rows)))
         yield first, seed, rows
 
+def parts(cfg):
+    """Return the files into which --split deals: OUT with _1, _2, … before its ending."""
+    stem, end = os.path.splitext(cfg.out)
+    return [f"{stem}_{k}{end}" for k in range(1, cfg.split + 1)]
+
+def deal(cfg, rows):
+    """Write what each of --split raters is to rank; rows: prompts with their answers.
+
+    The seed draws the shared prompts, and who gets each other one. All files keep the prompts' order. Their `ranks` are
+    0: nobody has said anything yet.
+    """
+    rankable = [row | dict(ranks=[0] * len(row['responses'])) for row in rows if len(row['responses']) > 1]
+    if len(rankable) < cfg.split:
+        fail(f"--split={cfg.split}: {len(rankable)} prompts have two answers; wanted one or more for each rater")
+    order, n = random.Random(cfg.seed).sample(range(len(rankable)), len(rankable)), round(cfg.overlap * len(rankable))
+    os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
+    for k, path in enumerate(parts(cfg)):
+        mine = sorted(order[:n] + order[n + k::cfg.split])
+        write_records(path, [rankable[i] for i in mine])
+        print(f"{path}: {len(mine)} prompts, {n} of them for all raters")
+    print(f"{len(rows) - len(rankable)} prompts left out, without two answers that are not empty")
+
 def check_out(cfg):
-    """End the program where it would overwrite OUT or OUT.partial unasked."""
-    if os.path.exists(cfg.out) and not cfg.overwrite:
-        fail(f"--out={cfg.out}: exists already; replace it by --overwrite=True, or choose another name")
+    """End the program where it would overwrite a file unasked."""
+    for path in parts(cfg) or (cfg.out, cfg.out + '.skipped'):
+        if os.path.exists(path) and not cfg.overwrite:
+            fail(f"--out={cfg.out}: {path} exists already; replace it by --overwrite=True, or choose another name")
     if os.path.isdir(cfg.out):
         fail(f"--out={cfg.out}: is a folder, wanted a file")
     partial = cfg.out + '.partial'
@@ -290,14 +328,14 @@ def read_partial(cfg, records):
 def left_to_rank(cfg, rows, done, first, seed):
     """Return a stretch's tasks that are not `done`, the next one last. Some rows come a second time."""
     rows = [task(row) for row in done if 'repeat' not in row] + rows[len(done):] # should sampling not be repeatable
-    rows = [row | dict(annotator=cfg.annotator) for row in rows]
+    rows = [row | dict(annotator=cfg.annotator) | ({'rater': cfg.rater} if cfg.rater else {}) for row in rows]
     again = random.Random(seed).sample(range((len(rows) + 1) // 2), n_tasks(cfg, len(rows)) - len(rows)) # some time ago
     again = [rows[i] | dict(repeat=first + i) for i in again] # the number of the prompt
     return (rows + again)[len(done):][::-1]
 
 def keep(cfg, kept, row, **said):
     """Add a row, with what was said of it, to OUT.partial."""
-    kept.append(row | {k: v for k, v in said.items() if v})
+    kept.append(row | {k: v for k, v in said.items() if v is not None})
     with open(cfg.out + '.partial', 'a', encoding='utf-8') as f:
         f.write(to_lines(kept[-1:]))
         f.flush()
@@ -307,14 +345,17 @@ def keep(cfg, kept, row, **said):
 def take_back(cfg, kept, todo):
     """Move the row shown last, and all after it, back to `todo`."""
     while kept:
-        todo.append(task(kept.pop(), without=('ranks', 'ratings')))
+        todo.append(task(kept.pop(), without=('ranks', 'ratings', 'seconds', 'skipped')))
         if len(set(answers_of(todo[-1]))) > (cfg.ask == 'ranks'):
             break # this one was shown
     os.truncate(cfg.out + '.partial', len(to_lines(kept).encode()))
 
-def tidy(cfg):
-    """Remove what stands beside OUT while it is made."""
-    for end in ('.partial', '.partial.json', '.lock'):
+def tidy(cfg, skipped):
+    """Write what was skipped, and remove what stands beside OUT meanwhile."""
+    if skipped:
+        write_records(cfg.out + '.skipped', skipped)
+        print(f"{cfg.out}.skipped: {len(skipped)} prompts skipped, with the reasons")
+    for end in ('.partial', '.partial.json', '.lock') + ('.skipped',) * (not skipped):
         with contextlib.suppress(FileNotFoundError):
             os.remove(cfg.out + end)
 
@@ -325,12 +366,13 @@ def write_ratings(cfg, kept):
         rated = dict(zip(answers_of(row), row.get('ratings', [])))
         writers = dict(zip(answers_of(row), row.get('policies', [])))
         for answer, said in rated.items():
-            ratings.append(task(row, OPINIONS + ANSWERS + QUALITIES) | dict(response=answer[0], ended=answer[1]) | said)
+            ratings.append(task(row, OPINIONS + ANSWERS + QUALITIES) | dict(response=answer[0], ended=answer[1]) | said
+                           | {k: row[k] for k in ('rater', 'seconds') if k in row})
             if writers:
                 ratings[-1]['policy'] = writers[answer]
     if ratings:
         write_records(cfg.out, ratings)
-    tidy(cfg)
+    tidy(cfg, [row for row in kept if 'skipped' in row])
     print(f"{cfg.out}: {len(kept) - lost} prompts, {len(ratings)} answers rated from 1 to {cfg.scale}, {lost} prompts "
           "left out" + " (skipped, or without an answer that is not empty)" * (lost > 0))
     return ratings
@@ -340,16 +382,16 @@ def write_rankings(cfg, kept):
     firsts = [row for row in kept if 'repeat' not in row]
     for row in kept:
         if 'repeat' in row and 'ranks' in row:
-            first = firsts[row['repeat']]
-            first['again' if 'ranks' in first else 'ranks'] = row['ranks'] # it may have been skipped the first time
-    ranked = [row for row in firsts if 'ranks' in row]
+            first = firsts[row['repeat']] # it may have been skipped the first time
+            first |= dict(again=row['ranks']) if 'ranks' in first else task(row, without=('repeat',))
+    ranked = [task(row, without=('skipped',)) for row in firsts if 'ranks' in row]
     best = []
     for row in ranked:
         response, ended = answers_of(row)[row['ranks'].index(0)]
         best.append(dict(prompt=row['prompt'], response=response, ended=ended))
     if ranked:
         write_records(cfg.out, best if cfg.keep == 'best' else ranked)
-    tidy(cfg)
+    tidy(cfg, [row for row in firsts if 'skipped' in row and 'ranks' not in row])
     pairs, lost = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks']), len(firsts) - len(ranked)
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
           + 'the best answers kept, ' * (cfg.keep == 'best') + f"{lost} prompts left out"
@@ -368,6 +410,7 @@ def main(cfg):
     if cfg.annotator == 'human':
         if run.world_size > 1:
             fail(f"--annotator=human: wanted one process, got {run.world_size}")
+    if cfg.annotator == 'human' or cfg.split:
         default_signals() # everything said is saved: the first Ctrl-C ends
     run.first(lambda: check_out(cfg))
     others = read_preferences(cfg.compare) if cfg.compare else []
@@ -381,6 +424,10 @@ def main(cfg):
     if cfg.select:
         rows = [row for _, _, rows in stretches(cfg, run, writers, records) for row in rows]
         records, writers = choose(rows, cfg, run, ensemble), [] # they have their answers
+    if cfg.split:
+        rows = [row for _, _, rows in stretches(cfg, run, writers, records) for row in rows]
+        run.first(lambda: deal(cfg, rows))
+        return stop(run)
     annotator = make_annotator(cfg, run, reward) if run.is_master else None # the first process ranks and writes
     kept = run.first(lambda: read_partial(cfg, records)) # once all input is read
     size, (whole, rest) = n_tasks(cfg, cfg.rows), divmod(len(records), cfg.rows)
@@ -393,10 +440,11 @@ def main(cfg):
                 todo = []
                 if run.is_master:
                     todo = left_to_rank(cfg, rows, kept[first // cfg.rows * size:], first, seed)
-                    annotator.rng.seed(f"{seed} {os.path.basename(cfg.out)}" if cfg.annotator == 'human' else seed)
+                    annotator.rng.seed(f"{seed} {cfg.rater or os.path.basename(cfg.out)}" if cfg.annotator == 'human'
+                                       else seed)
                     annotator.look_ahead(todo)
                 while todo and (cfg.annotator == 'simulated' or not run.interrupted):
-                    row, annotator.progress = todo.pop(), (len(kept), total)
+                    row, annotator.progress, annotator.about = todo.pop(), (len(kept), total), {}
                     ranks = scores = ratings = None
                     try:
                         if cfg.ask == 'ratings' and row['responses']:
@@ -404,7 +452,7 @@ def main(cfg):
                         elif cfg.ask == 'ranks' and len(row['responses']) >= 2:
                             ranks, scores = annotator.rank(row)
                             check_finite(scores or (), f"--annotator={cfg.annotator}: its scores of an answer")
-                        keep(cfg, kept, row, ranks=ranks, scores=scores, ratings=ratings)
+                        keep(cfg, kept, row, ranks=ranks, scores=scores, ratings=ratings, **annotator.about)
                         bar.update()
                     except Undo:
                         todo.append(row)

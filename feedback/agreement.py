@@ -10,9 +10,9 @@ from itertools import chain, combinations
 from statistics import fmean, pstdev, variance
 
 from common.options import fail, note
-from common.records import read_preferences, write_records
+from common.records import check_record, read_preferences, write_records
 from common.rollout import pair_agreement
-from feedback.annotators import answers_of, to_ranks
+from feedback.annotators import answers_of, to_ranks, visible
 
 def key(row):
     """Return what rows of the same task share: the prompt and the set of answers, in any order."""
@@ -107,32 +107,50 @@ def with_oneself(rows):
     return f"{len(twice)} rows ranked twice; " + report([by_text(row) for row in twice],
                                                        [by_text(row, 'again') for row in twice])
 
+def by_rater(files):
+    """Return {rater: {task: their row}}; who is not named is called by the file.
+
+    A row that was merged before is one of each of its raters. What a rater said twice counts once.
+    """
+    tables = {}
+    for path in files:
+        for row in read_preferences(path):
+            try:
+                for said in row.pop('opinions', None) or [{}]:
+                    check_record(row | said, 'rankings')
+                    rater = visible(str((row | said).get('rater', path)))
+                    tables.setdefault(rater, {}).setdefault(key(row), row | said)
+            except (TypeError, ValueError) as e:
+                fail(f"{path}: wanted `opinions` as --merge writes them: {e}")
+    return tables
+
 def merge(files, out):
     """Merge several raters' files into one, and print who agrees with whom.
 
     A task's new ranks follow the number of other answers that each answer beats (a tie is half; the Borda count).
+    `opinions` keeps who said what: of each rater the ranks, in the same order of the answers.
     """
-    tables = {path: read_preferences(path) for path in files}
-    for path, rows in tables.items():
-        if any('again' in row for row in rows):
-            print(f"{path}, with themself: {with_oneself(rows)}")
-    for path, other in combinations(files, 2):
-        print(f"{path} and {other}: {compare(tables[path], tables[other])}")
-    tasks = {} # task -> {rater's file: its row}
-    for path, rows in tables.items():
-        for row in rows:
-            tasks.setdefault(key(row), {}).setdefault(path, row) # what a file holds twice counts once
-    merged = []
-    for rows in (list(by_file.values()) for by_file in tasks.values()):
-        row = {k: v for k, v in rows[0].items() if k not in ('scores', 'again', 'chosen', 'rejected', 'margin')}
-        opinions = [dict(zip(answers_of(r), r['ranks'])) for r in rows] # answer -> its rank
-        wins = [sum((o[answer] < rank) + 0.5 * (o[answer] == rank) for o in opinions for rank in o.values())
+    tables, tasks, merged = by_rater(files), {}, [] # tasks: task -> {rater: their row}
+    for rater, rows in tables.items():
+        if any('again' in row for row in rows.values()):
+            print(f"{rater}, with themself: {with_oneself(rows.values())}")
+        for task, row in rows.items():
+            tasks.setdefault(task, {})[rater] = row
+    for rater, other in combinations(tables, 2):
+        print(f"{rater} and {other}: {compare(tables[rater].values(), tables[other].values())}")
+    for said in tasks.values():
+        row = {k: v for k, v in next(iter(said.values())).items()
+               if k not in ('scores', 'again', 'chosen', 'rejected', 'margin', 'rater', 'seconds', 'annotator')}
+        ranks = {rater: dict(zip(answers_of(r), r['ranks'])) for rater, r in said.items()} # of each answer
+        wins = [sum((o[answer] < rank) + 0.5 * (o[answer] == rank) for o in ranks.values() for rank in o.values())
                 for answer in answers_of(row)] # over itself: half
-        row |= dict(ranks=to_ranks(wins), raters=len(rows))
-        if names := dict.fromkeys(str(r['annotator']) for r in rows if 'annotator' in r):
+        row |= dict(ranks=to_ranks(wins), raters=len(said), opinions=[
+            dict(rater=rater, ranks=[ranks[rater][answer] for answer in answers_of(row)])
+            | {k: r[k] for k in ('annotator', 'seconds') if k in r} for rater, r in said.items()])
+        if names := dict.fromkeys(str(r['annotator']) for r in said.values() if 'annotator' in r):
             row['annotator'] = ', '.join(names)
         merged.append(row)
     os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     write_records(out, merged)
     several = sum(row['raters'] > 1 for row in merged)
-    print(f"{out}: {len(merged)} prompts, {several} of them ranked in several files")
+    print(f"{out}: {len(merged)} prompts, {several} of them ranked by several")

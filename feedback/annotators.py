@@ -8,6 +8,7 @@ import math
 import random
 import re
 import sys
+import time
 
 import torch
 
@@ -25,12 +26,13 @@ class Annotator:
 
     row: a record with `prompt`, its K `responses` and, where they were sampled, `ended` (K): False for one that was cut
     off. People, real and simulated, also rate(row) -> (K) dicts {quality: whole number from 1 to cfg.scale}, or None. A
-    person may raise Undo, to take back the last row, and KeyboardInterrupt, to stop.
+    person may raise Undo, to take back the last row, and KeyboardInterrupt, to stop. `about`: what else is to be kept
+    of the row that a person was shown last, the `seconds` that it took, and why it was `skipped`.
     """
 
     def __init__(self, cfg, run=None):
         self.cfg, self.run, self.rng = cfg, run, random.Random(cfg.seed)
-        self.progress = 0, 0 # rows ranked, rows in all
+        self.progress, self.about = (0, 0), {} # rows ranked, rows in all
 
     def look_ahead(self, rows):
         """See a stretch of rows before it is ranked; a model can work on many at once."""
@@ -195,7 +197,11 @@ class Person(Annotator):
         """Return what ask(messages, texts) returns of the shuffled distinct answers, by answer (K); None stays None."""
         order = distinct(answers_of(row))
         self.rng.shuffle(order)
+        self.since, self.why = time.monotonic(), ''
         said = ask(as_messages(row['prompt']), [shown(*answer) for answer in order])
+        self.about = dict(seconds=round(time.monotonic() - self.since, 1))
+        if said is None:
+            self.about['skipped'] = self.why.strip().encode(errors='replace').decode() # a terminal may send anything
         return said and [said[order.index(answer)] for answer in answers_of(row)]
 
     def rank(self, row):
@@ -264,9 +270,11 @@ class Terminal(Person):
         """Return read(what was typed), None to skip; where it raises ValueError, ask again."""
         while True:
             try:
-                said = input(f"{wish}; s skip, u undo, q quit > ").strip().lower()
-                if said in ('s', 'skip'):
+                said = input(f"{wish}; s skip (or s WHY), u undo, q quit > ").strip()
+                word, _, self.why = said.partition(' ')
+                if word.lower() in ('s', 'skip'):
                     return None
+                said = said.lower()
                 if said in ('u', 'undo'):
                     raise Undo
                 if said in ('q', 'quit'):

@@ -29,12 +29,12 @@ from feedback.annotators import Annotator, answers_of, distinct, shown, to_ranks
 from model import last_places
 
 def read_instruction(path, option='judge_instruction'):
-    """Read what a judge is told, a text file."""
+    """Read what a judge or a person is told, a text file."""
     try:
         text = Path(path).read_text(encoding='utf-8').strip()
     except (OSError, UnicodeDecodeError) as e:
         fail(f"--{option}={path}: cannot be read: {e}")
-    return text or fail(f"--{option}={path}: is empty, wanted what the judge is told")
+    return text or fail(f"--{option}={path}: is empty, wanted a text")
 
 def comparison(instruction, prompt, a, b):
     """Return what a judge is asked: the instruction, the conversation, the answers A and B.

@@ -2,12 +2,12 @@
 
     GET /        the page itself, which holds nothing secret
     GET /task    what is to be ranked or rated, once there is something (the reply waits for it)
-    POST /said   {"id": the task's, "said": ranks (K,), numbers (K, qualities), "skip", "undo" or "quit"}; the reply is
-                 the next task, so it comes when this answer is on the disk
+    POST /said   {"id": the task's, "said": ranks (K,), numbers (K, qualities), "skip", "undo" or "quit"}, and "why" it
+                 was skipped; the reply is the next task, so it comes when this answer is on the disk
 
 Only this page may speak to the socket, which listens on 127.0.0.1. Another name in the Host header is refused (DNS
-rebinding), and so is another Origin (requests that other sites send). All but the bare page needs the token behind the
-# of the printed address, which no browser sends along by itself.
+rebinding), and so is another Origin (requests that other sites send). Any port will do: ssh may lead another one here.
+All but the bare page needs the token behind the # of the printed address, which no browser sends along by itself.
 """
 
 import base64
@@ -18,11 +18,14 @@ import json
 import re
 import secrets
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common.options import fail
+from common.records import parse_line
 from feedback.annotators import Person, Undo, to_ranks
+from feedback.judges import read_instruction
 
 HTML = Path(__file__).with_name('page.html').read_bytes()
 
@@ -52,6 +55,7 @@ class Page(Person):
         self.token, self.changed = secrets.token_urlsafe(16), threading.Condition()
         self.task = self.said = None # what is shown, None while there is nothing; what was said to the one before
         self.n_tasks, self.waiting = 0, set() # the handlers that have let a request in and not replied yet
+        self.more = dict(guidelines=read_instruction(cfg.guidelines, 'guidelines')) if cfg.guidelines else {}
         try:
             self.server = Server(('127.0.0.1', cfg.port), Handler)
         except OSError as e:
@@ -61,7 +65,7 @@ class Page(Person):
         print(f"open http://127.0.0.1:{self.server.server_port}/#{self.token}", flush=True)
 
     def put(self, **task):
-        self.task = task | dict(done=self.progress[0], total=self.progress[1])
+        self.task = task | self.more | dict(done=self.progress[0], total=self.progress[1])
         self.changed.notify_all()
 
     def wait(self, **task):
@@ -126,11 +130,10 @@ class Handler(BaseHTTPRequestHandler):
         """Refuse a request that comes from anywhere but the page."""
         if not super().parse_request():
             return False
-        hosts = [f'{name}:{self.server.server_port}' for name in ('127.0.0.1', 'localhost')]
         host, origin = self.headers.get_all('Host', []), self.headers.get_all('Origin', [])
         token = self.headers.get('X-Token', '').encode(errors='replace')
         wrong = ''
-        if len(host) != 1 or host[0] not in hosts:
+        if len(host) != 1 or not re.fullmatch(r'(127\.0\.0\.1|localhost):[0-9]{1,5}', host[0]):
             wrong = 'Host'
         elif origin and origin != ['http://' + host[0]]:
             wrong = 'Origin'
@@ -147,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         page = self.server.page
         with page.changed: # while an answer is being written, and the model writes new ones
             page.changed.wait_for(lambda: page.task)
-            task = page.task
+            task, page.since = page.task, time.monotonic() # now it is shown
         self.reply(status, task)
 
     def do_GET(self):
@@ -163,9 +166,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != '/said' or not re.fullmatch('[0-9]{1,5}', length) or int(length) > 10_000:
             return self.reply(400, dict(error='wanted a small POST to /said'))
         try:
-            row = json.loads(self.rfile.read(int(length)))
-            number, said = row['id'], row['said']
-        except (ValueError, TypeError, KeyError, RecursionError, OSError):
+            row = parse_line(self.rfile.read(int(length)))
+            number, said, why = row['id'], row['said'], row.get('why', '')
+        except (ValueError, KeyError, OSError):
             return self.reply(400, dict(error='wanted id and said'))
         with page.changed:
             task = page.task or {}
@@ -174,9 +177,9 @@ class Handler(BaseHTTPRequestHandler):
                 K, n = len(task['texts']), len(task.get('qualities', ()))
                 fits = (is_list(said, K) and all(are_numbers(numbers, n, 1, task['scale']) for numbers in said) if n
                         else are_numbers(said, K, 0, K - 1))
-                if said not in ('skip', 'undo', 'quit') and not fits:
+                if said not in ('skip', 'undo', 'quit') and not fits or not isinstance(why, str):
                     wanted = f"{K} times {n} numbers" if n else f"{K} ranks"
                     return self.reply(400, dict(error=f"wanted {wanted}, skip, undo or quit"))
-                page.task, page.said = None, said
+                page.task, page.said, page.why = None, said, why
                 page.changed.notify_all()
         self.next_task(200 if shown else 409) # else another tab was faster: this task is no more

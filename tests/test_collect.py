@@ -544,3 +544,79 @@ def test_bad_options_of_ratings_and_rewards(tmp_path, given, capsys, options, ex
 def test_ratings_are_not_merged_as_rankings(tmp_path, capsys):
     paths = [records(tmp_path / f'{n}.jsonl', [dict(prompt='p', response='x', score=n)]) for n in (1, 2)]
     assert 'wanted rankings' in stops(capsys, collect, merge=','.join(paths), out=str(tmp_path / 'out.jsonl'))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several raters
+
+def parts_of(folder, n):
+    return [read_records(folder / f'tasks_{k + 1}.jsonl', 'rankings') for k in range(n)]
+
+def test_prompts_are_dealt(tmp_path, capsys):
+    """Ten: round(0.2 * 10) = 2 go to all three, of the other eight 3, 3 and 2 to each. By the seed, in their order."""
+    rows = [dict(prompt=f'Q{n}', responses=['a', 'b', 'a'], ended=[True, False, True], ranks=[2, 0, 1], number=n,
+                 scores=[1.0, 2.0, 3.0], rater='old', seconds=3.0, again=[0, 1, 2]) for n in range(10)]
+    answers, out = records(tmp_path / 'a.jsonl', rows), str(tmp_path / 'new' / 'tasks.jsonl')
+    options = dict(split=3, overlap=0.2, answers=answers, out=out)
+    run(collect, **options)
+    parts = parts_of(tmp_path / 'new', 3)
+    assert sorted(os.listdir(tmp_path / 'new')) == ['tasks_1.jsonl', 'tasks_2.jsonl', 'tasks_3.jsonl']
+    assert f'{tmp_path}/new/tasks_3.jsonl: 4 prompts, 2 of them for all raters' in capsys.readouterr().out
+    numbers = [[row['number'] for row in part] for part in parts]
+    assert [len(part) for part in numbers] == [5, 5, 4] and all(part == sorted(part) for part in numbers)
+    times = sorted(sum(part.count(n) for part in numbers) for n in range(10))
+    assert times == [1] * 8 + [3] * 2
+    assert all(row == dict(prompt=f"Q{row['number']}", responses=['a', 'b', 'a'], ended=[True, False, True],
+                           ranks=[0, 0, 0], number=row['number']) for part in parts for row in part)
+    before = [open(tmp_path / 'new' / f'tasks_{k}.jsonl').read() for k in (1, 2, 3)]
+    os.remove(tmp_path / 'new' / 'tasks_1.jsonl')
+    assert 'tasks_2.jsonl exists already' in stops(capsys, collect, **options)
+    assert sorted(os.listdir(tmp_path / 'new')) == ['tasks_2.jsonl', 'tasks_3.jsonl'] # nothing half done
+    run(collect, overwrite=True, **options)
+    assert parts_of(tmp_path / 'new', 3) == parts and open(tmp_path / 'new' / 'tasks_1.jsonl').read() == before[0]
+    run(collect, overwrite=True, seed=2, **options)
+    assert parts_of(tmp_path / 'new', 3) != parts
+
+@pytest.mark.parametrize('overlap, sizes', [(0, [4, 3, 3]), (1, [10, 10, 10]), (0.5, [7, 7, 6])])
+def test_shares_of_all_raters(tmp_path, overlap, sizes):
+    """None or all of ten; five and a share of the other five: 2, 2, 1."""
+    rows = [dict(prompt=f'Q{n}', responses=['a', 'b'], ranks=[0, 1]) for n in range(10)]
+    path = records(tmp_path / 'a.jsonl', rows)
+    run(collect, split=3, overlap=overlap, answers=path, out=str(tmp_path / 'tasks.jsonl'))
+    assert [len(part) for part in parts_of(tmp_path, 3)] == sizes
+
+def test_raters_see_the_same_answers(tmp_path, given, monkeypatch, capsys):
+    """Sampled once, before they are dealt. Then each ranks their part, and the merge says who agrees with whom."""
+    del given['gold']
+    run(collect, split=2, overlap=0.5, out=str(tmp_path / 'tasks.jsonl'), **given)
+    one, two = parts_of(tmp_path, 2)
+    shared = [row for row in one if row in two]
+    prompts = {row['number'] for row in one + two}
+    assert len(shared) == round(0.5 * len(prompts)) >= 2 and len(one) + len(two) == len(prompts) + len(shared)
+    assert all(len(row['responses']) == len(row['ended']) >= 2 for row in one + two)
+    assert f'{10 - len(prompts)} prompts left out' in capsys.readouterr().out
+    (tmp_path / 'mine.py').write_text('def length(record, response, sign):\n    return sign * len(response)\n')
+    for part, sign, name in ((1, 1, 'long'), (2, -1, 'short')): # these two have another opinion wherever they can
+        run(collect, annotator='function', reward=f'{tmp_path}/mine.py:length(sign={sign})',
+            answers=str(tmp_path / f'tasks_{part}.jsonl'), out=str(tmp_path / f'{name}.jsonl'))
+    run(collect, merge=f'{tmp_path}/long.jsonl,{tmp_path}/short.jsonl', out=str(tmp_path / 'both.jsonl'))
+    said, merged = capsys.readouterr().out, read_records(tmp_path / 'both.jsonl', 'rankings')
+    assert f'{tmp_path}/long.jsonl and {tmp_path}/short.jsonl: {len(shared)} rows in common' in said
+    assert len(merged) == len(prompts) and sum(row['raters'] == 2 for row in merged) == len(shared)
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(split=1), '--split=1: split must be from 2 to 100, or 0, got 1'), (dict(split=-3), 'from 2 to 100'),
+    (dict(split=2, overlap=1.5), '--overlap=1.5: overlap must be between 0 and 1, got 1.5'),
+    (dict(overlap=0.2), 'overlap must be left at 0.0: only split reads it'),
+    (dict(split=2, merge='a,b', answers=''), 'split must be left at 0: only a run without merge reads it'),
+    (dict(split=2, answers=''), 'prompts must be a file of prompts, unless answers is given'),
+    (dict(split=3), '--split=3: 2 prompts have two answers; wanted one or more for each rater'),
+    (dict(split=2, annotator='human'), "annotator must be left at 'simulated': only a run without split reads it"),
+    (dict(annotator='human', rater='a\nb'), "rater must be a person's name, got 'a\\nb'"),
+    (dict(annotator='human', rater=' anna'), "rater must be a person's name"),
+])
+def test_bad_options_of_several_raters(tmp_path, capsys, options, expected):
+    rows = [dict(prompt=f'Q{n}', responses=['a', 'b'], ranks=[0, 1]) for n in range(2)]
+    path = records(tmp_path / 'a.jsonl', rows)
+    gold = {} if options.keys() & {'split', 'annotator'} else dict(gold='x:y')
+    said = stops(capsys, collect, out=str(tmp_path / 'out.jsonl'), **dict(answers=path) | gold | options)
+    assert expected in said and os.listdir(tmp_path) == ['a.jsonl'], said

@@ -12,7 +12,7 @@ MISSING = None if CHROMIUM and DRIVER else 'needs chromium and chromedriver (Deb
 ARGUMENTS = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
              '--disable-background-networking', '--disable-component-update', '--no-proxy-server',
              '--window-size=1000,900']
-KEYS = dict(Enter='\ue007', Backspace='\ue003', Tab='\ue004', Space=' ')
+KEYS = dict(Enter='\ue007', Backspace='\ue003', Tab='\ue004', Space=' ', Escape='\ue00c')
 
 class Browser:
     def __init__(self, folder):

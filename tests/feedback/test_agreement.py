@@ -63,7 +63,9 @@ def test_the_same_text_cut_off_is_another_answer(tmp_path, capsys):
     assert 'no row in common' in agreement.compare([anna], [cleo])
     files = [records(tmp_path / f'{n}.jsonl', [row]) for n, row in enumerate((anna, ben, cleo))]
     run(collect, merge=','.join(files), out=str(tmp_path / 'out.jsonl'))
-    assert read_records(tmp_path / 'out.jsonl', 'rankings') == [anna | dict(raters=2), cleo | dict(raters=1)]
+    said = [dict(rater=path, ranks=ranks) for path, ranks in zip(files, ([0, 1], [0, 1], [0, 0]))]
+    assert read_records(tmp_path / 'out.jsonl', 'rankings') == [anna | dict(raters=2, opinions=said[:2]),
+                                                                cleo | dict(raters=1, opinions=said[2:])]
 
 def test_merge(tmp_path, capsys):
     """
@@ -85,11 +87,46 @@ def test_merge(tmp_path, capsys):
     run(collect, merge=f'{anna},{ben}', out=out, overwrite=True)
     rows = read_records(out, 'rankings')
     assert rows[0] == dict(prompt='p', responses=['x', 'y', 'z'], ranks=[1, 0, 2], annotator='human, ai', raters=2,
-                           number=7)
+                           number=7, opinions=[dict(rater=anna, ranks=[0, 1, 2], annotator='human'),
+                                               dict(rater=ben, ranks=[2, 0, 1], annotator='ai')])
     assert [(row['prompt'], row['ranks'], row['raters']) for row in rows[1:]] == [
         ('q', [1, 0], 1), ('s', [1, 0, 2], 2), ('r', [0, 1], 1)]
     said = capsys.readouterr().out
     # of s they agree on no pair: p_o = 1/6; Ben ties one pair of six: p_e = (5/6) / 2 = 5/12; (2/12 - 5/12) / (7/12)
     assert f'{anna} and {ben}: 2 rows in common; the same on 0.167 of 6 pairs, kappa -0.429' in said
     assert f'{anna}, with themself: 1 rows ranked twice; the same on 1.000 of 3 pairs' in said
-    assert '4 prompts, 2 of them ranked in several files' in said
+    assert '4 prompts, 2 of them ranked by several' in said
+
+def test_merged_files_say_who_said_what(tmp_path, capsys):
+    """
+    Anna: x > y > z; Ben: y > z > x; Cleo: x = y > z. Anna and Ben agree on y > z alone: p_o = 1/3, p_e = 1/2. Beaten,
+    a tie is half: x 2 + 0 + 1.5, y 1 + 2 + 1.5, z 0 + 1 + 0. Anna's second file is hers too: what she said of p again
+    does not count. A merged file gives its raters to the next merge, so Cleo is compared with both.
+    """
+    anna = dict(prompt='p', responses=['x', 'y', 'z'], ranks=[0, 1, 2], annotator='human', rater='anna', seconds=9.5)
+    more = [anna | dict(ranks=[2, 1, 0], seconds=1.0), anna | dict(prompt='q')]
+    ben = anna | dict(responses=['z', 'y', 'x'], ranks=[1, 0, 2], rater='ben\x1b[2J', seconds=4.0)
+    cleo = dict(prompt='p', responses=['x', 'y', 'z'], ranks=[0, 0, 1], annotator='ai')
+    at = lambda name, *rows: records(tmp_path / f'{name}.jsonl', rows)
+    two, three, files = str(tmp_path / 'two.jsonl'), str(tmp_path / 'three.jsonl'), (at('a', anna), at('b', *more))
+    run(collect, merge=','.join((*files, at('c', ben))), out=two)
+    said = capsys.readouterr().out
+    assert 'anna and ben\ufffd[2J: 1 rows in common; the same on 0.333 of 3 pairs, kappa -0.333' in said
+    assert said.count(' and ') == 1 and f'{two}: 2 prompts, 1 of them ranked by several' in said
+    one, other = read_records(two, 'rankings')
+    opinions = [dict(rater='anna', ranks=[0, 1, 2], annotator='human', seconds=9.5),
+                dict(rater='ben\ufffd[2J', ranks=[2, 0, 1], annotator='human', seconds=4.0)]
+    assert one['opinions'] == opinions and other['opinions'] == opinions[:1] and not {'rater', 'seconds'} & one.keys()
+    run(collect, merge=f"{two},{at('d', cleo)}", out=three)
+    said = capsys.readouterr().out
+    assert said.count(' and ') == 3 and f"anna and {tmp_path}/d.jsonl: 1 rows in common" in said
+    one, other = read_records(three, 'rankings')
+    assert one['ranks'] == [1, 0, 2] and one['raters'] == 3 and other['raters'] == 1
+    assert one['opinions'] == opinions + [dict(rater=f'{tmp_path}/d.jsonl', ranks=[0, 0, 1], annotator='ai')]
+
+@pytest.mark.parametrize('opinions', [7, 'x', [7], [['ranks']], [dict(ranks=[0])], {'rater': 'anna'}])
+def test_opinions_that_are_none(tmp_path, capsys, opinions):
+    row = dict(prompt='p', responses=['x', 'y'], ranks=[0, 1], opinions=opinions)
+    path, out = records(tmp_path / 'a.jsonl', [row]), str(tmp_path / 'out.jsonl')
+    said = stops(capsys, collect, merge=f"{path},{records(tmp_path / 'b.jsonl', [row])}", out=out)
+    assert said.startswith(f"{path}: wanted `opinions` as --merge writes them: ")

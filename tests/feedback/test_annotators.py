@@ -362,7 +362,8 @@ def test_rated_by_a_person(some, monkeypatch):
     for row in rows:
         said = ' '.join(str(row[quality]) for quality in ('helpful', 'harmless', 'honest'))
         assert said == numbers.get(row['response'], '9 9 9')
-        assert set(row) == {'prompt', 'number', 'annotator', 'response', 'ended', 'helpful', 'harmless', 'honest'}
+        assert set(row) == {'prompt', 'number', 'annotator', 'response', 'ended', 'helpful', 'harmless', 'honest',
+                            'seconds'}
         assert row['annotator'] == 'human' and row['ended'] is True
     assert 'wanted 3 whole numbers from 1 to 10' in screen.getvalue()
     assert [row['number'] for row in rows] == [n for n in range(7) for _ in range(3 if n != 3 else 1)]
@@ -390,6 +391,69 @@ def test_rating_goes_on_later(some, monkeypatch, capsys):
     run(collect, annotator='human', ask='ratings', resume=True, **some)
     rows = read_records(some['out'], 'ratings')
     assert [row['number'] for row in rows] == [0] * 3 + [1] * 3 + [2] * 3 + [4] * 3 + [5] * 3 + [6] * 3
+
+@pytest.mark.parametrize('ask', ['ranks', 'ratings'])
+def test_skips_have_reasons_and_are_not_asked_again(some, tmp_path, monkeypatch, capsys, ask):
+    """Of seven the first is skipped, taken back and skipped for another reason; the third too, without one.
+
+    The second is skipped, taken back and ranked.
+    """
+    say, skipped = (by_name if ask == 'ranks' else '1'), some['out'] + '.skipped'
+    options = dict(annotator='human', ask=ask, rater='Anna', **some)
+    more = 1 if ask == 'ranks' else 3 # inputs a task
+    with monkeypatch.context() as m:
+        typing(m, 's No idea', 'u', 'S  All WRONG, \udcff ', 's oops', 'u', *[say] * more, 's', 'q')
+        assert launch(m, collect, **options) == 130
+    kept = [parse_line(line) for _, line in read_lines(some['out'] + '.partial')]
+    assert [row.get('skipped') for row in kept[:3]] == ['All WRONG, ?', None, '']
+    typing(monkeypatch, *[say] * 20)
+    run(collect, resume=True, **options)
+    rows = read_records(some['out'], 'rankings' if ask == 'ranks' else 'ratings')
+    assert {row['number'] for row in rows} == {1, 3, 4, 5, 6}
+    assert all(row['rater'] == 'Anna' and 'skipped' not in row for row in rows)
+    assert all(('seconds' in row) == (row['number'] != 3 or ask == 'ratings') for row in rows) # nothing to ask: no time
+    left = read_records(skipped, 'prompts')
+    assert [(row['number'], row['skipped'], row['rater'], len(row['responses'])) for row in left] == [
+        (0, 'All WRONG, ?', 'Anna', 3), (2, '', 'Anna', 3)]
+    # another run does not overwrite the reasons unasked, and leaves none behind that are not its own
+    os.remove(some['out'])
+    assert f'{skipped} exists already' in stops(capsys, collect, **options)
+    typing(monkeypatch, *[say] * 40)
+    run(collect, overwrite=True, **options)
+    assert not os.path.exists(skipped)
+
+def test_all_skipped(some, monkeypatch, capsys):
+    typing(monkeypatch, *['s no'] * 6)
+    options = some | dict(answers=records(some['answers'], read_records(some['answers'], 'rankings')[:3]))
+    assert stops(capsys, collect, code=1, annotator='human', **options).endswith('not written, no prompt has ranks')
+    assert [row['skipped'] for row in read_records(some['out'] + '.skipped', 'prompts')] == ['no'] * 3
+    assert not os.path.exists(some['out'])
+
+def test_skipped_at_first_and_ranked_when_asked_again(tmp_path, monkeypatch):
+    """It is no skip then, and the seconds are those of the ranking."""
+    clock = iter([0, 7, 10, 15, 20, 22])
+    monkeypatch.setattr('feedback.annotators.time', SimpleNamespace(monotonic=lambda: next(clock)))
+    rows = [dict(prompt=f'{n}', responses=['a', 'b'], ranks=[0, 1]) for n in range(2)]
+    typing(monkeypatch, 's why', by_name, by_name)
+    out = str(tmp_path / 'out.jsonl')
+    run(collect, annotator='human', repeat=0.5, answers=records(tmp_path / 'a.jsonl', rows), device='cpu', out=out)
+    found = read_records(out, 'rankings')
+    assert [(row['ranks'], row['seconds']) for row in found] == [([0, 1], 2.0), ([0, 1], 5.0)]
+    assert not any({'skipped', 'repeat', 'again'} & row.keys() for row in found)
+    assert not os.path.exists(out + '.skipped')
+
+def test_the_rater_shapes_the_order_and_the_file(some, tmp_path, monkeypatch, capsys):
+    """Two raters whose files have one name see other orders; nobody goes on with another's file."""
+    orders = {}
+    for rater in ('anna', 'ben'):
+        with monkeypatch.context() as m:
+            typing(m, *[lambda texts: (orders.setdefault(rater, []).append(texts), by_name(texts))[1]] * 5, 'q')
+            out = str(tmp_path / rater / 'out.jsonl')
+            assert launch(m, collect, annotator='human', rater=rater, **some | dict(out=out)) == 130
+    assert orders['anna'] != orders['ben']
+    typing(monkeypatch)
+    assert stops(capsys, collect, annotator='human', rater='cleo', resume=True, **some | dict(out=out)) == (
+        f'--rater=cleo: {out}.partial began with ben; wanted the same, or --overwrite=True')
 
 def test_nobody_there(some, capsys):
     assert stops(capsys, collect, annotator='human', **some) == (

@@ -1,4 +1,5 @@
 """feedback/page.py: who is let in, what is taken, when it replies; the page in a real browser, from start to end."""
+import contextlib
 import http.client
 import json
 import os
@@ -8,23 +9,26 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
 from browser import MISSING, Browser
 from common.records import read_records
+from feedback import annotators, page as page_module
 from feedback.annotators import Undo
 from feedback.page import HTML, Page, Server
-from tiny import ROOT, records
+from tiny import ROOT, by_hand, exits, records
 
 TEXTS = ['one', 'two', 'three']
 
 class Asked:
     """Let a page ask one question in a thread, for ranks or `numbers`; `got` is what came of it."""
 
-    def __init__(self, page, numbers=False):
+    def __init__(self, page, numbers=False, prompt='Hi', texts=TEXTS):
         self.ask_for, self.page, self.got = page.ask_numbers if numbers else page.ask, page, []
+        self.said = [dict(role='user', content=prompt)], texts
         self.thread = threading.Thread(target=self.ask, daemon=True)
         self.thread.start()
         while page.task is None:
@@ -32,7 +36,7 @@ class Asked:
 
     def ask(self):
         try:
-            self.got.append(self.ask_for([dict(role='user', content='Hi')], TEXTS))
+            self.got.append(self.ask_for(*self.said))
         except (Undo, KeyboardInterrupt) as e:
             self.got.append(type(e))
 
@@ -40,10 +44,14 @@ class Asked:
         self.thread.join(5)
         return self.got
 
+def a_page(**options):
+    page = Page(SimpleNamespace(**dict(port=0, seed=1, qualities='helpful,honest', scale=5, guidelines='') | options))
+    page.progress = 4, 10
+    return page
+
 @pytest.fixture
 def page():
-    page = Page(SimpleNamespace(port=0, seed=1, qualities='helpful,honest', scale=5))
-    page.progress = 4, 10
+    page = a_page()
     yield page
     page.close()
 
@@ -67,7 +75,11 @@ def call(page, method, path, body=None, **headers):
 
 @pytest.mark.parametrize('headers', [
     dict(Host='evil.example'), dict(Host='evil.example:PORT'), # DNS rebinding: the name is the attacker's
-    dict(Host='127.0.0.1'), dict(Host='127.0.0.1:1'), dict(Host='127.0.0.1:PORT.evil.example'), dict(Host=None),
+    dict(Host='127.0.0.1'), dict(Host='127.0.0.1:PORT.evil.example'), dict(Host=None), dict(Host='127.0.0.1:'),
+    dict(Host='127.0.0.1.evil.example:PORT'), dict(Host='localhost.evil.example:PORT'), dict(Host='127.0.0.2:PORT'),
+    dict(Host='127.0.0.1:1@evil.example'), dict(Host='127x0x0x1:PORT'), dict(Host='localhost:999999'),
+    dict(Host='localhost:9000', Origin='http://evil.example:9000'), dict(Host='localhost:9000', X_Token='wrong'),
+    dict(Host='localhost:9000', Origin='http://127.0.0.1:9000'), dict(Host='localhost:9000', Origin='http://localhost'),
     dict(Origin='http://evil.example'), dict(Origin='null'), dict(Origin='https://127.0.0.1:PORT'),
     dict(Origin='http://127.0.0.1:1'), dict(Origin='http://localhost:PORT'), # this page came from 127.0.0.1
     dict(X_Token=None), dict(X_Token=''), dict(X_Token='wrong'), dict(X_Token='\xe9'),
@@ -94,11 +106,21 @@ def test_the_page_alone_is_let_in(page):
     assert call(page, 'GET', '/etc/passwd')[0] == call(page, 'GET', '/../page.py')[0] == 404
     assert not asked.got
 
+@pytest.mark.parametrize('host', ['localhost:9000', '127.0.0.1:1', 'localhost:65535'])
+def test_another_port_of_this_machine_may_lead_here(page, host):
+    """As `ssh -L 9000:127.0.0.1:PORT` does: the browser names the port that it opened."""
+    Asked(page)
+    assert call(page, 'GET', '/', Host=host, X_Token=None)[0] == 200
+    assert call(page, 'GET', '/task', Host=host, Origin=f'http://{host}')[1]['texts'] == TEXTS
+    assert call(page, 'GET', '/task', Host=host, Origin=f'http://{host}', X_Token='wrong')[0] == 403
+
 @pytest.mark.parametrize('body, status', [
     (b'', 400), (b'not json', 400), (b'[1]', 400), (b'{"id": 1}', 400), (b'[' * 9999, 400), (b' ' * 10_001, 400),
     (dict(id=1, said=[0, 1]), 400), (dict(id=1, said=[0, 1, 3]), 400), (dict(id=1, said=[0, 1, -1]), 400),
     (dict(id=1, said=[0, 1, True]), 400), (dict(id=1, said=[0, 1, None]), 400), (dict(id=1, said='delete'), 400),
-    (dict(id=1, said={}), 400), (dict(id=2, said='skip'), 409), (dict(id=[], said='skip'), 409),
+    (dict(id=1, said={}), 400), (dict(id=1, said='skip', why=7), 400),
+    (dict(id=1, said='skip', why=None), 400), (b'{"id": 1, "said": "skip", "why": "\\ud83d"}', 400),
+    (dict(id=2, said='skip'), 409), (dict(id=[], said='skip'), 409),
 ])
 def test_what_is_no_answer_changes_nothing(page, body, status):
     asked = Asked(page)
@@ -129,6 +151,42 @@ def test_numbers_are_asked_for_and_said(page):
     threading.Thread(target=call, args=(page, 'POST', '/said', dict(id=1, said=[[1, 2], [3, 4], [5, 5]])),
                      daemon=True).start()
     assert asked.wait() == [[[1, 2], [3, 4], [5, 5]]]
+
+@pytest.mark.parametrize('said, seconds, about', [
+    (dict(said=[0, 1, 2]), 172.34, dict(seconds=12.3)), (dict(said='skip'), 160, dict(seconds=0, skipped='')),
+    (dict(said='skip', why='  all\nwrong 你 '), 1160.06, dict(seconds=1000.1, skipped='all\nwrong 你')),
+    (dict(said=[0, 1, 2], why='none'), 161, dict(seconds=1))]) # a reason for nothing
+def test_seconds_and_reasons(page, monkeypatch, said, seconds, about):
+    """The clock says 100 when the task is there, 160 when the page shows it, then `seconds`."""
+    clock = [100]
+    for module in (annotators, page_module):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+    row, got = dict(prompt='Hi', responses=TEXTS), []
+    rank = threading.Thread(target=lambda: got.append(page.rank(row)), daemon=True)
+    rank.start()
+    while page.task is None:
+        time.sleep(0.01)
+    clock[0] = 160
+    assert call(page, 'GET', '/task')[1]['id'] == 1
+    clock[0] = seconds
+    threading.Thread(target=call, args=(page, 'POST', '/said', dict(id=1) | said), daemon=True).start()
+    rank.join(5)
+    assert page.about == about and (got[0][0] is None) == ('skipped' in about)
+
+def test_guidelines(tmp_path, capsys):
+    path = tmp_path / 'guide.txt'
+    path.write_text('Short is <b>better</b>.\n', encoding='utf-8')
+    page = a_page(guidelines=str(path))
+    Asked(page)
+    assert call(page, 'GET', '/task')[1]['guidelines'] == 'Short is <b>better</b>.'
+    assert b'better' not in call(page, 'GET', '/', X_Token=None)[1].replace(b'are better', b'') # whoever has no token
+    page.close()
+    none = f'{tmp_path}/none.txt'
+    exits(capsys, f'--guidelines={none}: cannot be read', lambda: a_page(guidelines=none))
+    path.write_text(' \n')
+    exits(capsys, f'--guidelines={path}: is empty, wanted a text', lambda: a_page(guidelines=str(path)))
+    path.write_bytes(b'\xff\xfe')
+    exits(capsys, f'--guidelines={path}: cannot be read', lambda: a_page(guidelines=str(path)))
 
 @pytest.mark.parametrize('said, got', [('skip', None), ('undo', Undo), ('quit', KeyboardInterrupt)])
 def test_what_is_said_instead_of_numbers(page, said, got):
@@ -242,7 +300,7 @@ def test_in_a_browser(tmp_path):
         place.clear()
         place.update({text_of(n)[:4]: str(n + 1) for n in range(3)})
 
-    process, url = start(tmp_path)
+    process, url = start(tmp_path, rater='Anna 安娜')
     try:
         browser.open(url)
         showing(1)
@@ -276,7 +334,7 @@ def test_in_a_browser(tmp_path):
         process.wait()
         browser.press('s')
         browser.wait('document.getElementById("notice").textContent.includes("No connection")')
-        process, url = start(tmp_path, resume=True)
+        process, url = start(tmp_path, resume=True, rater='Anna 安娜')
         browser.open(url)
         showing(3)
         browser.press('u') # back to the one before
@@ -285,19 +343,30 @@ def test_in_a_browser(tmp_path):
         browser.press(place['poor'], place['good'], 'Enter')
         showing(3)
         assert saved()[1]['ranks'] == [1, 2, 0]
-        # Tab and Space, the way of those who see no page
+        # Tab and Space, the way of those who see no page; Enter on a placed answer takes it back
         browser.js('document.querySelector(".pick").focus()')
-        browser.press('Space', 'Tab', 'Space', 'Enter')
+        browser.press('Space', 'Tab', 'Space')
+        spoken = lambda: browser.js('document.getElementById("spoken").textContent')
+        assert spoken() == 'Answer 1, 1st; Answer 2, 2nd' and not browser.js('document.getElementById("save").disabled')
+        browser.press('Enter')
+        assert spoken() == 'Answer 1, 1st' and len(saved()) == 2
+        browser.press('Enter', 'Tab', 'Tab')
+        assert browser.js('document.activeElement.id') == 'save' and spoken() == 'Answer 1, 1st; Answer 2, 2nd'
+        browser.press('Enter')
         showing(4)
         assert len(saved()) == 3
-        browser.press('s')
+        # the last one is skipped, for a reason; letters in it are no keys
+        browser.press('w', *'us <b>1', 'Escape', 'w', *'2', 'Enter')
         browser.wait('document.getElementById("count").textContent.startsWith("All 4")')
         assert process.wait(60) == 0
         assert browser.js('document.title') == '4 of 4 ranked'
     finally:
         process.kill()
         browser.close()
+    skipped, = read_records(tmp_path / 'out.jsonl.skipped', 'prompts')
+    assert skipped['prompt'] == f'{EVIL} 3' and skipped['skipped'] == 'us <b>12' and skipped['rater'] == 'Anna 安娜'
     out = read_records(tmp_path / 'out.jsonl', 'rankings')
+    assert all(row['rater'] == 'Anna 安娜' and 0 <= row['seconds'] < 600 and 'skipped' not in row for row in out)
     assert [row['ranks'] for row in out[:2]] == [[0, 1, 2], [1, 2, 0]] and len(out) == 3 # the skipped one is left out
     assert out[0]['policies'] == ['secret_a', 'secret_b', 'secret_a'] and out[0]['annotator'] == 'human'
 
@@ -330,7 +399,12 @@ def test_rating_in_a_browser(tmp_path):
         # keys: from the first answer's first quality on; 0 is 10; Backspace takes the last one back
         browser.press('3', '0', '7', 'Backspace', '8', '1')
         assert spoken() == 'Answer 1: helpful 3, honest 10; Answer 2: helpful 8, honest 1'
+        # Enter on a number that is not chosen chooses it; on a chosen one it saves, as after a click
+        browser.js('document.querySelectorAll(".scale button")[4].focus()')
         browser.press('Enter')
+        assert spoken() == 'Answer 1: helpful 5, honest 10; Answer 2: helpful 8, honest 1' and not saved()
+        browser.js('document.querySelectorAll(".scale button")[2].focus()')
+        browser.press('Enter', 'Enter')
         showing(2)
         found, = saved()
         # the page shuffles; the file has the answers in their own order, and the numbers follow the shown order
@@ -367,6 +441,7 @@ def test_rating_in_a_browser(tmp_path):
         browser.close()
     out = read_records(tmp_path / 'out.jsonl', 'ratings')
     assert [row['response'][:4] for row in out] == ['good', 'poor'] * 2 # the skipped one is left out
+    assert all(0 <= row['seconds'] < 600 and 'rater' not in row for row in out)
     assert [(row['helpful'], row['honest']) for row in out[2:]] == [(5, 5)] * 2
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -404,3 +479,221 @@ def test_stopping_on_the_page_ends_with_130(tmp_path):
     finally:
         process.kill()
     assert len(open(tmp_path / 'out.jsonl.partial').readlines()) == 1 and not os.path.exists(tmp_path / 'out.jsonl')
+
+# ---------------------------------------------------------------------------------------------------------------------
+# how it looks
+
+CODE = f'''# Heads stand out
+**so** do words, `{EVIL}` is code, ``two`` ticks too
+```python
+    x = 1 # {EVIL} ```
+```
+after
+~~~
+fence of tildes, `ticks` in it
+~~~~
+|a|b|
+|-|-|
+|1|2|
+|no table|
+
+```not a fence``` is inline
+- a list
+\tand a tab\r
+```
+cut off, without an en'''
+LONG = '\n'.join(f'line {n} of a long one' for n in range(60))
+
+@contextmanager
+def opened(tmp_path, page, **question):
+    """Open a page that asks a question; yield (the browser, a function for Chromium's own commands)."""
+    asked, browser = Asked(page, **question), Browser(tmp_path / 'profile')
+    try:
+        browser.open(f'http://127.0.0.1:{page.server.server_port}/#{page.token}')
+        browser.wait('task && !document.getElementById("skip").disabled')
+        yield browser, lambda cmd, **params: browser.send('POST', '/goog/cdp/execute', cmd=cmd, params=params)
+    finally:
+        browser.close()
+        with page.changed: # so that the thread ends
+            page.task, page.said = None, 'skip'
+            page.changed.notify_all()
+        asked.wait()
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_markdown_stays_text(tmp_path, page):
+    """Every character of it is there, in its place; code has a fixed width; nothing of it is markup."""
+    with opened(tmp_path, page, prompt=CODE, texts=[CODE, '`a` b' * 50 + '*' * 99, '```\n' * 101]) as (browser, _):
+        texts = browser.js("[...document.querySelectorAll('#answers .text')].map(t => t.textContent)")
+        assert texts == page.task['texts']
+        for place in ('#conversation .text', 'li:nth-child(1) .text'):
+            assert browser.js(f"document.querySelector('{place}').textContent") == CODE
+            found = browser.js(f"[...document.querySelectorAll('{place} *')].map(e => [e.tagName, e.className,"
+                               "e.textContent, getComputedStyle(e).fontFamily.includes('monospace'),"
+                               "e.childElementCount])")
+            assert found == [
+                ['B', '', '# Heads stand out', False, 0], ['B', '', '**so**', False, 0],
+                ['CODE', '', f'`{EVIL}`', True, 0], ['CODE', '', '`two`', True, 0],
+                ['CODE', 'block', f'```python\n    x = 1 # {EVIL} ```\n```\n', True, 0],
+                ['CODE', 'block', '~~~\nfence of tildes, `ticks` in it\n~~~~\n', True, 0],
+                ['CODE', 'block', '|a|b|\n|-|-|\n|1|2|\n|no table|\n', True, 0], ['CODE', '', '`not a fence`', True, 0],
+                ['CODE', 'block', '```\ncut off, without an en', True, 0]]
+        assert browser.js('document.querySelectorAll("#main img, #main script").length') == 0
+        assert browser.js('getComputedStyle(document.querySelector(".text")).fontFamily').startswith('system-ui')
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize('numbers', [False, True])
+def test_long_answers_fold_and_the_page_says_so(tmp_path, page, numbers):
+    with opened(tmp_path, page, numbers=numbers, texts=['short', LONG, LONG.upper()]) as (browser, _):
+        folded = lambda: browser.js('document.getElementById("folded").textContent')
+        buttons = lambda: browser.js('[...document.querySelectorAll(".fold")]'
+                                     '.map(b => [b.textContent, b.ariaExpanded])')
+        hidden = lambda: browser.js('[...document.querySelectorAll("#answers .text")].map(t => '
+                                    'Math.round(100 * (1 - t.clientHeight / t.scrollHeight)))')
+        chosen = lambda: browser.js('order.length')
+        rest = hidden()
+        assert rest[0] == 0 and rest[1] == rest[2] > 70
+        assert folded() == 'Folded, in part hidden: answer 2, 3' and browser.js(
+            '(r => r.top >= 0 && r.bottom <= innerHeight)(document.getElementById("folded").getBoundingClientRect())')
+        assert buttons() == [[f'Show the other {rest[1]} % of answer {n}', 'false'] for n in (2, 3)]
+        browser.js('document.querySelector("li:nth-child(2) .fold").scrollIntoView({block: "nearest"})')
+        browser.click('li:nth-child(2) .fold') # which chooses nothing, and is not behind the buttons below
+        assert hidden() == [0, 0, rest[2]] and folded() == 'Folded, in part hidden: answer 3' and chosen() == 0
+        # keys: F shows and folds all; Tab and Enter do it for one answer
+        browser.press('f')
+        assert hidden() == [0, 0, 0] and folded() == 'Nothing is folded' and buttons()[1] == ['Fold answer 3', 'true']
+        browser.press('f')
+        assert hidden() == rest
+        browser.js('document.querySelectorAll("#answers button.fold")[0].focus()')
+        browser.press('Enter')
+        assert hidden() == [0, 0, rest[2]] and chosen() == 0
+        browser.press('Space')
+        assert hidden() == rest
+        browser.click('#folds')
+        assert hidden() == [0, 0, 0]
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_short_answers_have_no_fold(tmp_path, page):
+    with opened(tmp_path, page) as (browser, _):
+        assert browser.js('document.querySelectorAll(".fold").length') == 0
+        assert browser.js('document.getElementById("folding").hidden')
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_enter_after_the_mouse_saves(tmp_path, page):
+    with opened(tmp_path, page) as (browser, _):
+        browser.click('li:nth-child(2) .pick')
+        browser.click('li:nth-child(1) .pick')
+        browser.press('Enter')
+        browser.wait('busy')
+        assert page.said == [1, 0, 2]
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_guidelines_are_open_until_something_is_said(tmp_path):
+    path = tmp_path / 'guide.txt'
+    path.write_text(f'Right before polite. {EVIL}\n')
+    page = a_page(guidelines=str(path))
+    with opened(tmp_path, page) as (browser, _):
+        is_open = lambda: browser.js('document.getElementById("guidelines").open')
+        assert is_open() and f'Right before polite. {EVIL}' in browser.js('document.body.innerText')
+        assert browser.js('document.querySelectorAll("img").length') == 0
+        url = browser.send('GET', '/url')
+        browser.open('about:blank')
+        browser.open(url)
+        browser.wait('task && !document.getElementById("skip").disabled')
+        assert is_open()
+        browser.press('s')
+        Asked(page, prompt='Two')
+        browser.wait('task.id === 2 && !busy')
+        assert not is_open()
+        browser.js('document.querySelector("summary").focus()')
+        browser.press('Enter')
+        assert is_open() and page.task['id'] == 2
+    page.close()
+
+def luminance(colour):
+    """Return the relative luminance of `rgb(r, g, b)` (WCAG 2.2)."""
+    parts = [int(x) / 255 for x in colour.removeprefix('rgb(').removesuffix(')').split(',')]
+    r, g, b = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+def test_contrast_by_hand():
+    """White on black: 1.05 / 0.05. Pure red has 0.2126: 1.05 / 0.2626, and 0.2626 / 0.05."""
+    white, black, red = 'rgb(255, 255, 255)', 'rgb(0, 0, 0)', 'rgb(255, 0, 0)'
+    assert contrast(white, black) == contrast(black, white) == by_hand(21)
+    assert contrast(red, white) == by_hand(3.998477) and contrast(red, black) == by_hand(5.252)
+
+BORDERS = """(() => { // of all that one can use: [what, border, background inside, background outside]
+  const behind = e => { // the first ground that is no glass
+    const colour = getComputedStyle(e).backgroundColor
+    return colour === 'rgba(0, 0, 0, 0)' ? behind(e.parentElement) : colour
+  }
+  return [...document.querySelectorAll('button, input, details')].filter(e => e.offsetParent)
+    .map(e => [e.id || e.textContent, getComputedStyle(e).borderTopColor, behind(e), behind(e.parentElement),
+               getComputedStyle(e).opacity])
+})()"""
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize('numbers', [False, True])
+def test_borders_and_width(tmp_path, numbers):
+    """Borders of 3:1 by day and by night; on a phone nothing is too wide, and fingers have 44 pixels."""
+    path = tmp_path / 'guide.txt'
+    path.write_text('Right before polite.\n')
+    page = a_page(guidelines=str(path), scale=10)
+    wide = 'W' * 300
+    texts = [f'```\n{wide}\n```\n{LONG}', wide, f'|{wide}|\n|-|']
+    with opened(tmp_path, page, numbers=numbers, prompt=f'`{wide}`', texts=texts) as (browser, cdp):
+        for mode in ('light', 'dark'):
+            cdp('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=mode)])
+            for change in ('order = []', 'order = [[0, task.qualities ? 3 : false]]', 'act.ask()'):
+                browser.js(f'({change}, draw())')
+                borders = browser.js(BORDERS)
+                assert len(borders) >= 10 and all(opacity == '1' for *_, opacity in borders)
+                for what, border, inside, outside, _ in borders:
+                    assert contrast(border, outside) >= 3, (mode, what, border, outside)
+                    assert border == inside or contrast(border, inside) >= 3, (mode, what, border, inside)
+            browser.js('act.ask()')
+        assert not browser.js('document.getElementById("footer").hidden')
+        for width in (390, 320):
+            cdp('Emulation.setDeviceMetricsOverride', width=width, height=844, deviceScaleFactor=2, mobile=True)
+            browser.js('(act.ask(), 0)')
+            assert browser.js('[document.documentElement.scrollWidth, innerWidth]') == [width, width]
+            assert browser.js('document.querySelector("#answers .text").offsetWidth') >= width - 56 # all but margins
+            small = browser.js('[...document.querySelectorAll("button, input, summary")].filter(e => e.offsetParent)'
+                               '.map(e => [e.id || e.textContent, e.offsetWidth, e.offsetHeight])'
+                               '.filter(([, width, height]) => width < 44 || height < 44)')
+            assert small == []
+            browser.js('(act.ask(), 0)')
+    page.close()
+
+@contextmanager
+def forwarded(port):
+    """Lead another port of this machine to `port`, as ssh -L does. Yields that port."""
+    def lead(one, other):
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def take():
+        with contextlib.suppress(OSError):
+            while True:
+                here, there = listening.accept()[0], socket.create_connection(('127.0.0.1', port))
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=lead, args=pair, daemon=True).start()
+
+    with socket.create_server(('127.0.0.1', 0)) as listening:
+        threading.Thread(target=take, daemon=True).start()
+        yield listening.getsockname()[1]
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_through_another_local_port(tmp_path, page):
+    with forwarded(page.server.server_port) as port, opened(tmp_path, page) as (browser, _):
+        assert port != page.server.server_port
+        browser.open(f'http://localhost:{port}/#{page.token}')
+        browser.wait('task && !document.getElementById("skip").disabled')
+        browser.press('3', '1', 'Enter')
+        browser.wait('busy')
+        assert page.said == [1, 2, 0]
