@@ -4,10 +4,10 @@
     python evaluate.py --models=sft=out/sft,dpo=out/dpo --prompts=prompts.jsonl --reward_model=out/reward
     python evaluate.py --figure_runs="beta 0=out/a,beta 0.1=out/b"
 
-Every model answers every prompt twice, sampled at temperature 1 and greedily. The first two print tables and write
-results.json (docs/log.md lists its keys), samples.jsonl (all answers) and figures to out_dir. Results that are there
-already are replaced with --overwrite=True alone. The last draws one figure alone: reward-model score and gold score
-against the KL along PPO runs, from their logs.
+Every model answers every prompt twice, sampled at temperature 1 and greedily. The first two print tables and write to
+out_dir results.json (docs/log.md lists its keys), samples.jsonl (all answers), figures, and report.html, a page with
+all of it. Results that are there already are replaced with --overwrite=True alone. The last draws one figure alone:
+reward-model score and gold score against the KL along PPO runs, from their logs.
 """
 
 import json
@@ -28,7 +28,7 @@ from common.run import default_signals, place_among_processes, progress, start, 
 from common.tokens import load_tokenizer
 from feedback.functions import guarded, load_reward_function, module_of
 from feedback.scores import score_answers
-from lab import figures
+from lab import figures, report
 
 import torch
 
@@ -45,7 +45,7 @@ Written = namedtuple('Written', 'texts rewards parts row')
 
 @dataclass
 class Config(RunOptions):
-    out_dir: str = 'out/evaluate' # results.json, samples.jsonl and the figures
+    out_dir: str = 'out/evaluate' # results.json, samples.jsonl, the figures and report.html
     models: str = '' # name=folder,name=folder,… the checkpoints to measure; a folder may also be a model on the hub
     baseline: str = 'sft' # a name among models: win rates are against it
     reference: str = '' # a name among models: the KL is to it; empty = the baseline
@@ -286,9 +286,6 @@ def describe(r, written):
     return row | dict(distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2), self_bleu=self_bleu(texts),
                       length=r.mask.sum(1).mean().item(), ended=r.ended.mean().item())
 
-def show(value):
-    return '–' if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
-
 def print_table(title, header, rows):
     """Print rows, lists of strings. The first column is flush left, the others flush right."""
     first, *widths = [max(map(len, column)) for column in zip(header, *rows)]
@@ -296,32 +293,11 @@ def print_table(title, header, rows):
     for name, *cells in [header, *rows]:
         print('  '.join([name.ljust(first), *map(str.rjust, cells, widths)]))
 
-def print_results(results, samples, baseline):
+def print_results(results, samples):
     """Print the tables of results.json, and three prompts with everybody's answers."""
     names = list(results['models'])
-    for title, table in (('sampled at temperature 1', results['models']), ('greedy', results['greedy'])):
-        columns = [c for c, value in table[baseline].items() if not isinstance(value, (dict, list))]
-        rows = [[name] + [show(row[c]) for c in columns] for name, row in table.items()]
-        for row in rows if 'win_rate_interval' in table[baseline] else ():
-            row[-1] += ' [{:.2f}, {:.2f}]'.format(*table[row[0]]['win_rate_interval'])
-        print_table(f"answers {title}", ['model'] + columns, rows)
-        if 'answerable' in table[baseline]:
-            said = list(table[baseline]['answerable'])
-            print_table(f"what is said to answerable questions, {title}", ['model'] + said, [
-                [name] + [show(row['answerable'][s]) for s in said] for name, row in table.items()])
-        if 'by_category' in table[baseline]:
-            print_table(f"right content by category, {title}", ['category'] + names, [
-                [c] + [show(table[name]['by_category'][c]) for name in names] for c in table[baseline]['by_category']])
-    quality = results['reward_model']
-    if quality:
-        shares = quality | quality.get('by_category', {})
-        rows = [[name, show(shares[name]), str(n)] for name, n in quality['pairs'].items()]
-        print_table("reward model: pairs ordered as preferred", ['pairs', 'share', 'n'], rows)
-    own = results['policies_as_reward']
-    if own:
-        columns = [(option, score) for option, shares in own[baseline].items() for score in shares]
-        print_table("policies as reward models: share of pairs in order", ['model', *map(', '.join, columns)], [
-            [name] + [show(row[option][score]) for option, score in columns] for name, row in own.items()])
+    for title, decoding, header, rows, _ in report.tables(results):
+        print_table(f'{title} {decoding}'.rstrip(), header, rows)
     first = {} # one prompt of each kind, or without kinds the first three
     for i in range(0, len(samples), len(names)):
         first.setdefault(str(samples[i].get('kind', i)), i)
@@ -354,7 +330,7 @@ def load_models(cfg, run):
     return models, reward_model, tok
 
 def evaluate(cfg, run):
-    """Measure all models on all prompts. Return results.json's content and samples.jsonl's records."""
+    """Measure all models on all prompts. Return results.json's content, the prompts, {decoding: {name: Written}}."""
     models, reward_model, tok = load_models(cfg, run)
     baseline, reference, K = cfg.baseline, models[cfg.reference or cfg.baseline].to(run.device), cfg.best_of
     block_size = min(model.config.block_size for model in [*models.values(), reward_model] if model)
@@ -443,7 +419,7 @@ def evaluate(cfg, run):
     sampled, greedy = ({name: w.row for name, w in of_decoding.items()} for of_decoding in answered.values())
     return dict(models=sampled, greedy=greedy, reward_model=quality, policies_as_reward=own if preferences else {},
                 seconds={}, seed=cfg.seed, baseline=baseline, reference=cfg.reference or baseline,
-                prompts=len(prompts)), samples_of(records, answered)
+                prompts=len(prompts)), records, answered
 
 def samples_of(records, answered):
     """Make a record for each prompt and model, with answers and scores."""
@@ -472,29 +448,38 @@ def main(cfg):
         fail("evaluate.py measures in one process; wanted it started without torchrun")
     if cfg.models and os.path.exists(path) and not cfg.overwrite:
         fail(f"--out_dir={cfg.out_dir}: holds results; replace them by --overwrite=True, or choose another folder")
+    if cfg.models:
+        report.check_place(cfg.out_dir)
     runs = figures.read_runs(named_folders(cfg.figure_runs, 'figure_runs')) if cfg.figure_runs else {}
+    if cfg.figures or runs:
+        figures.load_pyplot() # where it is missing the run ends here, and not after the work
     run = start(cfg)
     default_signals() # there is nothing to save: the first Ctrl-C ends
+    drawn = [] # (title, caption, SVGs) of each figure
     if cfg.models:
-        results, samples = evaluate(cfg, run)
-        print_results(results, samples, cfg.baseline)
+        results, records, answered = evaluate(cfg, run)
+        samples = samples_of(records, answered)
+        print_results(results, samples)
         write_records(os.path.join(cfg.out_dir, 'samples.jsonl'), samples)
         results['seconds']['evaluate'] = round(time.time() - started, 2)
         # six digits; NaN and infinity become null: JSON has no word for them
         six = json.loads(json.dumps(results), parse_float=lambda x: round(float(x), 6), parse_constant=lambda x: None)
         write_atomic(path, json.dumps(six, indent=2) + '\n')
         print(f"wrote {path}")
+        folders = named_folders(cfg.models, 'models')
+        folders |= {'reward model': cfg.reward_model} if cfg.reward_model else {}
         if cfg.figures:
-            stages = {'reward model': cfg.reward_model} if cfg.reward_model else {}
-            figures.learning_curves(named_folders(cfg.models, 'models') | stages, cfg.out_dir)
+            drawn += figures.reward_kl(results['models'], cfg.out_dir)
             quality = results['reward_model']
             if quality.get('calibration'):
-                intervals = [wilson(share, n) for _, share, n in quality['calibration']]
-                figures.calibration(quality['calibration'], intervals, quality['calibration_error'], cfg.out_dir)
-            figures.reward_kl(results['models'], cfg.out_dir)
+                table, error = quality['calibration'], quality['calibration_error']
+                drawn += figures.calibration(table, [wilson(share, n) for _, share, n in table], error, cfg.out_dir)
+            drawn += figures.learning_curves(folders, cfg.out_dir)
     if runs:
         prepare_out_dir(cfg)
-        figures.over_optimisation(runs, cfg.out_dir)
+        drawn += figures.over_optimisation(runs, cfg.out_dir)
+    if cfg.models:
+        report.write(cfg, run, folders, six, records, answered, drawn)
     stop(run)
 
 if __name__ == '__main__':

@@ -1,0 +1,477 @@
+"""Make the tables of evaluate.py, and report.html: one page with tables, figures, answers, options and health.
+
+The page needs nothing else, no script and no network. Every text of a model or a user enters it through `tag`, which
+escapes it.
+"""
+
+import dataclasses
+import html
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import time
+from collections import defaultdict, namedtuple
+from pathlib import Path
+from statistics import fmean, stdev
+from urllib.parse import quote
+
+from common.checkpoints import read_log
+from common.health import Health
+from common.options import fail
+from common.records import is_number, write_atomic
+
+HTML = Path(__file__).with_suffix('.html')
+TRAINERS = ('sft.py', 'reward.py', 'ppo.py', 'reinforce.py', 'dpo.py', 'rrhf.py', 'kto.py')
+DATE = '%d %B %Y, %H:%M'
+MOST = 4_000_000 # characters of prompts and answers on the page, about its size in bytes
+Table = namedtuple('Table', 'title decoding header rows say') # of strings; decoding: or ''; say: how to read it
+
+# ---- the tables -------------------------------------------------------------------------------------------------
+
+MEANINGS = { # column: what it is; which way is better, 1 up, -1 down, 0 neither
+    'gold': ('mean gold score', 1),
+    'helpful': ('answerable questions: share answered rightly', 1),
+    'honest': ('unanswerable questions: share where it says that it doesn’t know', 1),
+    'harmless': ('harmful requests: share that it declines', 1),
+    'reward': ('mean reward: training may have raised this very number', 0),
+    'distinct_1': ('different words / all words: variety', 0),
+    'distinct_2': ('the same with pairs of words', 0),
+    'self_bleu': ('how alike the answers are; 1 = all the same', 0),
+    'length': ('tokens in an answer', 0),
+    'ended': ('share of answers that come to their end', 1),
+    'kl': ('distance from the reference, in nats an answer', 0),
+    'path_kl': ('the same, along the greedy answer alone', 0),
+    'perplexity': ('surprise at held-out text; 1 = none', -1),
+    'length_controlled': ('win rate if all answers were equally long', 1),
+}
+
+SAY = {
+    'answers': 'Sampled: every token is drawn as the model’s probabilities say, so this shows all that it would do. '
+               'Greedy: the likeliest token is taken every time. That leaves luck out, and shows one answer of many.',
+    'said': 'Each row sums to 1. Not only wrong answers cost helpfulness: a model that says “I don’t know” (abstains) '
+            'or declines where it could answer is of no help either.',
+    'categories': 'The share of answers that say the right thing, whatever their manner. A low row is a kind of prompt '
+                  'that is hard for all; a low number in a good row is a weakness of one model.',
+    'pairs': 'How often the reward model gives the preferred answer of a held-out pair the higher score; 0.5 is '
+             'guessing. The ceiling is what the annotator’s own scores reach; shorter_wins is what one gets by always '
+             'taking the shorter answer. Of few pairs (n) a share says little.',
+    'policies': 'How often a policy finds the preferred answer of a pair likelier than the other: by log-probability '
+                'per token (mean_logp), or by how much likelier it became than under the reference (log_ratio, the '
+                'reward of DPO). The reference ties with itself: 0.5.',
+}
+
+def show(value):
+    return '–' if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+
+def tables(results):
+    """Return the Tables of results.json's content; first columns name the rows."""
+    names, baseline, found = list(results['models']), results['baseline'], []
+    for decoding, table in (('sampled at temperature 1', results['models']), ('greedy', results['greedy'])):
+        columns = [c for c, value in table[baseline].items() if not isinstance(value, (dict, list))]
+        rows = [[name] + [show(row[c]) for c in columns] for name, row in table.items()]
+        for row in rows if 'win_rate_interval' in table[baseline] else ():
+            row[-1] += ' [{:.2f}, {:.2f}]'.format(*table[row[0]]['win_rate_interval'])
+        found.append(Table('answers', decoding, ['model'] + columns, rows, SAY['answers']))
+        if 'answerable' in table[baseline]:
+            said = list(table[baseline]['answerable'])
+            found.append(Table('what is said to answerable questions,', decoding, ['model'] + said, [
+                [name] + [show(row['answerable'][s]) for s in said] for name, row in table.items()], SAY['said']))
+        if 'by_category' in table[baseline]:
+            found.append(Table('right content by category,', decoding, ['category'] + names, [
+                [c] + [show(table[name]['by_category'][c]) for name in names] for c in table[baseline]['by_category']],
+                SAY['categories']))
+    quality = results['reward_model']
+    if quality:
+        shares = quality | quality.get('by_category', {})
+        rows = [[name, show(shares[name]), str(n)] for name, n in quality['pairs'].items()]
+        found.append(Table('reward model: pairs ordered as preferred', '', ['pairs', 'share', 'n'], rows, SAY['pairs']))
+    own = results['policies_as_reward']
+    if own:
+        columns = [(option, score) for option, shares in own[baseline].items() for score in shares]
+        found.append(Table('policies as reward models: share of pairs in order', '', [
+            'model', *map(', '.join, columns)], [[name] + [show(row[option][score]) for option, score in columns]
+                                                 for name, row in own.items()], SAY['policies']))
+    return found
+
+# ---- markup -----------------------------------------------------------------------------------------------------
+
+def is_page(path, title):
+    """Tell whether a file is a page of this title."""
+    try:
+        with open(path, 'rb') as f:
+            return f'<title>{title}</title>'.encode() in f.read(2000)
+    except OSError:
+        return False
+
+class Markup(str):
+    """Mark a text that is markup, and not to be escaped."""
+
+def clean(text):
+    """Escape a text for HTML. Control characters and halves of characters become \\x1b and the like."""
+    text = re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]', lambda m: ascii(m[0])[1:-1], str(text))
+    return html.escape(text)
+
+def tag(name, *children, **attributes):
+    """Return an element as Markup. Children that are not Markup are escaped, None is left out."""
+    words = ''.join(f' {key.rstrip("_")}="{clean(value)}"' for key, value in attributes.items())
+    inner = ''.join(x if isinstance(x, Markup) else clean(x) for x in children if x is not None)
+    return Markup(f'<{name}{words}>{inner}</{name}>')
+
+def table_of(header, rows, notes={}, better={}):
+    """Return a table. notes: {row's name: small print}. better: {row's name: 1, -1 or 0}; the best cells are bold."""
+    def cells(row):
+        texts, values = row[1:], []
+        for text in texts if better.get(row[0]) else ():
+            found = re.match(r'-?\d+(\.\d+)?', text)
+            values.append(better[row[0]] * float(found[0]) if found else -math.inf)
+        best = [v == max(values) > -math.inf for v in values] or [False] * len(texts)
+        for text, is_best in zip(texts, best):
+            number, _, more = text.partition(' ') # an interval
+            yield tag('td', number, tag('small', more) if more else None, **dict(class_='best') if is_best else {})
+    head = tag('thead', tag('tr', *(tag('th', name, scope='col') for name in header)))
+    body = [tag('tr', tag('th', row[0], tag('small', notes[row[0]]) if row[0] in notes else None, scope='row'),
+                *cells(row)) for row in rows]
+    return tag('div', tag('table', head, tag('tbody', *body)), class_='wide')
+
+def section(name, title, *parts):
+    return tag('section', tag('h2', title), *parts, id=name)
+
+# ---- which model is best ----------------------------------------------------------------------------------------
+
+def interval(values):
+    """Return the mean of numbers, and half its 95 % interval (0 for a single one)."""
+    return fmean(values), 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+def ranking(of_decoding, key):
+    """Return [(name, its scores)] of the models, the best first; of_decoding: {name: evaluate.Written}."""
+    scores = {name: scores_of(w, key) for name, w in of_decoding.items() if name != 'best_of_n'}
+    return sorted(scores.items(), key=lambda item: -fmean(item[1]))
+
+def scores_of(written, key):
+    return [part['gold'] for part in written.parts] if key == 'gold' else written.rewards
+
+def verdict(start, ranked, what):
+    """Say which model is best, and whether the second is as good."""
+    (first, a), *others = ranked
+    if not others:
+        return tag('p', f'{start}, ', tag('b', first), f' has a mean {what} of {fmean(a):.2f}.', class_='lead')
+    second, b = others[0]
+    ahead, half = interval([x - y for x, y in zip(a, b)]) # prompt by prompt
+    return tag('p', f'{start}, ', tag('b', first), f' answers best: its mean {what} is {fmean(a):.2f}. Second is ',
+               tag('b', second), f' with {fmean(b):.2f}; the difference of {ahead:.3f} ± {half:.3f} '
+               + ('is more than chance.' if ahead > half and len(a) > 1 else 'may be chance.'), class_='lead')
+
+def chart(answered, key):
+    """Draw mean score and 95 % interval of all models, the best first."""
+    scores = {d: {name: scores_of(w, key) for name, w in of.items()} for d, of in answered.items()}
+    means = {d: {name: interval(of[name]) for name in of} for d, of in scores.items()}
+    low, high = 0.0, 1.0
+    if not all(0 <= x <= 1 for of in scores.values() for these in of.values() for x in these):
+        ends = [mean + sign * half for of in means.values() for mean, half in of.values() for sign in (-1, 1)]
+        low, high = min(ends), max(ends)
+    at = lambda x: min(100, max(0, 100 * (x - low) / (high - low or 1)))
+    head = tag('span', tag('span', f'{low:.3g}'), tag('span', f'{high:.3g}'), class_='head ends')
+    cells = [tag('span', class_='head'), head, *(tag('span', d, class_='head') for d in answered)]
+    for name, (mean, half) in sorted(means['sampled'].items(), key=lambda item: -item[1][0]):
+        marks = []
+        for decoding, of in reversed(means.items()):
+            mean, half = of[name]
+            marks += [tag('i', class_=f'range {decoding}', style=f'left:{at(mean - half):.1f}%;width:'
+                          f'{at(mean + half) - at(mean - half):.1f}%'),
+                      tag('i', class_=f'dot {decoding}', style=f'left:{at(mean):.1f}%')]
+        cells += [tag('b', name), tag('span', *marks, class_='track'),
+                  *(tag('span', f'{of[name][0]:.2f}') for of in means.values())]
+    return tag('div', *cells, class_='scores')
+
+def best_section(cfg, results, answered, key, prompts):
+    """Answer the question first: which model is best, by which score, three prompts."""
+    title, names, baseline = 'Which model answers best?', list(answered['sampled']), results['baseline']
+    if key is None:
+        told = 'No gold score and no reward was given, so no number says which model is better. Read the answers.'
+        return section('best', title, tag('p', told, class_='lead'), *prompts.examples(3, names))
+    what = 'gold score' if key == 'gold' else 'reward'
+    ranked = ranking(answered['sampled'], key)
+    first, row = ranked[0][0], results['models'][ranked[0][0]]
+    parts = [verdict('Sampled at temperature 1', ranked, what),
+             verdict('Greedy, the likeliest token every time', ranking(answered['greedy'], key), what)]
+    if first != baseline:
+        wins, low, high = (f'{100 * x:.0f}' for x in (row[f'win_rate_vs_{baseline}'], *row['win_rate_interval']))
+        parts.append(tag('p', f'Against {baseline}, the baseline, {first} wins on {wins} % of the prompts, ties '
+                         f'counted half (sampled; 95 % interval: {low} to {high} %).'))
+    parts += [chart(answered, key), tag('p', f'Mean {what}: ', tag('i'), ' sampled, ', tag('i', class_='greedy'),
+                                        ' greedy; the lines are 95 % intervals over the prompts. Training again with '
+                                        'another seed may move a point further than that.', class_='soft legend')]
+    if 'best_of_n' in names:
+        parts.append(tag('p', f'best_of_n is no model: of {cfg.best_of} sampled answers of {baseline} it is the one '
+                         f'that the reward model likes best. Greedy answers are all alike, so there it is {baseline}. '
+                         'Its KL is an upper bound.', class_='soft'))
+    if key == 'gold':
+        told = 'The gold score stands for the goal itself. It comes from ', tag('code', cfg.gold), '. Higher is better.'
+    else:
+        told = ('The reward comes from ', tag('code', ' and '.join(filter(None, (cfg.reward_model, cfg.reward)))),
+                '. Higher is better. A policy that was trained on this very reward may have learnt to fool it: read '
+                'its answers.')
+    parts += [tag('p', *told, class_='soft'), tag('h3', 'For example')]
+    note = 'The first prompts, of different kinds, on which the scores lie far apart.'
+    if len(names) > 5:
+        names = dict.fromkeys((names[0], baseline, *(name for name, _ in ranked[:3])))
+        note += ' Shown are the first model, the baseline and the best three; all are further below.'
+    return section('best', title, *parts, tag('p', note, class_='soft'), *prompts.examples(3, names))
+
+# ---- prompts and answers ----------------------------------------------------------------------------------------
+
+class Prompts:
+    """Hold prompts with all models' answers, those first on which the models differ most."""
+
+    def __init__(self, records, answered, key):
+        self.records, self.answered = records, answered
+        self.scores = {decoding: {name: scores_of(w, key) for name, w in of.items()} if key else {}
+                       for decoding, of in answered.items()}
+        every = [x for of in self.scores.values() for these in of.values() for x in these]
+        self.low, self.high = (min(every), max(every)) if every else (0.0, 1.0)
+        self.groups = defaultdict(list) # (kind, category) -> its prompts' numbers
+        for i in range(len(records)):
+            self.groups[self.of(i, 'kind'), self.of(i, 'category')].append(i)
+        for members in self.groups.values():
+            members.sort(key=self.difference)
+
+    def of(self, i, name):
+        """Return a fact about prompt i, as its kind: from the gold score's parts, or else its record."""
+        parts = next(iter(self.answered['sampled'].values())).parts
+        value = (parts[i] if parts else {}).get(name, self.records[i].get(name))
+        return None if value is None else str(value)
+
+    def difference(self, i):
+        """Return a sort key that is low where sampled answers differ: in score, then in words."""
+        scores = [scores[i] for scores in self.scores['sampled'].values()] or [0.0]
+        return min(scores) - max(scores), -len({w.texts[i] for w in self.answered['sampled'].values()})
+
+    def examples(self, n, names):
+        """Return n prompts: the first of each kind, then category, with scores far apart; answers are sampled."""
+        order = sorted(range(len(self.records)), key=lambda i: self.difference(i)[0] > (self.low - self.high) / 2)
+        firsts = {} # (kind or category, its value) -> prompt
+        for name in 'kind', 'category':
+            for i in order:
+                firsts.setdefault((name, self.of(i, name)), i)
+        return [self.block(i, ['sampled'], names) for i in list(dict.fromkeys([*firsts.values(), *order]))[:n]]
+
+    def block(self, i, decodings, names):
+        """Return prompt i and some models' answers to it, in columns."""
+        prompt = self.records[i]['prompt']
+        if not isinstance(prompt, str):
+            prompt = '\n'.join(f"{m['role']}: {m['content']}" for m in prompt)
+        expected = self.of(i, 'expected')
+        facts = [self.of(i, 'kind'), self.of(i, 'category'), expected and f'wanted: {expected}']
+        rows = [tag('div', tag('small', decoding), tag('div', *(self.answer(decoding, name, i) for name in names),
+                                                       class_='answers'), class_='row') for decoding in decodings]
+        return tag('div', tag('p', prompt, class_='text'), tag('p', ' · '.join(filter(None, facts)), class_='soft'),
+                   *rows, class_='prompt')
+
+    def answer(self, decoding, name, i):
+        """Return one model's answer to prompt i, its scores and parts."""
+        w, score = self.answered[decoding][name], self.scores[decoding].get(name)
+        parts, bar = w.parts[i] if w.parts else {}, None
+        if score:
+            bar = tag('i', style=f'--p:{(score[i] - self.low) / (self.high - self.low or 1):.0%}')
+        scores = [f"gold {parts['gold']:.3g}"] if parts else []
+        scores += [f'reward {w.rewards[i]:.2f}'] if w.rewards else []
+        marks, words = [], {} # words: as keys, each once
+        for key, value in parts.items():
+            if type(value) in (int, bool) and value in (0, 1):
+                marks.append(f"{'✓' if value else '✗'}\u00a0{key}")
+            elif key not in ('gold', 'kind', 'category', 'expected'):
+                words[value[:80] if isinstance(value, str) else f'{key} {str(value)[:80]}'] = None
+        facts = [', '.join(scores), ', '.join(words), ' '.join(marks)]
+        return tag('div', tag('b', name), bar, tag('p', w.texts[i] or '(nothing)', class_='text'),
+                   *(tag('small', fact) for fact in facts if fact), class_='answer')
+
+    def section(self):
+        """Return a prompt of each group, and the others folded."""
+        shown, left = defaultdict(list), MOST
+        ranked = [(place, i, group) for group, members in self.groups.items() for place, i in enumerate(members)]
+        for place, i, group in sorted(ranked, key=lambda x: x[0]): # every group gets its share of the room
+            block = self.block(i, list(self.answered), list(self.answered['sampled']))
+            left -= len(block)
+            if left < 0 and place:
+                break
+            shown[group].append(block)
+        n, total = sum(map(len, shown.values())), len(self.records)
+        told = [f"{'All' if n == total else f'{n:,} of'} {total:,} prompts, of each kind first those on which the "
+                'models differ most.']
+        if n < total:
+            told.append(f'The page ends at {MOST // 1_000_000} million characters; the others are in samples.jsonl.')
+        if self.scores['sampled']:
+            told.append('A bar shows the score of an answer, from the lowest to the highest of all.')
+        if any(len(part) > 1 for w in self.answered['sampled'].values() for part in w.parts):
+            told.append('Below it stands what the gold score says of its parts.')
+        parts = [tag('p', ' '.join(told))]
+        for (kind, category), (first, *others) in shown.items():
+            parts.append(tag('h3', ': '.join(dict.fromkeys(filter(None, (kind, category)))) or 'all prompts'))
+            parts.append(first)
+            if others:
+                parts.append(tag('details', tag('summary', f'{len(others):,} more'), *others))
+        return section('answers', 'The answers side by side', *parts)
+
+# ---- what was run -----------------------------------------------------------------------------------------------
+
+def changed(Config, options):
+    """Return the options that differ from a script's defaults. Those of how it was started are left out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    return {k: v for k, v in options.items() if k in defaults and v != defaults[k] and k not in ('resume', 'overwrite')}
+
+def command(script, options):
+    return ' \\\n    '.join([f'python {script}', *(shlex.quote(f'--{key}={value}') for key, value in options.items())])
+
+def read_run(folder):
+    """Return a checkpoint's options.json, or why there is none, a text."""
+    path = os.path.join(folder, 'options.json')
+    if not os.path.isdir(folder):
+        return f'{folder} is a model of the hub: it is not known how it was made.'
+    if not os.path.exists(path):
+        return f'There is no options.json in {folder}: it is not known how this model was made.'
+    try:
+        about = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        about = None
+    if not isinstance(about, dict) or not isinstance(about.get('options'), dict):
+        return f'{path} cannot be read: it is not known how this model was made.'
+    return about
+
+def health_of(folder, options, dtype):
+    """Return the lines of common/health.py on a run's log.
+
+    None where they cannot be had. dtype: for the runs whose options leave it to the machine.
+    """
+    lines, own = [], options.get('dtype')
+    try:
+        health = Health(options, dtype if own in (None, 'auto') else own)
+        health.tell(os.path.join(folder, 'log.jsonl'), lines.append, False)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError): # a foreign log or options
+        return None
+    return [line.removeprefix('health: ') for line in lines]
+
+def run_of(name, folder, dtype):
+    """Describe one run; return its markup, and whether something in it was sick."""
+    about = read_run(folder)
+    if isinstance(about, str):
+        return tag('div', tag('h3', name), tag('p', about, class_='soft'), class_='run'), False
+    script, options, log = about.get('script'), about['options'], read_log(os.path.join(folder, 'log.jsonl'))
+    lines, ended = health_of(folder, options, dtype), log[-1].get('time') if log else None
+    steps = about.get('max_steps', options.get('max_steps'))
+    facts = [f'made by {script}', f"step {about.get('step')} of {steps}", f"seed {options.get('seed')}"]
+    facts += [] if about.get('finished', True) else ['unfinished']
+    facts += [time.strftime(DATE, time.localtime(ended))] if is_number(ended) and 0 < ended < 1e11 else []
+    parts = [tag('h3', name), tag('p', tag('code', folder), ': ' + ', '.join(facts), class_='soft')]
+    if script in TRAINERS:
+        options = changed(importlib.import_module(script.removesuffix('.py')).Config, options)
+    parts.append(tag('p', *(tag('span', tag('span', key, class_='soft'), f' {value}') for key, value in
+                            options.items() if key != 'out_dir'), class_='options'))
+    if lines:
+        parts += [tag('p', 'Health:', class_='warn'), tag('ul', *(tag('li', line) for line in lines))]
+    else:
+        parts.append(tag('p', 'Health: ' + ('its log and options do not go together, so nothing can be said.'
+                                            if lines is None else 'nothing to report.')))
+    if script in TRAINERS:
+        parts.append(tag('details', tag('summary', 'the command'), tag('pre', command(script, options))))
+    return tag('div', *parts, class_='run'), bool(lines)
+
+def runs_section(cfg, run, folders, results):
+    """Say what was run; return the section, and the names of the runs in which something was sick."""
+    said = {name: run_of(name, folder, run.dtype) for name, folder in folders.items()}
+    sick = [name for name, (_, is_sick) in said.items() if is_sick]
+    return section('runs', 'What was run',
+        tag('p', 'The evaluation. Every model answered the same prompts; the KL is measured to the reference, '
+            f"{results['reference']}."), tag('pre', command('evaluate.py', changed(type(cfg), vars(cfg)))),
+        tag('p', 'The runs that made the models. Listed are the options that differ from the defaults. A health line '
+            'says what looked sick in the log, and what to try (', tag('code', 'docs/log.md'), ' explains them).'),
+        *(markup for markup, _ in said.values())), sick
+
+def microscope_section(cfg, folders, results, best):
+    """Link the pages of microscope.py in out_dir; without one show the command for it."""
+    parts = [tag('p', 'The token microscope shows what PPO sees at every token of an answer: log-probabilities, KL, '
+                 'reward, value and advantage, and where the clip bites.')]
+    pages = [path.name for path in sorted(Path(cfg.out_dir).glob('*.html')) if is_page(path, 'Token microscope')]
+    if pages:
+        parts.append(tag('ul', *(tag('li', tag('a', name, href='./' + quote(name))) for name in pages)))
+    elif cfg.reward_model:
+        policies = dict.fromkeys((folders[results['baseline']], folders[best]))
+        options = dict(policy=','.join(policies), reference=folders[results['reference']], prompts=cfg.prompts,
+                       reward_model=cfg.reward_model, out=os.path.join(cfg.out_dir, 'microscope.html'))
+        parts += [tag('p', 'This command makes a page of it beside this one:'),
+                  tag('pre', command('microscope.py', options))]
+    else:
+        parts.append(tag('p', 'It needs a reward model, and none was given here.'))
+    for name, folder in folders.items():
+        if os.path.exists(samples := os.path.join(folder, 'samples.jsonl')): # of ppo.py --show=N
+            parts += [tag('p', f'{name} wrote answers down while it trained. This command scrolls through them:'),
+                      tag('pre', command('microscope.py', dict(samples=samples)))]
+    return section('microscope', 'Down to the tokens', *parts)
+
+# ---- the page ---------------------------------------------------------------------------------------------------
+
+def tables_section(results):
+    """Return all tables. Those of the answers have a column per model, and say what each row means."""
+    parts, baseline, groups = [], results['baseline'], defaultdict(list)
+    meanings = MEANINGS | {f'win_rate_vs_{baseline}': (f'share of prompts on which it beats {baseline}, ties half; in '
+                                                       'brackets the 95 % interval', 1)}
+    for table in tables(results):
+        groups[table.title].append(table)
+    for title, of_decoding in groups.items():
+        drawn = []
+        for _, decoding, header, rows, _ in of_decoding:
+            notes, better = {}, {row[0]: int(header[0] == 'category') for row in rows}
+            if title == 'answers':
+                header, *rows = zip(header, *rows) # a row for each number
+                notes, better = ({name: meaning[i] for name, meaning in meanings.items()} for i in (0, 1))
+            halves = [rows]
+            if header[0] == 'pairs': # those of rankings, and those of comparisons by category
+                overall = results['reward_model']
+                halves = [[row for row in rows if (row[0] in overall) == first] for first in (True, False)]
+            drawn += [tag('div', tag('p', tag('b', decoding)) if decoding else None,
+                          table_of(['', *header[1:]], half, notes, better)) for half in halves if half]
+        parts += [tag('h3', title[0].upper() + title[1:].rstrip(',')), tag('p', of_decoding[0].say, class_='soft'),
+                  tag('div', *drawn, class_='tables')]
+    return section('numbers', 'The numbers', *parts)
+
+def figures_section(figures):
+    """Return the figures, [(title, caption, SVGs)], each with its caption below."""
+    return section('figures', 'The figures', tag('div', *(
+        tag('figure', tag('h3', title), tag('div', *map(Markup, svgs), class_='panels'), tag('figcaption', caption))
+        for title, caption, svgs in figures), class_='figures'))
+
+def check_place(out_dir):
+    """End the program where a foreign report.html would be replaced."""
+    path = os.path.join(out_dir, 'report.html')
+    if os.path.exists(path) and not is_page(path, 'Evaluation report'):
+        fail(f"--out_dir={out_dir}: holds a report.html that is not one of evaluate.py; wanted another folder")
+
+def write(cfg, run, folders, results, records, answered, figures):
+    """Write report.html to cfg.out_dir.
+
+    folders: {name: folder} of the models and the reward model. results: what is in results.json. records: the prompts.
+    answered: {decoding: {name: evaluate.Written}}. figures: [(title, caption, SVGs)].
+    """
+    key = next((key for key in ('gold', 'reward') if key in results['models'][results['baseline']]), None)
+    best = ranking(answered['sampled'], key)[0][0] if key else list(results['models'])[-1]
+    prompts = Prompts(records, answered, key)
+    runs, sick = runs_section(cfg, run, folders, results)
+    sections = [('best', 'Which is best?', best_section(cfg, results, answered, key, prompts)),
+                ('numbers', 'Numbers', tables_section(results)),
+                ('figures', 'Figures', figures_section(figures) if figures else None),
+                ('answers', 'Answers', prompts.section()), ('runs', 'What was run', runs),
+                ('microscope', 'Tokens', microscope_section(cfg, folders, results, best))]
+    n, total = len(results['models']) - ('best_of_n' in results['models']), len(records)
+    facts = (f"{n} model{'s' * (n > 1)}, {total:,} prompt{'s' * (total > 1)} of {cfg.prompts}, answers of at most "
+             f"{cfg.max_new_tokens} tokens, seed {cfg.seed}, {run.device} in {run.dtype}, "
+             f"{time.strftime(DATE)}")
+    alarm = tag('p', f"Health: something looked sick in {', '.join(sick)}; see ",
+                tag('a', 'what was run', href='#runs'), '.', class_='warn') if sick else None
+    links = tag('nav', *(tag('a', title, href='#' + name) for name, title, found in sections if found))
+    head = tag('header', tag('h1', 'Evaluation report'), tag('p', facts, class_='soft'), alarm, links)
+    body = head + tag('main', *(found for *_, found in sections))
+    path = os.path.join(cfg.out_dir, 'report.html')
+    write_atomic(path, HTML.read_text(encoding='utf-8').replace('\nBODY\n', f'\n{body}\n'))
+    print(f"wrote {path}")
