@@ -6,7 +6,9 @@
     python demo.py --methods=all --seed=2 --out_dir=out/toy2
     python demo.py --world=sums
 
-It prints and runs the commands that one would type. A second run reuses what is finished, and resumes what is not.
+It prints and runs the commands that one would type, says what each is for and what it changed, and ends with answers on
+which the models differ. What the stages themselves print is in the folder printed of out_dir. A second run reuses what
+is finished, and resumes what is not.
 Ctrl-C, SIGTERM and SIGHUP reach the stages: they save and end. If demo.py itself is killed, Linux ends them likewise.
 
 The methods: ppo, dpo, reinforce, rloo, grpo, rrhf, ipo, hinge, simpo, orpo, kto, rejection, distill.
@@ -41,8 +43,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from common.options import fail, launch, leave_closed_terminal, require, unread
-from common.records import LOCKS, lock, read_json, write_atomic
-from lab import sums
+from common.records import LOCKS, lock, read_json, read_records, write_atomic
+from lab import story, sums
 
 DEFAULT = 'out/toy' # where the files in config/toy point
 RANKINGS = ['collect train', 'collect test']
@@ -187,20 +189,33 @@ def end_with(parent):
     if os.getppid() != parent:
         os._exit(1) # it was gone before
 
-def start(command, slot):
-    """Print a command and start it. slot: the terminal's line for its progress bar.
+def typed(words):
+    """Write a command's words as one types them."""
+    return shlex.join(words) if POSIX else subprocess.list2cmdline(words)
 
-    The terminal does not know the new process group, so one Ctrl-C is one signal: that which `run_stages` passes on.
-    The lock is inherited: a stage that outlives demo.py, as on macOS, keeps a second demo.py away.
+def say(text, command=''):
+    """Print a text, and a command below it. In a terminal the stages' bars make room, and are drawn again."""
+    if POSIX and sys.stdout.isatty():
+        text = '\r\x1b[J' + text
+        command = command if 'NO_COLOR' in os.environ or not command else f'\x1b[2m{command}\x1b[0m'
+    print(f'{text}\n{command}' if command else text, flush=True)
+
+def start(command, slot, purpose='', stdout=None):
+    """Say what a command is for, print it and start it.
+
+    slot: the terminal's line for its progress bar; stdout: a file for what it prints, None: the terminal. Errors and
+    the bar are for the terminal. It does not know the new process group, so one Ctrl-C is one signal: that which
+    `run_stages` passes on. The lock is inherited: a stage that outlives demo.py, as on macOS, keeps a second demo.py
+    away.
     """
     threads = os.environ.get('OMP_NUM_THREADS', '1') # so small a model gains nothing by a second
-    typed, more = f"set OMP_NUM_THREADS={threads}& {subprocess.list2cmdline(command)}", {}
+    setting, more = f"set OMP_NUM_THREADS={threads}&", {}
     if POSIX:
-        typed = f"OMP_NUM_THREADS={threads} {shlex.join(command)}"
+        setting = f"OMP_NUM_THREADS={threads}"
         more = dict(process_group=0, pass_fds=[file.fileno() for file in LOCKS.values()],
                     preexec_fn=partial(end_with, os.getpid()) if sys.platform == 'linux' else None)
-    print(f"\n$ {typed}", flush=True)
-    return subprocess.Popen([sys.executable, *command[1:]],
+    say(f'\n{purpose}'.rstrip(), f"$ {setting} {typed(command)}")
+    return subprocess.Popen([sys.executable, *command[1:]], stdout=stdout,
                             env=os.environ | dict(OMP_NUM_THREADS=threads, TQDM_POSITION=str(slot)), **more)
 
 def tell(running, number):
@@ -222,7 +237,9 @@ def run_stages(todo, cfg):
     todo: a list as `stages` returns it. Where a stage fails, or after a signal, the program ends with that exit code.
     """
     waiting, running, done, record = list(todo), {}, set(), read_record(cfg) # running: {slot: (name, process)}
+    printed = {name: Path(cfg.out_dir, 'printed', re.sub(r'[^\w.-]', '_', name) + '.txt') for name, *_ in todo}
     code = 0
+    sys.stdout.reconfigure(errors='replace') # a character that the terminal does not know is no reason to stop
 
     def put(name, *entry):
         record[name] = entry
@@ -256,7 +273,7 @@ def run_stages(todo, cfg):
             last, began, ended = record.get(name, (None, 0, None))
             same = last == command and all(record[n][2] <= began for n in needs) # it was made from what is there now
             if same and ended and os.path.exists(product):
-                print(f"{name}: done before, in {ended - began:.0f} s")
+                say(f"{name}: done before, in {ended - began:.0f} s")
                 done.add(name)
                 continue
             state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
@@ -267,17 +284,24 @@ def run_stages(todo, cfg):
                     os.utime(state)
                 command = [*command, '--resume=True' if stopped else '--overwrite=True']
             slot = min(set(range(AT_ONCE)) - running.keys())
-            running[slot] = name, start(command, slot)
+            printed[name].parent.mkdir(exist_ok=True)
+            with open(printed[name], 'a' if stopped else 'w') as file:
+                running[slot] = name, start(command, slot, story.before(name, cfg.world), file)
             if code: # a signal came meanwhile
                 tell({slot: running[slot]}, signal.SIGTERM)
         if running:
             name, process = running.pop(first_to_end(running))
+            sick = story.alarms(printed[name])
             if process.returncode == 0:
                 put(name, *record[name][:2], time.time())
                 done.add(name)
+                stage, = (stage for stage in todo if stage[0] == name)
+                say('\n'.join([story.after(stage, cfg.world, record[name][2] - record[name][1]), *sick]))
                 continue
             failed = process.returncode if process.returncode > 0 else 128 - process.returncode # or a signal ended it
             print(f"{name} ended with exit code {failed}; the same command continues from here", file=sys.stderr)
+            if failed < 128: # else a signal ended it
+                say('\n'.join([*sick, f"what {name} printed: {printed[name]}"]))
             if not code:
                 tell(running, signal.SIGINT) # the other one saves and ends
             code = code or failed
@@ -303,9 +327,8 @@ def run_sums(cfg):
     began, ended = (f(record[name][i] for name, *_ in todo) for f, i in ((min, 1), (max, 2)))
     results = sums.results(cfg.out_dir, methods) | dict(seconds=round(ended - began, 2), stages=seconds, seed=cfg.seed)
     write_atomic(path, json.dumps(results, indent=1))
-    sums.print_results([results])
-    print(f"results: {path}; the figure: python -m lab.sums --runs={cfg.out_dir}")
-    print(f'talk to it: python sample.py --policy={cfg.out_dir}/{methods[0]} --prompt="345+278"')
+    print(f"\n{ended - began:.0f} s in all, {AT_ONCE} stages at a time; results: {path}\n")
+    print(sums.ending(cfg.out_dir, methods, results, typed))
 
 def main(cfg):
     began, methods, policies = time.time(), cfg.methods.split(','), policies_of_rounds(cfg)
@@ -321,10 +344,9 @@ def main(cfg):
         print(f"\ngold score of {cfg.rounds_of}, sampled, by round: "
               + ', '.join(f'{gold:.3f}' for gold in results['rounds']))
     write_atomic(path, json.dumps(results, indent=1))
-    print(f"\nseconds: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}; {time.time() - began:.0f} in all, "
-          f"{AT_ONCE} at a time")
-    print(f"results: {path}; figures: {cfg.out_dir}/evaluate/*.png")
-    print(f'talk to it: python sample.py --policy={cfg.out_dir}/{methods[0]} --prompt="Where does the fox live?"')
+    print(f"\n{time.time() - began:.0f} s in all, {AT_ONCE} stages at a time; results: {path}\n")
+    samples = read_records(f'{cfg.out_dir}/evaluate/samples.jsonl', 'prompts')
+    print(story.ending(cfg.out_dir, methods, results, samples, typed))
 
 if __name__ == '__main__':
     launch(main, Config)

@@ -1,7 +1,11 @@
 """Talk to any checkpoint in the terminal, also to other people's. The answer appears token by token.
 
     python sample.py --policy=out/toy/ppo --prompt="Where does the fox live?"
+    python sample.py --policy=out/toy/base,out/toy/sft,out/toy/ppo
     python sample.py --policy=gpt2 --temperature=0.8 --top_p=0.9
+
+Several policies answer one after the other. Each has its own tokenizer, hears its own answers alone, and says what it
+would say without the others.
 
 Without --prompt this is a conversation: what does not fit the context is forgotten, the oldest turns first. /reset
 forgets all; an empty line, Ctrl-D or Ctrl-C ends. An answer ends with the end-of-text token, before a next "### Human:"
@@ -11,21 +15,25 @@ forgets all; an empty line, Ctrl-D or Ctrl-C ends. An answer ends with the end-o
 import codecs
 import contextlib
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
 
 from common.checkpoints import load_policy, load_reward_model
 from common.options import RunOptions, fail, launch, require, unread
+from common.records import files_of
 from common.rollout import check_context, check_same_vocabulary
 from common.run import default_signals, start, stop
 from common.tokens import SPEAKER, load_tokenizer, prompt_ids, response_ids
 from feedback.annotators import check_finite, visible
 from feedback.scores import score_answers
 
+import torch
+
 STOP = SPEAKER['user'].rstrip() # "### Human:"
 
 @dataclass
 class Config(RunOptions):
-    policy: str = 'out/sft' # the model to talk to: a checkpoint folder, or a model on the hub
+    policy: str = 'out/sft' # the model to talk to, a folder or a model on the hub; or several, with commas between
     prompt: str = '' # answer this one prompt and leave; empty = a conversation
     temperature: float = 1.0 # 0 = always the likeliest token
     top_k: int = 0 # sample from the k likeliest tokens; 0 = from all
@@ -35,6 +43,9 @@ class Config(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        folders = files_of(self.policy)
+        require(self, policy=(all(folders) and len({*folders}) == len(folders),
+                              'a checkpoint folder or a model on the hub, or several with commas between, each once'))
         require(self, temperature=(self.temperature >= 0, 'at least 0'), top_k=(self.top_k >= 0, 'at least 0'),
                 top_p=(0 < self.top_p <= 1, 'above 0 and at most 1'))
         unread(self, self.temperature > 0, 'a temperature above 0', 'top_k', 'top_p')
@@ -83,40 +94,56 @@ def fit(tok, messages, room):
         notice = f"read only the last {room} of {len(ids)} tokens"
     return ids[-room:], notice
 
+# A policy, named by its folder; room: how many tokens its prompt may have, longest: its answer; lead: what is printed
+# before an answer
+Voice = namedtuple('Voice', 'folder model tok room longest lead')
+
+def load_voices(cfg, run, reward_model):
+    """Load and check every policy."""
+    folders, voices = files_of(cfg.policy), []
+    width = max(map(len, folders))
+    for folder in folders:
+        tok = load_tokenizer(folder, 'policy')
+        model = load_policy(folder).to(run.device).eval()
+        if reward_model:
+            check_same_vocabulary(model, reward_model, 'reward_model', cfg.reward_model, tok)
+            check_context(model, reward_model, 'reward_model', cfg.reward_model)
+        longest = min(cfg.max_new_tokens, model.config.block_size // 2)
+        lead = f'{folder:<{width}}  ' if len(folders) > 1 else '' if cfg.prompt else 'model: '
+        voices.append(Voice(folder, model, tok, model.config.block_size - longest, longest, lead))
+    return voices
+
 def main(cfg):
     run = start(cfg)
     default_signals() # there is nothing to save: the first Ctrl-C ends
     sys.stdout.reconfigure(errors='replace') # a character that the terminal does not know is no reason to stop
-    tok = load_tokenizer(cfg.policy, 'policy')
-    model = load_policy(cfg.policy).to(run.device).eval()
-    if cfg.reward_model:
-        reward_model = load_reward_model(cfg.reward_model).to(run.device).eval()
-        check_same_vocabulary(model, reward_model, 'reward_model', cfg.reward_model, tok)
-        check_context(model, reward_model, 'reward_model', cfg.reward_model)
-    block_size = model.config.block_size
-    longest = min(cfg.max_new_tokens, block_size // 2)
-    room = block_size - longest # for the prompt
+    reward_model = load_reward_model(cfg.reward_model).to(run.device).eval() if cfg.reward_model else None
+    voices = load_voices(cfg, run, reward_model)
+    indent = ' ' * len(voices[0].lead) if len(voices) > 1 else '' # of an answer's further lines
 
-    def answer(ids):
+    def answer(voice, ids, turn=0):
         """Print the answer to a prompt as it comes; return its text."""
+        torch.manual_seed(cfg.seed + turn) # other voices change nothing
         tokens, text = [], ''
+        print(voice.lead, end='', flush=True)
 
         def heard():
-            for _, new, logp in model.stream([ids], longest, cfg.temperature, cfg.top_k, cfg.top_p, tok.eos):
-                check_finite(logp.tolist(), f"--policy={cfg.policy}: its probabilities")
+            for _, new, logp in voice.model.stream([ids], voice.longest, cfg.temperature, cfg.top_k, cfg.top_p,
+                                                   voice.tok.eos):
+                check_finite(logp.tolist(), f"--policy={voice.folder}: its probabilities")
                 tokens.append(new.item())
                 yield tokens[-1]
 
         with run.autocast():
             try:
-                for piece in until_next_turn(stream_text(tok, heard())):
+                for piece in until_next_turn(stream_text(voice.tok, heard())):
                     text += piece
-                    print(visible(piece), end='', flush=True)
+                    print(visible(piece).replace('\n', '\n' + indent), end='', flush=True)
             except KeyboardInterrupt:
                 if cfg.prompt:
                     raise
-            if cfg.reward_model:
-                said = response_ids(tok, text) if STOP in tok.decode(tokens) else tokens # score what was printed
+            if reward_model: # scores what was printed
+                said = response_ids(voice.tok, text) if STOP in voice.tok.decode(tokens) else tokens
                 score = score_answers(reward_model, [ids], [said], run.device).item()
                 check_finite([score], f"--reward_model={cfg.reward_model}: its scores")
                 print(f"   [score {score:.2f}]", end='')
@@ -124,27 +151,32 @@ def main(cfg):
         return text
 
     if cfg.prompt:
-        ids = prompt_ids(tok, cfg.prompt)
-        if len(ids) > room:
-            fail(f"--prompt: {len(ids)} tokens with their template; wanted at most {room}, the context of {block_size} "
-                 f"less an answer of {longest}")
-        answer(ids)
+        prompts = [prompt_ids(voice.tok, cfg.prompt) for voice in voices]
+        for voice, ids in zip(voices, prompts):
+            if len(ids) > voice.room:
+                fail(f"--prompt: {len(ids)} tokens with their template; wanted at most {voice.room}, the context of "
+                     f"{voice.room + voice.longest} less an answer of {voice.longest}"
+                     + f" ({voice.folder})" * (len(voices) > 1))
+        for voice, ids in zip(voices, prompts):
+            answer(voice, ids)
         return stop(run)
     with contextlib.suppress(ImportError): # Windows
         import readline # input() then edits lines by whole characters
-    print(f"{cfg.policy}: context of {block_size} tokens; /reset forgets, an empty line or Ctrl-D ends")
-    messages = []
+    print(*(f"{voice.folder}: context of {voice.room + voice.longest} tokens;" for voice in voices),
+          "/reset forgets, an empty line or Ctrl-D ends")
+    said = {voice: [] for voice in voices} # the messages of each
     try:
-        for line in iter(lambda: input("\nyou:   ").strip(), ''):
+        for turn, line in enumerate(iter(lambda: input("\nyou:   ").strip(), '')):
             if line == '/reset':
-                messages = []
+                said = {voice: [] for voice in voices}
                 continue
-            messages.append({'role': 'user', 'content': line})
-            ids, notice = fit(tok, messages, room)
-            if notice:
-                print(f"({notice}: the context holds {block_size} tokens, {longest} of them for the answer)")
-            print("model: ", end='', flush=True)
-            messages.append({'role': 'assistant', 'content': answer(ids)})
+            for voice, messages in said.items():
+                messages.append({'role': 'user', 'content': line})
+                ids, notice = fit(voice.tok, messages, voice.room)
+                if notice:
+                    print(f"({notice}: the context holds {voice.room + voice.longest} tokens, {voice.longest} of them "
+                          "for the answer)")
+                messages.append({'role': 'assistant', 'content': answer(voice, ids, turn)})
     except EOFError: # Ctrl-D
         print()
     stop(run)

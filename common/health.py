@@ -33,8 +33,8 @@ RULES = [*map(Rule._make, ( # the table of docs/log.md; python tests/common/test
      'raise `n_answers`, or stop here', lambda h, v: last(v) < 0.05 and h.options['kind'] != 'reinforce'),
     ('gold', 'falls while `reward` is up', 'over-optimisation', 'raise `kl_coef`, stop earlier, label these answers',
      lambda h, v: peak(v) - last(v) > max(7 * noise(v), 0.1 * peak(v)) and h.line['reward'] > h.values['reward'][0]),
-    ('grad_norm', 'grows tenfold from its start', 'training diverges', 'lower `lr`, longer `warmup_steps`',
-     lambda h, v: last(v, 5, after=10) > 10 * median([x for x in v[:100][:-5] if x] or [math.inf])),
+    ('grad_norm', 'grows tenfold, or is always 0', 'training diverges; 0: no gradient arrives', 'lower `lr`, longer '
+     '`warmup_steps`', lambda h, v: last(v, 5, after=10) > 10 * median([x for x in v[:100][:-5] if x] or [-1])),
     ('loss', 'stays at 0.693 (DPO, reward model)', 'the learning rate is too small, or chosen and rejected are alike',
      'raise `lr`; look at the data', lambda h, v: h.late and h.pairs and abs(last(v, 5) - math.log(2)) < 0.01),
     ('loss', 'above its start (DPO, IPO, hinge)', 'the policy is sure of itself where it is wrong',

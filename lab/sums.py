@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from common.checkpoints import read_log
 from common.options import fail, launch, require
 from common.records import read_json, read_records
-from lab import tables
+from lab import story, tables
 from lab.figures import COLOURS, panels
 
 METHODS = dict( # a config file and a folder each: the script, and iterations without the scratch line
@@ -83,6 +83,29 @@ def print_results(runs):
                    tables.show([run['accuracy'][name] for run in runs]),
                    *(tables.show([run['by_digits'][name][d] for run in runs]) for d in digits)] for name in names])
     print('\nseconds: ' + ', '.join(f"{run['seconds']:.0f}" for run in runs))
+
+def ending(out, methods, results, typed):
+    """Return what demo.py prints at its end: shares of right answers, answers that differ, what to type next."""
+    accuracy, sampled, names = results['accuracy'], results['sampled'], ['base', 'sft', *methods]
+    digits = list(results['by_digits']['sft'])
+    rows = [[name, *(f'{share:.2f}' for share in (sampled[name], accuracy[name], *results['by_digits'][name].values()))]
+            for name in accuracy]
+    why = []
+    if accuracy['sft'] < sampled['sft']:
+        why = ['', story.fill(
+            f"Why is greedy sft right less often ({accuracy['sft']:.2f}) than sampled sft ({sampled['sft']:.2f})? Most "
+            "writers are hasty, so the likeliest answer is theirs: it never carries. Sampling also finds careful ones, "
+            "and the checker makes them likelier.")]
+    few = story.shown(names)
+    samples = read_records(f'{out}/evaluate/samples.jsonl', 'prompts')
+    divided = story.dividing(samples, few, lambda sample: '+' in sample['prompt'])
+    figure = typed(['python', '-m', 'lab.sums', f'--runs={out}'])
+    return '\n'.join([
+        "Shares of right answers to held-out problems; those by digits are greedy, and 3 digits were learnt.",
+        "Names that end in _direct: without the scratch line.", '',
+        *story.columns(['', 'sampled', 'greedy', *digits], rows), *why,
+        '', "Problems that divide them, 1.0 = right:", '', *story.side_by_side(divided, few), '',
+        *story.commands(out, few, typed, figure)])
 
 def draw(folders, runs, path):
     """Draw the first run's learning curves, and all runs by digits."""

@@ -18,16 +18,24 @@ from tiny import in_processes, one_line
 
 STAGES = ['data', 'pretrain', 'sft', 'collect train', 'collect test', 'reward', 'ppo', 'dpo', 'evaluate']
 
+def results_of(**gold):
+    """Return the text of a results.json: {model: its gold score}; its greedy answers are as good."""
+    rows = {name: dict(dict.fromkeys(('helpful', 'honest', 'harmless'), score), gold=score)
+            for name, score in gold.items()}
+    return json.dumps(dict(prompts=2, models=rows, greedy=rows))
+
 class Fake:
     """Stands in for demo.start: notes the commands, leaves each stage's product, and fails where it is told to."""
 
     def __init__(self, monkeypatch, cfg):
         self.commands, self.fail_at, self.cfg = [], None, cfg
         self.signals, self.busy, self.at_once, self.code = [], set(), 0, 130
-        self.results = json.dumps(dict(models=dict.fromkeys([*demo.METHODS, 'ppo2', 'ppo3'])))
+        self.results = results_of(**dict.fromkeys(['base', 'sft', *demo.METHODS, 'ppo2', 'ppo3'], 0.5))
         monkeypatch.setattr(demo, 'start', self)
 
-    def __call__(self, command, slot):
+    def __call__(self, command, slot, purpose, stdout):
+        assert len(purpose) > 20 and stdout.name.startswith(f'{self.cfg.out_dir}/printed/')
+        assert stdout.mode == ('a' if '--resume=True' in command else 'w')
         assert slot == min({0, 1} - self.busy) # the lowest line that is free
         self.commands.append(command)
         name, *_, product, needs = max((s for s in demo.stages(self.cfg) if self.is_stage(s, command)),
@@ -59,6 +67,11 @@ class FakeProcess:
                 Path(os.path.dirname(self.product), 'state.pt').touch()
             else:
                 Path(self.product).write_text(self.fake.results if self.product.endswith('results.json') else '{}')
+            if self.product.endswith('results.json') and not self.returncode:
+                Path(self.product).with_name('samples.jsonl').write_text(''.join(json.dumps(dict(
+                    prompt='1+1', kind='helpful', category='2 digits', model=name, sampled='3', greedy='2',
+                    sampled_gold=i % 2, greedy_gold=1)) + '\n' for i, name in enumerate(
+                        json.loads(self.fake.results)['models'])))
             self.fake.busy.remove(self.slot)
         return self.returncode
 
@@ -162,7 +175,12 @@ def test_a_list_of_methods(cfg, monkeypatch, capsys):
     demo.main(chosen)
     assert [c[1] for c in fake.commands[5:]] == ['reward.py', 'rrhf.py', 'ppo.py', 'evaluate.py']
     assert '--models=base=out/two/base,sft=out/two/sft,rrhf=out/two/rrhf,ppo=out/two/ppo' in fake.commands[-1]
-    assert '--policy=out/two/rrhf' in capsys.readouterr().out
+    fake.results = results_of(base=0.1, sft=0.2, rrhf=0.3, ppo=0.4)
+    demo.main(demo.Config(out_dir='out/two', seed=7, methods='rrhf,ppo', fresh=True))
+    out = capsys.readouterr().out
+    assert '\n  python sample.py --policy=out/two/base,out/two/sft,out/two/rrhf,out/two/ppo\n' in out
+    assert '\nrrhf  0.30     0.30    0.30      0.30  0.30     0.30    0.30      0.30\n' in out
+    assert '\n"1+1"\nbase  0.0 "3"   ' in out and '\nsft   1.0 "3"   ' in out
 
 def test_online_rounds(cfg, monkeypatch, capsys):
     """Each round asks the policy of the one before, trains on all rankings so far, and goes on from that policy."""
@@ -170,8 +188,7 @@ def test_online_rounds(cfg, monkeypatch, capsys):
     demo.main(cfg)
     assert 'rounds' not in json.loads(Path('out/two/evaluate/results.json').read_text())
     three = demo.Config(out_dir='out/two', seed=7, rounds=3)
-    fake.cfg, fake.results = three, json.dumps(dict(models=dict(
-        sft=dict(gold=0.4), ppo=dict(gold=0.7), dpo=dict(gold=0.6), ppo2=dict(gold=0.8), ppo3=dict(gold=0.75))))
+    fake.cfg, fake.results = three, results_of(base=0.2, sft=0.4, ppo=0.7, dpo=0.6, ppo2=0.8, ppo3=0.75)
     demo.main(three)
     new = fake.commands[9:] # the first round is there
     assert [c[1] for c in new] == ['collect.py', 'reward.py', 'ppo.py'] * 2 + ['evaluate.py']
@@ -200,8 +217,7 @@ def test_online_rounds_without_a_reward_model(cfg, monkeypatch, capsys, of):
     """Each round ranks the answers of the policy before, and trains that policy on these rankings alone."""
     three = demo.Config(out_dir='out/two', seed=7, methods=f'ppo,{of}', rounds=3, rounds_of=of)
     fake = Fake(monkeypatch, three)
-    fake.results = json.dumps(dict(models={name: dict(gold=gold) for name, gold in (
-        ('sft', 0.4), ('ppo', 0.9), (of, 0.5), (f'{of}2', 0.6), (f'{of}3', 0.8))}))
+    fake.results = results_of(**{'base': 0.2, 'sft': 0.4, 'ppo': 0.9, of: 0.5, f'{of}2': 0.6, f'{of}3': 0.8})
     demo.main(three)
     new = fake.commands[8:]
     assert [c[1] for c in new] == ['collect.py', f'{of}.py'] * 2 + ['evaluate.py']
@@ -221,8 +237,8 @@ def test_who_ranks_the_later_rounds(cfg, monkeypatch):
     """The judge is made first; the reward model is that of the first round. The folders have other names."""
     by_ai = demo.Config(out_dir='out/two', seed=7, methods='dpo', rounds=2, rounds_of='dpo', rounds_by='ai')
     fake = Fake(monkeypatch, by_ai)
-    fake.results = json.dumps(dict(models={name: dict(gold=0.5) for name in (
-        'dpo', 'dpo2_ai', 'dpo2_reward_model', 'ppo', 'ppo2_ai')}))
+    fake.results = results_of(**dict.fromkeys(
+        ('base', 'sft', 'dpo', 'dpo2_ai', 'dpo2_reward_model', 'ppo', 'ppo2_ai'), 0.5))
     demo.main(by_ai)
     needs = lambda: {name: stands_on for name, *_, stands_on in demo.stages(fake.cfg)}
     assert {'judge', 'dpo'} <= {*needs()['collect dpo2_ai']}
@@ -274,8 +290,8 @@ def test_the_world_of_sums(cfg, monkeypatch, capsys):
     chosen = demo.Config(world='sums', out_dir='out/two', seed=7)
     fake = Fake(monkeypatch, chosen)
     fake.results = json.dumps(dict(models=dict(base={}, sft={}, grpo={})))
-    shares = dict(accuracy=dict(sft=0.4, grpo=0.97), sampled=dict(sft=0.3, grpo=0.9),
-                  by_digits=dict(sft={'3 digits': 0.4}, grpo={'3 digits': 0.97}))
+    shares = dict(accuracy=dict(base=0.2, sft=0.4, grpo=0.97), sampled=dict(base=0.1, sft=0.3, grpo=0.9),
+                  by_digits=dict(base={'3 digits': 0.2}, sft={'3 digits': 0.4}, grpo={'3 digits': 0.97}))
     monkeypatch.setattr(demo.sums, 'results', lambda out, methods: shares)
     Path('data/sums').mkdir()
     demo.main(chosen)
@@ -288,7 +304,9 @@ def test_the_world_of_sums(cfg, monkeypatch, capsys):
     results = json.loads(Path('out/two/results.json').read_text())
     assert {key: results[key] for key in shares} == shares and results['seed'] == 7
     assert results['seconds'] >= 0 and list(results['stages']) == [s[0] for s in demo.stages(chosen)]
-    assert '| grpo | 0.90 | 0.97 | 0.97 |' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert '\ngrpo     0.90    0.97      0.97\n' in out and '\nsft   1.0 "3"   ' in out
+    assert '\n  python sample.py --policy=out/two/base,out/two/sft,out/two/grpo\n' in out
     demo.main(chosen)
     assert len(fake.commands) == 11 # a second run reuses everything
     Path('out/two/others_direct/results.json').write_text(json.dumps(dict(models=dict(mine={}))))
@@ -406,6 +424,35 @@ def test_help_names_the_methods(capsys):
     print_help(demo.Config)
     assert f"The methods: {', '.join(demo.METHODS)}." in capsys.readouterr().out
 
+def test_a_stage_is_announced_and_summed_up(cfg, monkeypatch, capsys):
+    """The sentence before it stands above its command, that after it below; what it prints itself is in a file."""
+    Fake(monkeypatch, cfg)
+    start = demo.start
+    def fake(command, slot, purpose, stdout):
+        demo.say(f'\n{purpose}', '$ command')
+        stdout.write('3 rows\nhealth: step 3: kl 200\n')
+        if command[1] == 'sft.py':
+            os.makedirs('out/two/base', exist_ok=True)
+            Path('out/two/base/log.jsonl').write_text('{"val_loss": 6.9}\n{"val_loss": 0.72}\n')
+        return start(command, slot, purpose, stdout)
+    monkeypatch.setattr(demo, 'start', fake)
+    demo.claim(cfg)
+    demo.run_stages(demo.stages(cfg)[:2], cfg)
+    assert capsys.readouterr().out == (
+        f"\n{demo.story.FOR['toy']['data']}\n$ command\n  data, 0 s\nhealth: step 3: kl 200\n"
+        f"\n{demo.story.FOR['toy']['pretrain']}\n$ command\n"
+        "  pretrain, 0 s: held-out loss, in nats per token: 6.90 → 0.72\nhealth: step 3: kl 200\n")
+    assert Path('out/two/printed/pretrain.txt').read_text() == '3 rows\nhealth: step 3: kl 200\n'
+
+def test_in_a_terminal_bars_make_room(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    demo.say('why', '$ how')
+    demo.say('so')
+    monkeypatch.setenv('NO_COLOR', '1')
+    demo.say('why', '$ how')
+    assert capsys.readouterr().out == '\r\x1b[Jwhy\n\x1b[2m$ how\x1b[0m\n\r\x1b[Jso\n\r\x1b[Jwhy\n$ how\n'
+
 @pytest.mark.parametrize('system, typed', [
     ('posix', "$ OMP_NUM_THREADS=3 python sft.py '--out_dir=out/my toy'"),
     ('nt', '$ set OMP_NUM_THREADS=3& python sft.py "--out_dir=out/my toy"')])
@@ -426,6 +473,28 @@ def test_windows_ends_a_stage_without_a_signal(monkeypatch):
     stage = Stage() # it has no send_signal, which raises ValueError there
     demo.tell({0: ('sft', stage)}, signal.SIGINT)
     assert ended == [stage]
+
+# ----------------------------------------------------------------------------------------------------------------
+# what a real stage prints: a demo.py with one stage, which fails
+
+PRINTS = """
+import sys
+print('1 rows')
+print('error: too few', file=sys.stderr)
+sys.exit(2)
+"""
+
+def test_errors_are_seen_in_full_and_the_rest_is_kept(cfg, tmp_path):
+    (tmp_path / 'stage.py').write_text(PRINTS)
+    code = ("import demo; cfg = demo.Config(out_dir='out/one'); demo.claim(cfg); "
+            "demo.run_stages([('one by one', 'stage.py', '', {}, 'out/one/product', [])], cfg)")
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(Path(demo.__file__).parent), OMP_NUM_THREADS='1'))
+    kept = 'out/one/printed/one_by_one.txt'
+    assert done.returncode == 2 and (tmp_path / kept).read_text() == '1 rows\n'
+    assert done.stderr == 'error: too few\none by one ended with exit code 2; the same command continues from here\n'
+    assert done.stdout == ('\n$ OMP_NUM_THREADS=1 python stage.py --seed=1 --overwrite=True\n'
+                           f'what one by one printed: {kept}\n')
 
 # ----------------------------------------------------------------------------------------------------------------
 # signals: a real demo.py with one stage, which notes every signal and ends a moment after the first

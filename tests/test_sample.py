@@ -235,6 +235,94 @@ def test_a_broken_model_says_nothing(folder, tmp_path, capsys, temperature, whic
     assert stopped.value.code == 1
     assert capsys.readouterr().err == f'error: --{which}={tmp_path}: its {what} are not finite: the model is broken\n'
 
+@pytest.fixture(scope='module')
+def others(folder, tmp_path_factory):
+    """Two more policies, with other weights; the second has a longer context too."""
+    folders = [str(tmp_path_factory.mktemp(name)) for name in ('loud', 'long')]
+    for seed, to, block_size in zip((1, 2), folders, (120, 200)):
+        torch.manual_seed(seed)
+        model = GPT(GPTConfig(block_size=block_size, vocab_size=257, n_layer=1, n_head=1, n_embd=16))
+        torch.nn.init.normal_(model.wte.weight, std=0.5)
+        model.save_pretrained(to)
+        tok.save(to)
+    return folders
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_each_of_several_policies_says_what_it_says_alone(folder, others, capsys, temperature):
+    same = dict(prompt='Hi', max_new_tokens=9, temperature=temperature, device='cpu', seed=3)
+    folders, said = [folder, *others], {}
+    for one in folders:
+        sample.main(sample.Config(policy=one, **same))
+        said[one] = capsys.readouterr().out
+    sample.main(sample.Config(policy=','.join(folders), **same))
+    width = max(map(len, folders)) + 2
+    indent = ' ' * width
+    assert capsys.readouterr().out == ''.join(
+        one.ljust(width) + said[one][:-1].replace('\n', '\n' + indent) + '\n' for one in folders)
+    assert temperature == 0 or len({*said.values()}) == 3 # the likeliest token repeats the prompt's last
+
+def test_each_hears_its_own_answers_alone(folder, others, capsys, monkeypatch):
+    type_in(monkeypatch, 'Hi', 'Why?', '/reset', 'Who?')
+    heard = replies(monkeypatch, [' Yo.\nYes.'], [' No.'], [' So.'], [' Ah.'], [' I.'], [' You.'])
+    sample.main(sample.Config(policy=f'{folder},{others[0]}', max_new_tokens=20, device='cpu'))
+    assert heard[2:] == [
+        '### Human: Hi\n### Assistant: Yo.\nYes.\n### Human: Why?\n### Assistant:',
+        '### Human: Hi\n### Assistant: No.\n### Human: Why?\n### Assistant:',
+        '### Human: Who?\n### Assistant:', '### Human: Who?\n### Assistant:']
+    width = max(len(folder), len(others[0])) + 2
+    assert capsys.readouterr().out == (
+        f'{folder}: context of 120 tokens; {others[0]}: context of 120 tokens; '
+        '/reset forgets, an empty line or Ctrl-D ends\n'
+        + ''.join(one.ljust(width) + text + '\n' for one, text in (
+            (folder, 'Yo.\n' + ' ' * width + 'Yes.'), (others[0], 'No.'), (folder, 'So.'), (others[0], 'Ah.'),
+            (folder, 'I.'), (others[0], 'You.'))) + '\n')
+
+def test_policies_of_other_tokenizers_and_contexts(folder, others, capsys, monkeypatch):
+    """Each reads the prompt by its own tokenizer, and has its own room: 60 tokens after 120, 100 after 200."""
+    upper = load_tokenizer('bytes')
+    upper.encode = lambda text: tok.encode(text.upper())
+    monkeypatch.setattr(sample, 'load_tokenizer', lambda name, option: upper if name == others[1] else tok)
+    heard = replies(monkeypatch, [' a.'], [' b.'])
+    same = dict(max_new_tokens=500, device='cpu')
+    sample.main(sample.Config(policy=f'{folder},{others[1]}', prompt='Hi', **same))
+    assert heard == ['### Human: Hi\n### Assistant:', '### HUMAN: HI\n### ASSISTANT:']
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        sample.main(sample.Config(policy=f'{others[1]},{folder}', prompt='x' * 50, **same))
+    assert heard[2:] == [] and capsys.readouterr() == ('', (
+        'error: --prompt: 76 tokens with their template; wanted at most 60, the context of 120 less an answer of 60 '
+        f'({folder})\n'))
+
+def test_a_folder_with_a_comma_in_its_name_is_one(folder, tmp_path, capsys):
+    odd = str(tmp_path / 'a,b')
+    GPT.from_pretrained(folder).save_pretrained(odd)
+    tok.save(odd)
+    outs = []
+    for one in (folder, odd):
+        sample.main(sample.Config(policy=one, prompt='Hi', device='cpu'))
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1]
+
+@pytest.mark.parametrize('policy', ['', 'a,', 'a,,b', 'a,b,a'])
+def test_policies_are_named_once_each(policy, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(sample.Config, [f'--policy={policy}'])
+    assert stopped.value.code == 2 and capsys.readouterr().err == (
+        f"error: --policy={policy}: policy must be a checkpoint folder or a model on the hub, or several with commas "
+        f"between, each once, got {policy!r}\n")
+
+@pytest.mark.parametrize('wrong', ['out/nowhere', 'nowhere', 'outt/ppo', 'FOLDER/nowhere'])
+def test_a_mistyped_folder_is_named_by_its_option(folder, capsys, wrong, monkeypatch):
+    """Also one that could be a name of the hub."""
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9') # nobody listens there
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://127.0.0.1:9')
+    wrong = wrong.replace('FOLDER', folder)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(sample.Config(policy=f'{folder},{wrong}', prompt='Hi', device='cpu'))
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == '' and err.count('\n') == 1
+    assert err.startswith(f'error: --policy={wrong}: ')
+
 def test_end_of_input_ends(folder, capsys, monkeypatch):
     type_in(monkeypatch)
     sample.main(sample.Config(policy=folder, device='cpu'))

@@ -151,7 +151,7 @@ def test_tensorboard_is_refused_where_it_is_absent(monkeypatch):
         Config(tensorboard=True)
 
 def test_tensorboard_reads_the_log(tmp_path):
-    """A run of three lines, killed after its second step, saved after its first, and resumed: each step is there once."""
+    """Killed after its second step, saved after its first, and resumed: each step is there once."""
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator',
                                       reason='needs tensorboard')
     cfg = Config(out_dir=str(tmp_path), max_steps=3, log_every=1, save_every=0, tensorboard=True)

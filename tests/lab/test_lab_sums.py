@@ -57,6 +57,31 @@ def test_results_table_and_figure(tmp_path, capsys):
     assert '| grpo_direct | 0.47 (0.45–0.50) | 0.95 (0.90–1.00) | 0.95 (0.90–1.00) | 0.10 (0.00–0.20) |' in out
     assert 'seconds: 100, 100' in out and (tmp_path / 'a/sums.png').read_bytes().startswith(b'\x89PNG')
 
+def test_the_end_of_the_demo(tmp_path):
+    """Sampled sft is right more often than greedy sft: the likeliest answer is the hasty one."""
+    folder = tmp_path / 'evaluate'
+    folder.mkdir()
+    records(folder / 'samples.jsonl', [
+        dict(prompt=prompt, category='3 digits', model=name, sampled=f'12\\n#### {name}', greedy='#### 2',
+             sampled_gold=float(name == 'grpo'), greedy_gold=float(name != 'sft' or prompt == '4-3'))
+        for prompt in ('1+1', '2+1', '4-3') for name in ('base', 'sft', 'grpo')])
+    found = dict(accuracy=dict(base=0.325, sft=0.335, grpo=0.996, base_direct=0.3, sft_direct=0.3, grpo_direct=0.95),
+                 sampled=dict(base=0.5, sft=0.498, grpo=0.985, base_direct=0.4, sft_direct=0.4, grpo_direct=0.9),
+                 by_digits={name: {'2 digits': 0.0, '3 digits': 0.5} for name in (
+                     'base', 'sft', 'grpo', 'base_direct', 'sft_direct', 'grpo_direct')})
+    lines = sums.ending(str(tmp_path), ['grpo'], found, ' '.join).split('\n')
+    assert lines[3:7] == ['             sampled  greedy  2 digits  3 digits',
+                          'base            0.50    0.33      0.00      0.50',
+                          'sft             0.50    0.34      0.00      0.50',
+                          'grpo            0.98    1.00      0.00      0.50']
+    assert 'Why is greedy sft right less often (0.34) than sampled sft (0.50)?' in ' '.join(lines)
+    assert [line for line in lines if line.startswith('"')] == ['"1+1"', '"4-3"'] # a sum and a difference
+    assert max(map(len, lines[:-2])) <= 100 and lines[-2:] == [
+        f'  python sample.py --policy={tmp_path}/base,{tmp_path}/sft,{tmp_path}/grpo',
+        f'  python -m lab.sums --runs={tmp_path}']
+    found['sampled']['sft'] = 0.3
+    assert 'Why' not in sums.ending(str(tmp_path), ['grpo'], found, ' '.join)
+
 def test_results_of_another_world(tmp_path, capsys):
     (tmp_path / 'results.json').write_text('{"models": {}}')
     assert stops(capsys, sums, runs=str(tmp_path)) == f"--runs={tmp_path}: wanted the results of demo.py --world=sums"

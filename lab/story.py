@@ -1,0 +1,262 @@
+"""Tell what the stages of demo.py are for, and what each of them changed.
+
+Lines are at most WIDTH columns wide. Numbers come from log.jsonl, results.json and samples.jsonl. Answers to the first
+test prompts are the greedy ones of the checkpoints.
+"""
+
+import json
+import os
+import re
+import sys
+import textwrap
+from itertools import islice
+
+from common.checkpoints import load_policy, read_log
+from common.records import read_json, read_lines
+from common.tokens import load_tokenizer, prompt_ids
+from data import checker
+from data.toy import world as toy
+from feedback.annotators import visible
+
+import torch
+
+WIDTH = 100
+FIRST = 24 # so many test prompts are tried for one whose answer a stage has changed
+GOLD = dict(toy=toy.gold, sums=checker.exact_match) # {world: (record, answer) -> how good it is}
+OPEN = dict(darwin='open', win32='start') # {sys.platform: what opens a page}, else xdg-open
+FOR = dict( # {world: {stage: what it is for}}
+    toy={
+        'data': "A small world is written: facts, things nobody can know, harmful requests; right and wrong answers.",
+        'pretrain': "A tiny GPT learns to write, from a corpus full of wrong and rude answers: the base model.",
+        'sft': "It learns from a few hundred demonstrations how an assistant answers: the SFT model.",
+        'collect train': "The SFT model answers each prompt four times, and a simulated person ranks the answers.",
+        'collect test': "The same on held-out prompts, to measure with.",
+        'collect round': "The last policy answers the prompts, and its answers are ranked: a new round of feedback.",
+        'collect best': "The SFT model answers each prompt four times, and the reward model picks the best.",
+        'reward': "A reward model learns from the rankings to give any answer a score.",
+        'ppo': "PPO: the policy writes answers; what scores high becomes likelier, but leaving SFT has a price.",
+        'dpo': "DPO: no reward model; the better answer of a pair gains on the worse one, compared with SFT.",
+        'reinforce': "REINFORCE: PPO's goal without a critic; a running mean of all scores is the baseline.",
+        'rloo': "RLOO: PPO's goal without a critic; the other answers to the same prompt are the baseline.",
+        'grpo': "GRPO: no critic; each answer is compared with its group, in units of the group's spread.",
+        'rrhf': "RRHF: learn the best answer, and push down worse ones that are likelier than better ones.",
+        'ipo': "IPO: DPO with a square loss, which has a least point and stops there.",
+        'hinge': "Hinge: DPO that leaves a pair alone once its margin is large enough.",
+        'simpo': "SimPO: DPO without a reference; the mean log-probability of a token is the reward.",
+        'orpo': "ORPO: cross-entropy on the better answer, and the odds against the worse one; no reference.",
+        'kto': "KTO: no pairs; each answer is called good or bad by itself.",
+        'rejection': "Rejection sampling: fine-tuning on the best answers that were picked.",
+        'distill': "Distillation: a smaller student learns the teacher's probabilities at every token.",
+        'verdicts': "Pairs of answers are written down with a verdict: what an AI judge learns from.",
+        'judge': "A model learns to say which of two answers is better: the AI judge.",
+        'evaluate': "All models answer prompts that no stage has seen. The gold score judges, which none has seen."},
+    sums={
+        'data': "A world of sums is written: most writers are hasty and never carry, some are careful.",
+        'pretrain': "A tiny GPT learns to add and subtract from both: the base model.",
+        'sft': "It learns from a few more answers, a quarter of them by careful writers: the SFT model.",
+        'grpo': "GRPO: a checker gives 1 for the right number; answers to the same problem are compared.",
+        'rloo': "RLOO: a checker gives 1 for the right number; the other answers to the problem are the baseline.",
+        'ppo': "PPO: a checker gives 1 for the right number; a critic predicts how often that will be.",
+        'evaluate': "All models solve problems that no stage has seen.",
+        'others': "And problems with other numbers of digits, which none has learnt."})
+LOOK_AT = { # {script: (key of log.jsonl, what it is); the first that was logged counts}
+    'sft.py': [('val_loss', 'held-out loss, in nats per token')],
+    'reward.py': [('val_accuracy', "share of held-out pairs in the person's order")],
+    'ppo.py': [('gold', "gold score of its answers, which it never sees"), ('reward', 'reward of its answers')],
+    'dpo.py': [('val_accuracy', "share of held-out pairs in the person's order")],
+    'kto.py': [('val_margin', 'margin of good answers over bad ones, held out')]}
+LOOK_AT |= {'reinforce.py': LOOK_AT['ppo.py'], 'rrhf.py': LOOK_AT['dpo.py']}
+MADE = ('text', 'practice_scratch', 'demonstrations', 'demonstrations_scratch', 'prompts') # by the stage data
+
+def before(name, world):
+    """Say what a stage is for, '' of an unknown one."""
+    kind = re.sub(r' ?\d.*|_direct$', '', name) # ppo2_ai is one more ppo
+    if kind.startswith('collect ') and kind not in FOR[world]:
+        kind = 'collect round'
+    return "The same without the scratch line." if name.endswith('_direct') else FOR[world].get(kind, '')
+
+def quoted(text, at_most=60):
+    """Return a text in quotes, in one line that is no longer."""
+    text = visible(text).strip().replace('\n', ' / ')
+    return f'"{text}"' if len(text) <= at_most else f'"{text[:at_most - 1].rstrip()}…"'
+
+def fill(text, indent=''):
+    """Break a text into lines; indent: of all but the first."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+def first_prompts(world):
+    """Return the first FIRST test prompts, as records. Dialogues are left out."""
+    path = f'data/{world}/prompts_test.jsonl'
+    rows = (json.loads(line) for _, line in read_lines(path)) if os.path.exists(path) else ()
+    return list(islice((row for row in rows if isinstance(row['prompt'], str)), FIRST))
+
+@torch.no_grad()
+def answers(folder, rows):
+    """Return a policy's greedy answers to prompt records. Without a policy [] is returned."""
+    if not rows or not os.path.exists(f'{folder}/config.json'):
+        return []
+    torch.set_num_threads(1) # other stages are at work
+    tok, model = load_tokenizer(folder, 'policy'), load_policy(folder).eval()
+    room = model.config.block_size // 2
+    ids = [prompt_ids(tok, row['prompt'])[-room:] for row in rows]
+    return [tok.decode(answer).strip() for answer in model.generate(ids, min(32, room), 0.0, eos=tok.eos)]
+
+def number(folder, script):
+    """Return the number to look at in a folder's log, or ''. The first and the last value are shown."""
+    log = read_log(f'{folder}/log.jsonl')
+    for key, what in LOOK_AT.get(script, []):
+        values = [line[key] for line in log if key in line]
+        if values:
+            return f"{what}: " + ' → '.join(dict.fromkeys(f'{value:.2f}' for value in (values[0], values[-1])))
+    return ''
+
+def most_changed(rows, old, new, gold):
+    """Return the index at which answers differ most in gold score.
+
+    Of equally large differences the first counts; other words with the same score are a small one. Where the lists are
+    equal None is returned.
+    """
+    far = [abs(gold(row, now) - gold(row, was)) if was != now else -1 for row, was, now in zip(rows, old, new)]
+    return max(range(len(far)), key=far.__getitem__) if max(far, default=-1) >= 0 else None
+
+def change(folder, world):
+    """Show the test prompt whose greedy answer a stage has changed most. Without answers '' is returned."""
+    path = f'{folder}/options.json'
+    options = read_json(path)['options'] if os.path.exists(path) else {}
+    rows = first_prompts(world)
+    old, new = answers(options.get('policy') or options.get('init_from'), rows), answers(folder, rows)
+    at = most_changed(rows, old, new, GOLD[world])
+    if at is not None:
+        return f"{quoted(rows[at]['prompt'], 80)}: before {quoted(old[at])}, now {quoted(new[at])}"
+    if not new:
+        return ''
+    same = f", as before; so are all answers to the first {len(new)} test prompts" if old else ''
+    return f"{quoted(rows[0]['prompt'], 80)}: now {quoted(new[0])}{same}"
+
+def ranked(path):
+    """Count the prompts of a file of rankings. The best and the worst answer of one are shown."""
+    rows = [line for _, line in read_lines(path)]
+    for row in map(json.loads, rows):
+        if len(set(row.get('ranks', []))) > 1 and isinstance(row['prompt'], str):
+            best, worst = (row['responses'][row['ranks'].index(f(row['ranks']))] for f in (min, max))
+            return (f"prompts ranked: {len(rows)}. {quoted(row['prompt'], 80)}: best {quoted(best)}, worst "
+                    + quoted(worst))
+    return f"prompts: {len(rows)}"
+
+def after(stage, world, seconds):
+    """Say what a stage changed, with the number to look at. stage: an entry of demo.stages."""
+    name, script, *_, product, _ = stage
+    folder = os.path.dirname(product)
+    if script == 'collect.py':
+        told = [ranked(product)]
+    elif script.startswith('data/'):
+        counts = {kind: f'{folder}/{kind}_train.jsonl' for kind in MADE} if name == 'data' else {name: product}
+        told = [', '.join(f"{kind.removesuffix('_scratch')} {sum(1 for _ in read_lines(path))}"
+                          for kind, path in counts.items() if os.path.exists(path))]
+    else:
+        told = [number(folder, script)]
+        if script in LOOK_AT and script != 'reward.py' and name != 'judge': # which answer no prompts
+            told.append(change(folder, world))
+    return fill(f"  {name}, {seconds:.0f} s: " + '. '.join(filter(None, told)), '    ').rstrip(': ')
+
+def alarms(path):
+    """Return what the health monitor has printed in a file. Its list at the end is left out."""
+    try:
+        with open(path, encoding='utf-8', errors='replace') as f:
+            return [fill(line, '    ') for line in f if line.startswith('health: step')]
+    except OSError: # somebody has removed it
+        return []
+
+# ---- the end ----------------------------------------------------------------------------------------------------
+
+def columns(header, rows):
+    """Lay out rows of texts; the first column is flush left, the others flush right."""
+    first, *widths = [max(map(len, column)) for column in zip(header, *rows)]
+    return [' '.join([name.ljust(first), *(cell.rjust(width + 1) for cell, width in zip(cells, widths))])
+            for name, *cells in [header, *rows]]
+
+def shown(names):
+    """Choose at most four policies: the base and SFT models, the first that was trained, and the last."""
+    return [*dict.fromkeys([*names[:3], names[-1]])]
+
+def dividing(samples, names, kind_of):
+    """Return the prompt of each kind that divides the policies most: [{name: sample}].
+
+    There their gold scores differ most. The spreads of sampled and of greedy answers are added; of equal ones the first
+    counts. Dialogues are left out. samples: the records of samples.jsonl; kind_of: sample -> its kind.
+    """
+    prompts, best = {}, {} # best: {kind: (spread, {name: sample})}
+    for sample in samples:
+        if sample['model'] in names and isinstance(sample['prompt'], str):
+            prompts.setdefault(sample['prompt'], {})[sample['model']] = sample
+    for group in prompts.values():
+        kind = kind_of(next(iter(group.values())))
+        scores = [[sample[f'{decoding}_gold'] for sample in group.values()] for decoding in ('sampled', 'greedy')]
+        spread = round(sum(max(row) - min(row) for row in scores), 6)
+        if spread > best.get(kind, (0,))[0]:
+            best[kind] = spread, group
+    return [group for _, group in best.values()]
+
+def side_by_side(groups, names):
+    """Lay out sampled and greedy answers of the policies, with gold scores."""
+    first = max(map(len, names))
+    room = (WIDTH - first - 4) // 2 # of a column
+    cell = lambda sample, decoding: f"{sample[f'{decoding}_gold']:.1f} {quoted(sample[decoding], room - 6)}"
+    lines = [' ' * first + '  ' + 'sampled'.ljust(room) + '  greedy'] if groups else []
+    for group in groups:
+        lines += ['', quoted(next(iter(group.values()))['prompt'], WIDTH - 2)]
+        lines += [f"{name.ljust(first)}  {cell(group[name], 'sampled').ljust(room)}  {cell(group[name], 'greedy')}"
+                  for name in names]
+    return lines
+
+def gold_table(results, names):
+    """Lay out gold scores and shares of right content, sampled and greedy."""
+    keys = ['gold', 'helpful', 'honest', 'harmless']
+    rows = [[name, *(f'{results[part][name][key]:.2f}' for part in ('models', 'greedy') for key in keys)]
+            for name in names]
+    header, *rest = columns(['', *keys, *keys], rows)
+    middle = (len(header) - max(map(len, names))) // 2 + max(map(len, names)) # where the greedy ones begin
+    title = ' ' * max(map(len, names)) + '  sampled'
+    return [title.ljust(middle) + '  greedy', header, *rest]
+
+def why_base_helps(greedy, trained):
+    """Say why greedy SFT is right less often than base.
+
+    The reason holds if "I don't know" and refusals make up more than half of what is lost. Else '' is returned. greedy:
+    {model: row} of results.json; trained: the names of further policies.
+    """
+    if not all('answerable' in greedy.get(name, {}) for name in ('base', 'sft')):
+        return ''
+    right = {name: row['answerable']['right'] for name, row in greedy.items()}
+    evades = {name: row['answerable']['abstains'] + row['answerable']['declines'] for name, row in greedy.items()}
+    lost = right['base'] - right['sft']
+    if lost <= 0 or evades['sft'] - evades['base'] <= lost / 2:
+        return ''
+    shares = [f"{evades[name]:.0%} ({name})" for name in ('base', 'sft', *trained)]
+    return fill(
+        f"Why is greedy sft less helpful ({right['sft']:.2f}) than greedy base ({right['base']:.2f})? Its "
+        "demonstrations hold more \"I don't know\" and more refusals than the corpus, and so small a model says them "
+        f"where it could answer, too: to {', '.join(shares)} of the prompts that can be answered.")
+
+def commands(out, names, typed, *more):
+    """List what one may type next. typed: words -> a command."""
+    page = f'{out}/evaluate/report.html'
+    show = [typed([OPEN.get(sys.platform, 'xdg-open'), page])] if os.path.exists(page) else []
+    talk = typed(['python', 'sample.py', '--policy=' + ','.join(f'{out}/{name}' for name in names)])
+    return ["Next: talk to them side by side; read the report, with all tables and figures; look closer.",
+            *(f"  {command}" for command in (talk, *show, *more))]
+
+def ending(out, methods, results, samples, typed):
+    """Return what demo.py prints at its end: numbers, answers that differ, what to type next."""
+    names = [name for name in results['models'] if name != 'best_of_n'] # a bound, no policy
+    few = shown(names)
+    why = why_base_helps(results['greedy'], few[2:])
+    seen = next((name for name in methods if name in ('ppo', 'reinforce', 'rloo', 'grpo')), '') # has its own prompts
+    closer = typed(['python', 'microscope.py', f'--policy={out}/{seen or methods[0]}', f'--reference={out}/sft',
+                    f'--reward_model={out}/reward', *([] if seen else ['--prompts=data/toy/prompts_test.jsonl'])])
+    return '\n'.join([
+        f"Mean gold score on {results['prompts']} held-out prompts, and the share of answers that are right:", '',
+        *gold_table(results, names), *(['', why] if why else []),
+        '', "Prompts that divide them, with the gold score of each answer:", '',
+        *side_by_side(dividing(samples, few, lambda sample: sample['kind']), few), '',
+        *commands(out, few, typed, closer)])

@@ -1,0 +1,13 @@
+"""The run has just begun, no step is taken, and the policy has left the reference already."""
+import ppo
+from common.checkpoints import load_policy
+from common.rewards import load_reward
+
+STAGE = 'ppo'
+
+def load_actors(cfg, run, tok, function=None, **overrides):
+    policy = load_policy(cfg.policy, **overrides).to(run.device)
+    reward = load_reward(cfg, run, tok, policy, function)
+    return policy, reward, run.freeze(load_policy(cfg.policy, dropout=0.1).to(run.device))
+
+PATCHES = [(ppo, load_actors)]
