@@ -19,13 +19,13 @@ docs/differences.md says what differs from the papers.
 
 from dataclasses import dataclass
 
-from common.batches import Batches, by_length, collate_answers, load_rankings, split_by_tokens
-from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.batches import Batches, by_length, load_rankings, own_parts
+from common.checkpoints import load_policy, prepare_out_dir
 from common.options import DataOptions, launch, require, unread
-from common.rollout import beats
-from common.run import progress, start, stop
+from common.rollout import answer_logp, beats, packed
+from common.run import start, stop
 from common.tokens import load_tokenizer
-from common.training import Means, finish_step, make_optimizer, take_step, training_bar
+from common.training import Means, begin, finish_step, take_step
 
 import torch
 import torch.nn.functional as F
@@ -146,29 +146,18 @@ def pair_loss(logp, ref_logp, answers, cfg):
         chosen_reward=chosen_rewards.mean(), rejected_reward=rejected_rewards.mean(),
         chosen_logp=logp.detach()[w].mean(), rejected_logp=logp.detach()[l].mean())
 
-@torch.no_grad()
 def reference_logp(model, rows, cfg, run, name):
     """Return the reference's summed log-probabilities, a (K,) per row; zeros for a loss without a reference."""
     if cfg.loss in REFERENCE_FREE:
         return [torch.zeros(len(row.answers)) for row in rows]
-    mine = {} # each process takes its share of the rows
-    parts = run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum))
-    for part in progress(parts, desc=f"reference, {name}", disable=not run.is_master):
-        with run.autocast():
-            logp, _ = model.answers(collate_answers([rows[i] for i in part]).to(run.device)) # (N,)
-        if run.interrupted and run.world_size == 1:
-            raise KeyboardInterrupt(run.interrupted) # nothing to save yet
-        mine |= zip(part, logp.cpu().split([len(rows[i].answers) for i in part]))
-    return [logp for _, logp in sorted(run.merge(mine).items())]
+    return answer_logp(model, rows, cfg, run, f"reference, {name}")
 
 @torch.no_grad()
 def evaluate(model, rows, ref, cfg, run):
     """Measure the loss and its metrics on held-out rows, averaged over pairs."""
     means, model = Means(), model.eval()
     for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
-        answers = collate_answers([rows[i] for i in part]).to(run.device)
-        with run.autocast():
-            logp, _ = model.answers(answers) # (N,)
+        answers, logp, _ = packed(model, [rows[i] for i in part], run) # N answers, (N,)
         loss, metrics = pair_loss(logp, torch.cat([ref[i] for i in part]).to(run.device), answers, cfg)
         means.add(metrics | dict(loss=loss), len(answers.pairs))
     model.train()
@@ -176,17 +165,12 @@ def evaluate(model, rows, ref, cfg, run):
 
 def update(model, optimizer, rows, ref, cfg, run, step):
     """Take one optimizer step; return metrics. Every pair weighs the same; ref: the reference's (K,) per row."""
-    parts = split_by_tokens(range(len(rows)), [row.length for row in rows], cfg.grad_accum, run.world_size)
-    parts = [run.rows(part) for part in parts]
-    micro = [(collate_answers([rows[i] for i in part]), torch.cat([ref[i] for i in part])) for part in parts]
-    n_pairs = run.sum(sum(len(answers.pairs) for answers, _ in micro)) # ()
+    n_pairs = sum(a < b for row in rows for a in row.ranks for b in row.ranks)
     means = Means()
-    for answers, ref_logp in micro: # N answers, (N,)
-        answers, ref_logp = answers.to(run.device), ref_logp.to(run.device)
-        with run.autocast():
-            logp, _ = model.answers(answers) # (N,)
-        loss, metrics = pair_loss(logp, ref_logp, answers, cfg)
-        share = len(answers.pairs) / n_pairs # (), of the mean over the whole batch
+    for part in own_parts(range(len(rows)), [row.length for row in rows], cfg, run):
+        answers, logp, _ = packed(model, [rows[i] for i in part], run) # N answers, (N,)
+        loss, metrics = pair_loss(logp, torch.cat([ref[i] for i in part]).to(run.device), answers, cfg)
+        share = len(answers.pairs) / n_pairs # of the mean over the whole batch
         run.backward(loss * share)
         means.add(dict(loss=loss) | metrics, share)
     return take_step(run, cfg, step, model, optimizer, means.sum(run))
@@ -203,13 +187,8 @@ def main(cfg):
     ref = dict(zip(used, reference_logp(model, [rows[i] for i in used], cfg, run, 'train'))) # not yet trained
     val_ref = reference_logp(model, val, cfg, run, 'val') if val else None
 
-    run.prepare(model, cfg)
-    optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
-    state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
-
     measure = (lambda: evaluate(model, val, val_ref, cfg, run)) if val else None
-    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-    bar = training_bar(run, cfg, state, measure)
+    optimizer, bar, save = begin(run, cfg, model, tok, measure)
     for step in bar:
         chosen = batches.at(step)
         measured = update(model, optimizer, [rows[i] for i in chosen], [ref[i] for i in chosen], cfg, run, step)

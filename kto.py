@@ -14,14 +14,14 @@ docs/differences.md says what differs from the papers.
 import random
 from dataclasses import dataclass
 
-from common.batches import Batches, Row, collate, encode_rankings, split_by_tokens, truncate
-from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.batches import Batches, Row, encode_rankings, own_parts, truncate
+from common.checkpoints import load_policy, prepare_out_dir
 from common.options import DataOptions, fail, launch, note, require
 from common.records import read_unpaired
-from common.rollout import frozen_logp
+from common.rollout import answer_logp, packed
 from common.run import start, stop
 from common.tokens import load_tokenizer
-from common.training import Means, finish_step, make_optimizer, take_step, training_bar
+from common.training import Means, begin, finish_step, take_step
 
 import torch
 
@@ -64,93 +64,71 @@ def kl_estimate(pi, ref):
     """
     return (pi - ref).mean().clamp(min=0).detach()
 
-def mismatched(rows):
-    """Pair each prompt with the next answer to another, in a circle.
+def mismatched(rows, block_size):
+    """Pair each prompt with the next answer to another, in a circle; a prompt is cut to fit.
 
     A batch may hold several answers to a prompt, and a row twice. Where all prompts are equal it is the next answer.
     """
     circle = rows + rows
-    others = (next((other for other in circle[i:i + len(rows)] if other.prompt != row.prompt), circle[i])
+    others = (next((other for other in circle[i:i + len(rows)] if other.prompt != row.prompt), circle[i]).answers
               for i, row in enumerate(rows, 1))
-    return [Row(row.prompt, other.answers, {}) for row, other in zip(rows, others)]
-
-def tensors(rows, block_size):
-    """Stack rows of one answer as idx (B, T), mask (B, T-1), lengths (B,); a mismatched prompt may be cut."""
-    pairs = [(truncate(prompt, len(answer), block_size), answer) for prompt, (answer,), _ in rows]
-    idx, mask = collate([(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for prompt, answer in pairs])
-    return idx, mask, torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])
+    return [Row(truncate(row.prompt, len(other[0]), block_size), other, {}) for row, other in zip(rows, others)]
 
 def labels_of(rows):
     """Return the labels (B,) of rows, 1 = good, 0 = bad."""
     return torch.tensor([float(row.record['label']) for row in rows])
 
-def log_probs(model, rows, run, at_once):
-    """Return log pi(y|x) (B,) of each row, on the CPU, without a gradient."""
-    if not rows:
-        return torch.zeros(0)
-    with run.autocast():
-        idx, mask, lengths = (x.to(run.device) for x in tensors(rows, model.config.block_size))
-        return frozen_logp(model, idx, mask, lengths, at_once).sum(1).cpu()
-
-def estimate_kl(model, reference, rows, run, at_once):
-    """Return z0 () of all rows, mismatched, on the CPU; each process works on its share of them."""
-    others = run.rows(mismatched(rows))
-    pi, ref = (log_probs(m, others, run, at_once) for m in (model, reference)) # (B,)
-    return kl_estimate(*(torch.cat(run.gather(x)) for x in (pi, ref)))
+def estimate_kl(model, reference, rows, cfg, run):
+    """Return z0 () of all rows, mismatched, on the CPU."""
+    others = mismatched(rows, model.config.block_size)
+    return kl_estimate(*(torch.cat(answer_logp(m, others, cfg, run)) for m in (model, reference)))
 
 def load_data(path, tok, block_size, name):
     """Load rows of one answer each in random order; a file keeps a prompt's answers together."""
     records = read_unpaired(path, name)
     if not records:
         fail(f"{path}: all answers of every prompt tie; wanted some that are ranked above others")
-    rows = encode_rankings(tok, [r | {'responses': [r['response']], 'ended': [r.get('ended', True)]} for r in records],
-                           block_size, name)
+    records = [dict(prompt=r['prompt'], responses=[r['response']], ended=[r.get('ended', True)], label=r['label'])
+               for r in records]
+    rows = encode_rankings(tok, records, block_size, name)
     good = sum(row.record['label'] for row in rows)
     note(f"{name}: {good} good answers, {len(rows) - good} bad ones")
     random.Random(0).shuffle(rows)
     return rows
 
-def describe(rewards, labels, run):
-    """Return metrics of this process's implicit rewards and labels: means over all processes.
-
-    What there is no answer for is left out: a mean of nothing is not 0.
-    """
-    everything = [pair for part in run.gather(list(zip(rewards, labels))) for pair in part]
-    good, bad = ([reward for reward, label in everything if label == kind] for kind in (1.0, 0.0))
+def describe(rewards, labels):
+    """Return means of implicit rewards, by their labels; what there is no answer for is left out, not 0."""
+    good, bad = ([reward for reward, label in zip(rewards, labels) if label == kind] for kind in (1.0, 0.0))
     means = {name: sum(x) / len(x) for name, x in (('desirable_reward', good), ('undesirable_reward', bad)) if x}
     return means | (dict(margin=means['desirable_reward'] - means['undesirable_reward']) if good and bad else {})
 
 def evaluate(model, reference, rows, cfg, run):
     """Measure the loss and its metrics on held-out rows; one z0 for all of them."""
-    at_once = cfg.batch_size // cfg.grad_accum
     model.eval()
-    z0, mine = estimate_kl(model, reference, rows, run, at_once), run.rows(rows) # (), the share of this process
-    pi, ref = (log_probs(m, mine, run, at_once) for m in (model, reference)) # (B,)
-    label = labels_of(mine) # (B,)
-    loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
+    z0 = estimate_kl(model, reference, rows, cfg, run) # ()
+    pi, ref = (torch.cat(answer_logp(m, rows, cfg, run)) for m in (model, reference)) # (N,)
     model.train()
-    total = run.sum(loss * len(mine) if mine else 0.0).item()
-    means = dict(loss=total / len(rows), kl=z0.item()) | describe(reward.tolist(), label.tolist(), run)
+    label = labels_of(rows) # (N,)
+    loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
+    means = dict(loss=loss.item(), kl=z0.item()) | describe(reward.tolist(), label.tolist())
     return {'val_' + name: value for name, value in means.items()}
 
 def update(model, reference, optimizer, rows, cfg, run, step):
     """Take one optimizer step on rows; return its metrics. Every answer weighs the same."""
-    at_once = cfg.batch_size // cfg.grad_accum # rows in a pass
-    z0 = estimate_kl(model, reference, rows, run, at_once).to(run.device) # (), of the whole batch
+    z0 = estimate_kl(model, reference, rows, cfg, run).to(run.device) # (), of the whole batch
+    all_ref = answer_logp(reference, rows, cfg, run) # a (1,) per row
     means, rewards, labels = Means(), [], []
-    for part in split_by_tokens(rows, [row.length for row in rows], cfg.grad_accum, run.world_size):
-        part = run.rows(part)
-        idx, mask, _ = (x.to(run.device) for x in tensors(part, model.config.block_size)) # (B, T), (B, T-1)
-        label = labels_of(part).to(run.device) # (B,)
-        ref = log_probs(reference, part, run, at_once).to(run.device) # (B,)
-        with run.autocast():
-            pi = model.logp(idx, mask).sum(1) # (B,)
+    for part in own_parts(range(len(rows)), [row.length for row in rows], cfg, run):
+        some, ref = [rows[i] for i in part], torch.cat([all_ref[i] for i in part]).to(run.device) # (B,)
+        _, pi, _ = packed(model, some, run) # (B,)
+        label = labels_of(some).to(run.device) # (B,)
         loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
         share = len(part) / len(rows) # of the mean over the whole batch
         run.backward(loss * share)
         means.add(dict(loss=loss), share)
         rewards, labels = rewards + reward.tolist(), labels + label.tolist()
-    measured = means.sum(run) | dict(kl=z0.item()) | describe(rewards, labels, run)
+    rewards, labels = (sum(run.gather(x), []) for x in (rewards, labels)) # of all processes
+    measured = means.sum(run) | dict(kl=z0.item()) | describe(rewards, labels)
     return take_step(run, cfg, step, model, optimizer, measured)
 
 def main(cfg):
@@ -162,13 +140,8 @@ def main(cfg):
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
     prepare_out_dir(run, cfg, batches.epoch_steps)
-    run.prepare(model, cfg)
-    optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
-    state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
-
     measure = (lambda: evaluate(model, reference, val, cfg, run)) if val else None
-    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-    bar = training_bar(run, cfg, state, measure)
+    optimizer, bar, save = begin(run, cfg, model, tok, measure)
     for step in bar:
         measured = update(model, reference, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step)
         finish_step(run, cfg, bar, step + 1, measured, ['loss', 'margin'], save, measure)

@@ -43,11 +43,24 @@ class GPTConfig:
     value_head: bool = False # V(s_t) for every position, for PPO's critic
     reward_head: bool = False # one score per sequence, for the reward model
 
+class Linear(nn.Linear):
+    """Map x (…, in) to (…, out) by W, or with an adapter by W + alpha / rank B A, see GPT.adapt."""
+
+    def adapt(self, rank, alpha):
+        """Add an adapter. B is 0 at first, so that nothing changes yet."""
+        A, B = nn.Linear(self.in_features, rank, bias=False), nn.Linear(rank, self.out_features, bias=False)
+        nn.init.zeros_(B.weight)
+        self.lora, self.scale = nn.Sequential(A, B).to(self.weight.device), alpha / rank
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.scale * self.lora(x) if hasattr(self, 'lora') else y
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
     def forward(self, x, cache=None, mask=None, keep=None):
@@ -64,8 +77,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x):
@@ -177,6 +190,21 @@ class GPT(nn.Module):
             nn.init.zeros_(self.value_head.weight)
         if self.reward_head is not None: # Stiennon et al. 2020, appendix B.1
             nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(config.n_embd + 1))
+
+    def adapt(self, rank, alpha, on):
+        """Freeze all but the heads, and add adapters (LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+            W x  becomes  W x + alpha / rank * B A x          equation 3; B: (out, rank), A: (rank, in)
+
+        on: attn, the projection to queries, keys and values; or all, every linear layer of the blocks.
+        """
+        self.requires_grad_(False)
+        for block in self.h:
+            rest = (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj) if on == 'all' else ()
+            for linear in (block.attn.c_attn, *rest):
+                linear.adapt(rank, alpha)
+        for head in filter(None, (self.value_head, self.reward_head)):
+            head.requires_grad_(True)
 
     def trunk(self, idx, positions, cache=None, mask=None, keep=None):
         """Return the last layer's output (B, T, C) for tokens idx (B, T) at positions (T,) or (B, T).

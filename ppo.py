@@ -22,7 +22,7 @@ docs/differences.md says what differs from the papers.
 from collections import namedtuple
 from dataclasses import dataclass
 
-from common.batches import Batches, collate, encode_prompts, load_training_set, split_by_tokens
+from common.batches import Batches, collate, encode_prompts, load_training_set, own_parts
 from common.checkpoints import load_checkpoint, load_policy, load_reward_model, prepare_out_dir, save_checkpoint
 from common.options import fail, launch, require, unread
 from common.records import files_of, read_records
@@ -142,11 +142,14 @@ def load_models(cfg, run, tok, function=None):
         if not policy.config.bias: # the value head brings a final bias, which a saved policy has not
             policy.ln_f.bias.requires_grad_(False)
         return Models(policy, policy, reward, reference)
-    if not cfg.reward_model:
-        return Models(policy, load_policy(cfg.policy, value_head=True).to(run.device), reward, reference)
-    critic = load_reward_model(files_of(cfg.reward_model)[0], value_head=True).to(run.device)
+    if cfg.reward_model:
+        critic, trunk = load_reward_model(files_of(cfg.reward_model)[0], value_head=True), reward.models[0]
+    else:
+        critic, trunk = load_policy(cfg.policy, value_head=True), reference
     critic.reward_head, critic.config.reward_head = None, False # its value head took over
-    return Models(policy, critic, reward, reference)
+    if cfg.lora_rank: # one trunk for both; so PPO has two for four models
+        critic.load_state_dict(trunk.state_dict(keep_vars=True), strict=False, assign=True)
+    return Models(policy, critic.to(run.device), reward, reference)
 
 def ppo_loss(models, b, cfg, run):
     """Return the loss (), its metrics, and the largest |ratio - 1| (); b: part of the batch.
@@ -172,13 +175,11 @@ def ptx_backward(policy, examples, cfg, run):
 
         L = -mean over the tokens of examples (ids, mask) of log pi
     """
-    parts = split_by_tokens(examples, [len(ids) for ids, _ in examples], cfg.grad_accum, run.world_size)
-    micro = [collate(run.rows(part)) for part in parts] # (B, T), (B, T-1) each
-    n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
-    total = 0.0
-    for idx, mask in micro:
+    n_tokens, total = sum(sum(mask[1:]) for _, mask in examples), 0.0 # nothing predicts a row's first token
+    for part in own_parts(examples, [len(ids) for ids, _ in examples], cfg, run):
+        idx, mask = (x.to(run.device) for x in collate(part)) # (B, T), (B, T-1)
         with run.autocast():
-            logp = policy.logp(idx.to(run.device), mask.to(run.device)) # (B, T-1), 0 where mask is
+            logp = policy.logp(idx, mask) # (B, T-1), 0 where mask is
         run.backward(-cfg.ptx_coef * logp.sum() / n_tokens)
         total -= logp.detach().sum() / n_tokens
     return run.sum(total).item()
@@ -207,16 +208,14 @@ def roll_out(models, prompts, records, tok, cfg, kl_coef, run, gold=None, user=N
     batch = dict(idx=idx, mask=mask, old_logp=old_logp, ref_logp=ref_logp, scores=scores[:, None].expand_as(mask),
                  rewards=rewards, old_values=values, returns=returns, advantages=whiten(advantages, mask, run))
     measured = describe(rolls, ref_logp, reward, scores, run) | parts | describe_critic(values, returns, mask, run)
-    if gold:
-        measured['gold'] = mean_gold(gold, rolls)
-    return batch, lengths, measured
+    return batch, lengths, measured | mean_gold(gold, rolls)
 
 def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
     """Make step 5 on one iteration's answers, as roll_out returns them; return means over the updates.
 
     first_ratio: the largest |ratio - 1| before the first update, 0 but for rounding unless sampling and scoring differ.
     """
-    updates, steps, first_ratio, lr = [], [], 0.0, lr_at(step, cfg)
+    updates, first_ratio, lr = [], 0.0, lr_at(step, cfg)
     # 5. several epochs of the clipped surrogate and the clipped value loss
     for rows in minibatches(len(lengths), cfg):
         means = Means()
@@ -225,22 +224,21 @@ def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
             run.backward(loss * share)
             means.add(measured, share)
             first_ratio = first_ratio if updates else max(first_ratio, largest.item())
-        updates.append(means.sum(run))
-        check_finite(cfg, step, 'the loss', updates[-1]['loss'])
-        if cfg.early_stop_kl and updates[-1]['approx_kl'] > cfg.early_stop_kl:
+        updates.append(measured := means.sum(run))
+        check_finite(cfg, step, 'the loss', measured['loss'])
+        if cfg.early_stop_kl and measured['approx_kl'] > cfg.early_stop_kl:
             models.policy.zero_grad(), models.critic.zero_grad() # this update is not made
             break
-        steps.append({})
         if ptx:
             examples = ptx.at(step * cfg.epochs * cfg.minibatches + len(updates) - 1)
-            steps[-1]['ptx_loss'] = ptx_backward(models.policy, examples, cfg, run)
+            measured['ptx_loss'] = ptx_backward(models.policy, examples, cfg, run)
         last = 'critic' not in optimizers # a separate critic steps after the policy
-        steps[-1]['grad_norm'] = optimizer_step(run, cfg, step, models.policy, optimizers['policy'], lr, last)
+        measured['grad_norm'] = optimizer_step(run, cfg, step, models.policy, optimizers['policy'], lr, last)
         if 'critic' in optimizers:
             optimizer_step(run, cfg, step, models.critic, optimizers['critic'], lr_at(step, cfg, cfg.critic_lr))
-    measured = {k: sum(line[k] for line in lines) / len(lines) # no steps where the first update goes too far
-                for lines in (updates, steps) if lines for k in lines[0]}
-    return measured | dict(first_ratio=max(run.gather(first_ratio)), updates=len(steps), lr=lr)
+    every = {k: [line[k] for line in updates if k in line] for k in updates[0]} # one that is not made has no grad_norm
+    return {k: sum(x) / len(x) for k, x in every.items()} | dict(
+        first_ratio=max(run.gather(first_ratio)), updates=len(every.get('grad_norm', [])), lr=lr)
 
 def main(cfg):
     run = start(cfg)
@@ -262,12 +260,12 @@ def main(cfg):
     optimizers = {name: make_optimizer(model, cfg, eps=1e-5) for name, model in trained.items()}
     state = load_checkpoint(run, cfg, models.policy, optimizers)
     if state and cfg.critic == 'separate':
-        models.critic.load_state_dict(state['critic'])
+        models.critic.load_state_dict(state['critic'], strict=False)
     kl_coef = state['kl_coef'] if state and cfg.kl_target else cfg.kl_coef # adapted from step to step
     samples = earlier_samples(cfg, state) # lines of samples.jsonl
 
     def save(step):
-        critic = models.critic.state_dict() if cfg.critic == 'separate' else {}
+        critic = {k: p for k, p in models.critic.named_parameters() if p.requires_grad} if 'critic' in trained else {}
         add_samples(samples, step, models, batch, lengths, tok, cfg, run)
         save_checkpoint(run, cfg, models.policy, tok, step, optimizers, samples, critic=critic, kl_coef=kl_coef)
 

@@ -122,9 +122,7 @@ def roll_out(models, prompts, records, tok, cfg, baseline, run, gold=None, user=
     measured = describe(rolls, ref_logp, reward, scores, run) | parts
     measured |= dict(returns=rewards.mean(), # the objective; next, its spread among the answers to one prompt
                      group_std=rewards.std(1, unbiased=False).mean())
-    if gold:
-        measured['gold'] = mean_gold(gold, rolls)
-    return batch, rolls.lengths, measured
+    return batch, rolls.lengths, measured | mean_gold(gold, rolls)
 
 def refill(draw, cfg, run):
     """Roll out prompts until enough have answers that score differently. Returns as roll_out does.
@@ -198,7 +196,7 @@ def update(policy, optimizer, batch, lengths, cfg, run, step):
 
     first_ratio: the largest |ratio - 1| before the first update, 0 but for rounding unless sampling and scoring differ.
     """
-    updates, norms, first_ratio, lr = [], [], 0.0, lr_at(step, cfg)
+    updates, first_ratio, lr = [], 0.0, lr_at(step, cfg)
     for rows in minibatches(len(lengths), cfg):
         means, rows = Means(), rows.to(run.device)
         batch['weight'] = token_weights(batch['mask'], rows, cfg.average, cfg.max_new_tokens, run) # (N, 1)
@@ -209,9 +207,9 @@ def update(policy, optimizer, batch, lengths, cfg, run, step):
             first_ratio = first_ratio if updates else max(first_ratio, largest.item())
         updates.append(means.sum(run))
         check_finite(cfg, step, 'the loss', updates[-1]['loss'])
-        norms.append(optimizer_step(run, cfg, step, policy, optimizer, lr))
+        updates[-1]['grad_norm'] = optimizer_step(run, cfg, step, policy, optimizer, lr)
     return {k: sum(line[k] for line in updates) / len(updates) for k in updates[0]} | dict(
-        grad_norm=sum(norms) / len(norms), first_ratio=max(run.gather(first_ratio)), updates=len(norms), lr=lr)
+        first_ratio=max(run.gather(first_ratio)), updates=len(updates), lr=lr)
 
 def main(cfg):
     run = start(cfg)

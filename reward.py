@@ -17,12 +17,13 @@ docs/differences.md says what differs from the papers.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
-from common.batches import Batches, collate_answers, load_rankings, split, split_by_tokens, to_table
+from common.batches import Batches, load_rankings, own_parts, split, to_table
 from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
 from common.options import DataOptions, fail, launch, require
-from common.rollout import beats, pair_agreement, score_packed
+from common.rollout import beats, packed, pair_agreement, score_packed
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, finish_step, make_optimizer, take_step, training_bar
@@ -45,8 +46,7 @@ class Config(DataOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, loss=(self.loss in ('pairwise', 'regression'), 'pairwise or regression'),
-                dropout=(self.dropout < 1, 'below 1'))
+        require(self, loss=(self.loss in ('pairwise', 'regression'), 'pairwise or regression'))
 
 def bradley_terry_loss(chosen, rejected, margin=None):
     """Return the mean () of -log P(chosen is preferred), by Bradley and Terry 1952.
@@ -122,22 +122,19 @@ def evaluate(model, rows, run, margins=False, loss='pairwise'):
     model. val_ceiling: by the annotator's own noise-free scores, where the records have them. val_shorter_wins: by
     length, the shorter one first. val_pairs: their number. margins: as in update.
     """
-    flat, points, start = score_rows(model, rows, run), {}, 0
-    scores = torch.tensor(flat) # (N,)
-    measured = dict(val_loss=preference_loss(scores, rows, margins, loss).item())
+    scores = torch.tensor(score_rows(model, rows, run)) # (N,)
+    measured, right, pairs = dict(val_loss=preference_loss(scores, rows, margins, loss).item()), Counter(), Counter()
     if loss == 'regression':
         measured['val_correlation'] = torch.stack([scores, ratings_of(rows)]).corrcoef()[0, 1].item()
-    for row in rows:
-        guesses = dict(val_accuracy=flat[start:start + len(row.answers)], val_ceiling=row.record.get('scores'),
+    for row, own in zip(rows, scores.split([len(row.answers) for row in rows])):
+        guesses = dict(val_accuracy=own.tolist(), val_ceiling=row.record.get('scores'),
                        val_shorter_wins=[-len(text) for text in row.record['responses']])
-        start += len(row.answers)
         for name, guess in guesses.items():
             if guess is not None:
-                right, n = pair_agreement(guess, row.ranks)
-                total = points.setdefault(name, [0, 0])
-                total[0], total[1] = total[0] + right, total[1] + n
-    shares = {name: right / n for name, (right, n) in points.items() if n} # ratings need not make a pair
-    return measured | shares | dict(val_pairs=points['val_accuracy'][1])
+                points, n = pair_agreement(guess, row.ranks)
+                right[name], pairs[name] = right[name] + points, pairs[name] + n
+    shares = {name: right[name] / n for name, n in pairs.items() if n} # ratings need not make a pair
+    return measured | shares | dict(val_pairs=pairs['val_accuracy'])
 
 def margin_of(row):
     """Return how much better chosen was found than rejected, 0 for rankings."""
@@ -159,12 +156,9 @@ def update(model, optimizer, rows, cfg, run, step, margins=False):
     weight = lambda rows: sum(len(row.answers) for row in rows) if regression else len(rows)
     n_best = sum(len(answer) for row in rows for answer, is_best in zip(row.answers, best(row)) if is_best) # tokens
     means, right, n_pairs = Means(), 0.0, 0
-    for part in split_by_tokens(rows, [row.length for row in rows], cfg.grad_accum, run.world_size):
-        part = run.rows(part)
+    for part in own_parts(rows, [row.length for row in rows], cfg, run):
         learnt = torch.tensor([is_best and cfg.lm_coef > 0 for row in part for is_best in best(row)]) # (N,)
-        answers = collate_answers(part).learnt(learnt).to(run.device) # N answers to B prompts
-        with run.autocast():
-            logp, scores = model.answers(answers) # (N,) each, logp of the best answers alone
+        answers, logp, scores = packed(model, part, run, learnt) # N answers, (N,) each, logp of the best ones alone
         better, worse = scores[answers.pairs].unbind(1) # one entry per pair
         loss = preference_loss(scores, part, margins, cfg.loss) * weight(part) / weight(rows)
         if cfg.lm_coef:

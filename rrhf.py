@@ -12,14 +12,14 @@ docs/differences.md says what differs from the papers.
 
 from dataclasses import dataclass
 
-from common.batches import Batches, by_length, collate_answers, load_rankings, split_by_tokens, to_table
-from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.batches import Batches, by_length, load_rankings, own_parts, to_table
+from common.checkpoints import load_policy, prepare_out_dir
 from common.options import DataOptions, launch
 from common.records import goodness
-from common.rollout import beats
+from common.rollout import beats, packed
 from common.run import start, stop
 from common.tokens import load_tokenizer
-from common.training import Means, finish_step, make_optimizer, take_step, training_bar
+from common.training import Means, begin, finish_step, take_step
 
 import torch
 
@@ -68,9 +68,7 @@ def evaluate(model, rows, cfg, run):
     means, model = Means(), model.eval()
     for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
         some = [rows[i] for i in part]
-        answers = collate_answers(some).to(run.device)
-        with run.autocast():
-            logp, _ = model.answers(answers) # (N,)
+        answers, logp, _ = packed(model, some, run) # N answers, (N,)
         loss, metrics = batch_loss(logp, some, answers, cfg)
         means.add(metrics | dict(loss=loss), len(some))
     model.train()
@@ -79,11 +77,8 @@ def evaluate(model, rows, cfg, run):
 def update(model, optimizer, rows, cfg, run, step):
     """Take one optimizer step on rows; return its metrics. Every prompt weighs the same."""
     means = Means()
-    for part in split_by_tokens(rows, [row.length for row in rows], cfg.grad_accum, run.world_size):
-        some = run.rows(part)
-        answers = collate_answers(some).to(run.device)
-        with run.autocast():
-            logp, _ = model.answers(answers) # (N,)
+    for some in own_parts(rows, [row.length for row in rows], cfg, run):
+        answers, logp, _ = packed(model, some, run) # N answers, (N,)
         loss, metrics = batch_loss(logp, some, answers, cfg)
         share = len(some) / len(rows) # of the mean over the whole batch
         run.backward(loss * share)
@@ -98,13 +93,8 @@ def main(cfg):
     val = load_rankings(cfg.val_data, tok, model.config.block_size, 'val', cfg.use_scores)
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
     prepare_out_dir(run, cfg, batches.epoch_steps)
-    run.prepare(model, cfg)
-    optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
-    state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
-
     measure = (lambda: evaluate(model, val, cfg, run)) if val else None
-    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-    bar = training_bar(run, cfg, state, measure)
+    optimizer, bar, save = begin(run, cfg, model, tok, measure)
     for step in bar:
         measured = update(model, optimizer, [rows[i] for i in batches.at(step)], cfg, run, step)
         finish_step(run, cfg, bar, step + 1, measured, ['loss', 'accuracy'], save, measure)

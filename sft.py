@@ -18,14 +18,14 @@ docs/differences.md says what differs from the papers.
 import math
 from dataclasses import dataclass
 
-from common.batches import Demonstrations, collate, encode_prompts, load_training_set, split_by_tokens
-from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
+from common.batches import Demonstrations, collate, encode_prompts, load_training_set, own_parts
+from common.checkpoints import load_policy, prepare_out_dir
 from common.options import DataOptions, fail, launch, require, unread
 from common.records import first_row, is_text_file, read_records
-from common.rollout import check_context, check_same_vocabulary, masked_mean, sample_answers
+from common.rollout import load_frozen, masked_mean, sample_answers
 from common.run import start, stop
 from common.tokens import load_tokenizer
-from common.training import Means, finish_step, make_optimizer, take_step, training_bar
+from common.training import Means, begin, finish_step, take_step
 from model import GPT, GPTConfig
 
 import numpy as np
@@ -60,9 +60,9 @@ class Config(DataOptions):
         super().__post_init__()
         require(self, loss_on=(self.loss_on in ('response', 'all'), 'response or all'),
                 val_fraction=(0 <= self.val_fraction < 1, 'at least 0 and below 1'),
-                dropout=(0 <= self.dropout < 1, 'at least 0 and below 1'),
                 temperature=(self.temperature > 0, 'above 0'),
                 divergence=(self.divergence in ('forward', 'reverse', 'jsd'), 'forward, reverse or jsd'),
+                lora_rank=(self.lora_rank == 0 or self.init_from != 'scratch', '0 with init_from=scratch'),
                 jsd_beta=(0 < self.jsd_beta < 1, 'above 0 and below 1'),
                 on_policy=(0 <= self.on_policy <= 1, 'at least 0 and at most 1'))
         require(self, loss_on=(self.on_policy == 0 or self.loss_on == 'response', 'response with on_policy'))
@@ -117,15 +117,6 @@ def own_answers(model, rows, tok, cfg, run):
     mine = [(prompt + answer, [0] * len(prompt) + [1] * len(answer)) for prompt, answer in zip(prompts, answers)]
     return [row for share in run.gather(mine) for row in share]
 
-def load_teacher(cfg, model, tok, run):
-    """Load the teacher, if there is one; it has to read the student's tokens and rows."""
-    if not cfg.teacher:
-        return None
-    teacher = load_policy(cfg.teacher, 'teacher')
-    check_same_vocabulary(model, teacher, 'teacher', cfg.teacher, tok)
-    check_context(model, teacher, 'teacher', cfg.teacher, "student's")
-    return run.freeze(teacher.to(run.device).eval())
-
 @torch.no_grad()
 def evaluate(model, data, cfg, run):
     """Measure the cross-entropy in nats per counted token of held-out data; a student's too."""
@@ -141,12 +132,10 @@ def evaluate(model, data, cfg, run):
 
 def update(model, teacher, optimizer, rows, cfg, run, step):
     """Take one optimizer step on rows (ids, mask); return its metrics. Every counted token weighs the same."""
-    parts = split_by_tokens(rows, [len(ids) for ids, _ in rows], cfg.grad_accum, run.world_size)
-    micro = [collate(run.rows(part)) for part in parts] # (B, T), (B, T-1) each
-    n_tokens = run.sum(sum(mask.sum() for _, mask in micro)) # ()
+    n_tokens = sum(sum(mask[1:]) for _, mask in rows) # nothing predicts a row's first token
     means = Means()
-    for idx, mask in micro:
-        idx, mask = idx.to(run.device), mask.to(run.device)
+    for part in own_parts(rows, [len(ids) for ids, _ in rows], cfg, run):
+        idx, mask = (x.to(run.device) for x in collate(part)) # (B, T), (B, T-1)
         with run.autocast():
             if teacher:
                 with torch.no_grad():
@@ -158,7 +147,7 @@ def update(model, teacher, optimizer, rows, cfg, run, step):
         share = mask.sum() / n_tokens # (), of the mean over the whole batch
         run.backward(loss * share)
         means.add(dict(loss=loss), share)
-    seen = dict(tokens=n_tokens.item()) if teacher else {}
+    seen = dict(tokens=n_tokens) if teacher else {}
     return take_step(run, cfg, step, model, optimizer, means.sum(run) | seen)
 
 def main(cfg):
@@ -170,7 +159,7 @@ def main(cfg):
         tok = load_tokenizer(cfg.init_from, 'init_from')
         model = load_policy(cfg.init_from, 'init_from', dropout=cfg.dropout)
     model.to(run.device)
-    teacher = load_teacher(cfg, model, tok, run)
+    teacher = load_frozen(load_policy, cfg.teacher, 'teacher', model, tok, run, "student's") if cfg.teacher else None
     how = (tok, model.config.block_size, cfg.batch_size, cfg.seed, cfg.loss_on, cfg.packed)
     room = model.config.block_size - cfg.max_new_tokens
     if cfg.on_policy and is_text_file(cfg.train_data):
@@ -187,13 +176,8 @@ def main(cfg):
     if cfg.val_data:
         val, _ = load_training_set(cfg.val_data, *how, 'val')
     prepare_out_dir(run, cfg, train.epoch_steps)
-    run.prepare(model, cfg)
-    optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
-    state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
-
     measure = (lambda: evaluate(model, val, cfg, run)) if val else None
-    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
-    bar = training_bar(run, cfg, state, measure)
+    optimizer, bar, save = begin(run, cfg, model, tok, measure)
     for step in bar:
         rows = train.at(step)
         if np.random.default_rng([cfg.seed, step]).random() < cfg.on_policy: # alike in all processes and after a resume

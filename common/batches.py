@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from common.options import fail, note
 from common.records import is_text_file, read_ranked, read_records
@@ -88,10 +89,7 @@ def encode_prompts(tok, records, room, name='prompts'):
 
 def pad(rows, fill=0):
     """Stack lists of numbers as (B, T) long, right-padded. Nothing reads the padding."""
-    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long) # (B, T)
-    for b, row in enumerate(rows):
-        out[b, :len(row)] = torch.as_tensor(row, dtype=torch.long)
-    return out
+    return pad_sequence([torch.as_tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill)
 
 def collate(examples):
     """Stack (ids, mask) as idx (B, T) and mask (B, T-1), which is shifted here."""
@@ -158,9 +156,7 @@ def collate_answers(rows):
 
 def to_table(values, rows, fill):
     """Lay out one value per answer, (N,) as in Answers, as (B, K); `fill` where a prompt has fewer."""
-    sizes = torch.tensor([len(row.answers) for row in rows], device=values.device) # (B,)
-    there = torch.arange(int(sizes.max()), device=values.device) < sizes[:, None] # (B, K)
-    return torch.full(there.shape, fill, dtype=values.dtype, device=values.device).masked_scatter(there, values)
+    return pad_sequence(values.split([len(row.answers) for row in rows]), batch_first=True, padding_value=fill)
 
 # ---- which rows make up a batch ---------------------------------------------------------------------------------
 
@@ -183,6 +179,10 @@ def split_by_tokens(rows, lengths, parts, least=1):
         wish = bisect.bisect_left(before, before[-1] * part / parts)
         cuts.append(min(wish, len(rows) - least * (parts - part)))
     return [[rows[i] for i in order[a:b]] for a, b in itertools.pairwise(cuts + [len(rows)])]
+
+def own_parts(rows, lengths, cfg, run):
+    """Cut a batch into cfg.grad_accum micro-batches; return of each the rows of this process."""
+    return [run.rows(part) for part in split_by_tokens(rows, lengths, cfg.grad_accum, run.world_size)]
 
 class Batches:
     """Choose the rows of each optimizer step: `.at(step)` is a list of batch_size row indices.

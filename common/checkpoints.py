@@ -105,7 +105,8 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, samples=(), **
     rng = run.gather(rng)
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step, max_steps=cfg.max_steps)
-    more |= dict(rng=rng, scaler=run.scaler.state_dict(), optimizers=states)
+    adapter = {name: p for name, p in model.named_parameters() if p.requires_grad} if cfg.lora_rank else {}
+    more |= dict(rng=rng, scaler=run.scaler.state_dict(), optimizers=states, adapter=adapter)
     run.first(lambda: write_checkpoint(cfg, model, tokenizer, about, more, run.inputs, samples))
 
 def write_checkpoint(cfg, model, tokenizer, about, more, inputs, samples):
@@ -133,6 +134,7 @@ def write_checkpoint(cfg, model, tokenizer, about, more, inputs, samples):
                 os.fsync(f.fileno())
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
+        weights.save_adapter(model, cfg)
     except (OSError, RuntimeError) as e: # torch.save reports a full disk as RuntimeError
         shutil.rmtree(new, ignore_errors=True)
         fail(f"{cfg.out_dir}: the checkpoint of step {about['step']} could not be written ({e}); the last one is "
@@ -169,8 +171,8 @@ def script_of(cfg):
 def read_about(out_dir):
     """Read options.json; fail where the files beside it have changed."""
     about = read_json(os.path.join(out_dir, 'options.json'), 'what save_checkpoint writes')
-    if not all(isinstance(about.get(key), dict) for key in ('files', 'inputs')) or len(about['files']) != 2:
-        fail(f"{out_dir}/options.json: wanted `files` and `inputs` as save_checkpoint writes them")
+    if not all(isinstance(about.get(key), dict) for key in ('files', 'inputs', 'options')) or len(about['files']) != 2:
+        fail(f"{out_dir}/options.json: wanted `files`, `inputs` and `options` as save_checkpoint writes them")
     for name, expected in about['files'].items():
         path = os.path.join(out_dir, name)
         if digest(path) != expected:
@@ -186,20 +188,22 @@ def load_checkpoint(run, cfg, model, optimizers):
     if not cfg.resume:
         return None
     path = os.path.join(cfg.out_dir, 'state.pt')
-    began = run.first(lambda: read_about(cfg.out_dir))['inputs'] # {option: digest}
+    about = run.first(lambda: read_about(cfg.out_dir))
     fields, *tensors = weights.open_pretrained(cfg.out_dir)
-    for name, old in fields.items():
-        if old != (new := getattr(model.config, name)):
+    for name, old in (fields | {name: about['options'].get(name) for name in ('lora_rank', 'lora_on')}).items():
+        if old != (new := getattr(model.config, name, getattr(cfg, name, None))):
             fail(f"--resume=True: {name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
-    for name in {**began, **run.inputs}: # one that only one of the two runs has is another too
-        if run.inputs.get(name) != began.get(name):
+    for name in {**about['inputs'], **run.inputs}: # one that only one of the two runs has is another too
+        if run.inputs.get(name) != about['inputs'].get(name):
             told = f"--{name}={getattr(cfg, name, '')}: is not what the run in {cfg.out_dir} began with"
             note(f"{told}; going on with it") if name in DATA else fail(f"{told}; wanted the same model")
-    weights.load_tensors(model, *tensors)
+    if not cfg.lora_rank:
+        weights.load_tensors(model, *tensors)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         if (made_by := state.get('script', 'an older version')) != script_of(cfg):
             fail(f"--resume=True: the checkpoint in {cfg.out_dir} is one of {made_by}; wanted one of {script_of(cfg)}")
+        model.load_state_dict(state['adapter'], strict=False)
         for name, optimizer in optimizers.items():
             new = state['optimizers'][name]
             for saved, group in zip(new['param_groups'], optimizer.param_groups): # options may have changed

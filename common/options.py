@@ -63,8 +63,9 @@ AT_LEAST = dict( # checked in every script that has the option
     minibatches=1, kl_coef=0, kl_target=0, missing_eos_penalty=0, clip=0, value_clip=0, value_coef=0, entropy_coef=0,
     early_stop_kl=0, critic_lr=0, clip_high=0, refill=0, ptx_coef=0, ptx_batch_size=1, lm_coef=0,
     normalise_on=1, rank_coef=0, desirable_weight=0, undesirable_weight=0, simpo_margin=0, lcb_coef=0, length_penalty=0,
-    beta=0, dropout=0, show=0)
-ONE_OF = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), lr_schedule=('constant', 'linear', 'cosine'))
+    beta=0, dropout=0, lora_rank=0, lora_alpha=0, show=0)
+ONE_OF = dict(dtype=('auto', 'float32', 'bfloat16', 'float16'), lora_on=('attn', 'all'),
+              lr_schedule=('constant', 'linear', 'cosine'))
 
 @dataclass
 class RunOptions:
@@ -78,6 +79,7 @@ class RunOptions:
         require(self, **{key: (value >= low, f"at least {low}") for key, value, low in mine(AT_LEAST)})
         require(self, **{key: (value in all, f"one of {', '.join(all)}") for key, value, all in mine(ONE_OF)})
         require(self, seed=(self.seed < 2**32, 'below 2^32'), beta2=(getattr(self, 'beta2', 0) < 1, 'below 1'),
+                dropout=(getattr(self, 'dropout', 0) < 1, 'below 1'),
                 device=(self.device in ('auto', 'cpu', 'cuda', 'mps') or self.device.startswith('cuda:'),
                         'auto, cpu, cuda, cuda:N or mps'))
 
@@ -87,6 +89,9 @@ class TrainOptions(RunOptions):
     compile: bool = False # torch.compile: meant for long runs
     checkpointing: bool = False # compute activations again in the backward pass: less memory, more time
     out_dir: str = 'out/run' # the checkpoint
+    lora_rank: int = 0 # above 0: freeze the weights and train adapters of this rank (LoRA), which takes less memory
+    lora_alpha: float = 0.0 # an adapter weighs lora_alpha / lora_rank; 0 = 2 * lora_rank
+    lora_on: str = 'attn' # attn: queries, keys and values; all: every linear layer
     save_every: int = 500 # steps between checkpoints; 0 = only at the end
     log_every: int = 10 # steps between lines of log.jsonl
     tensorboard: bool = False # also write the log to out_dir/tensorboard; needs the package of that name
@@ -101,9 +106,10 @@ class TrainOptions(RunOptions):
         super().__post_init__()
         require(self, resume=(self.resume in (True, False, 'auto'), 'True, False or auto'),
                 overwrite=(not (self.overwrite and self.resume), 'False with resume'),
-                tensorboard=(not self.tensorboard or find_spec('tensorboard'),
-                             'False where that package is absent (pip install tensorboard)'),
+                tensorboard=(not self.tensorboard or find_spec('tensorboard'), 'False before pip install tensorboard'),
                 batch_size=(getattr(self, 'batch_size', 1) >= 1, 'at least 1'))
+        unread(self, self.lora_rank, 'lora_rank', 'lora_alpha', 'lora_on')
+        self.lora_alpha = self.lora_alpha or 2.0 * self.lora_rank
 
 @dataclass
 class DataOptions(TrainOptions):
@@ -178,8 +184,7 @@ def parse_config(cls, argv=None):
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 continue # a docstring
             try:
-                (target,), value = node.targets, ast.literal_eval(node.value)
-                key = target.id
+                (key,), value = (target.id for target in node.targets), ast.literal_eval(node.value)
             except (ValueError, TypeError, AttributeError):
                 fail(f"{arg}:{node.lineno}: expected `name = literal`")
             put(key, value, f"{arg}:{node.lineno}")

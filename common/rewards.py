@@ -14,7 +14,7 @@ import torch
 from common.checkpoints import load_policy, load_reward_model
 from common.options import TrainOptions, require, unread
 from common.records import files_of
-from common.rollout import check_context, check_same_vocabulary, frozen_logp, frozen_rewards
+from common.rollout import frozen_logp, frozen_rewards, load_frozen
 
 @dataclass
 class RolloutOptions(TrainOptions):
@@ -64,8 +64,8 @@ class RolloutOptions(TrainOptions):
         unread(self, self.reward_policy, 'reward_policy', 'reward_beta')
 
 def mean_gold(gold, rolls):
-    """Return the mean gold score () of the last answers of Rollouts."""
-    return torch.tensor([gold(*asked[-1]) for asked in rolls.asked]).mean()
+    """Return the mean gold score () of Rollouts' last answers as {'gold': ()}; {} without gold."""
+    return dict(gold=torch.tensor([gold(*asked[-1]) for asked in rolls.asked]).mean()) if gold else {}
 
 def combine(scores, how, lcb_coef=1.0):
     """Combine the scores (M, N) of M reward models to (N,) (Coste et al. 2023, section 3.2).
@@ -116,14 +116,12 @@ class Reward:
         """Return rewards (B,), how much of them belongs to earlier answers' ends (B, T-1), and means of the parts."""
         earlier = torch.zeros_like(rolls.mask)
         if self.cfg and self.cfg.turn_rewards:
-            turns = [(b, k) for b, ends in enumerate(rolls.ends) for k in range(len(ends))] # N of them
-            rows = torch.tensor([b for b, _ in turns], device=earlier.device) # (N,)
-            ends = torch.tensor([rolls.ends[b][k] for b, k in turns], device=earlier.device) # (N,)
-            starts = torch.tensor([rolls.ends[b][k - 1] if k else 0 for b, k in turns], device=earlier.device)
+            turns = [(b, start, end) for b, ends in enumerate(rolls.ends) for start, end in zip([0, *ends], ends)]
+            rows, starts, ends = torch.tensor(turns, device=earlier.device).unbind(1) # (N,) each
             t = torch.arange(1, rolls.idx.size(1), device=earlier.device) # the token that position t-1 describes
             turn = (t >= starts[:, None]) & (t < ends[:, None]) # (N, T-1)
             parts = self.parts(replace(rolls, idx=rolls.idx[rows], mask=rolls.mask[rows] * turn, lengths=ends,
-                                       asked=[[rolls.asked[b][k]] for b, k in turns]))
+                                       asked=[[one] for asked in rolls.asked for one in asked]))
             last = ends == rolls.lengths[rows] # (N,)
             reward = sum(parts.values())
             earlier[rows[~last], ends[~last] - 2] = reward[~last] # at the position that describes its last token
@@ -138,12 +136,7 @@ class Reward:
 
 def load_reward(cfg, run, tok, policy, function=None):
     """Load what the options name as a Reward; policy: whose tokens and context the models must fit."""
-    def load(option, load_model, folder):
-        model = load_model(folder, option).to(run.device)
-        check_same_vocabulary(policy, model, option, folder, tok)
-        check_context(policy, model, option, folder)
-        return run.freeze(model.eval())
-
+    load = lambda option, load_model, folder: load_frozen(load_model, folder, option, policy, tok, run)
     models = [load('reward_model', load_reward_model, folder) for folder in filter(None, files_of(cfg.reward_model))]
     others = [load(option, load_policy, folder) if (folder := getattr(cfg, option)) else None
               for option in ('reward_policy', 'reward_reference')]
@@ -156,4 +149,7 @@ def load_actors(cfg, run, tok, function=None, **overrides):
     """
     policy = load_policy(cfg.policy, **overrides).to(run.device)
     reward = load_reward(cfg, run, tok, policy, function)
-    return policy, reward, run.freeze(load_policy(cfg.policy).to(run.device))
+    reference = run.freeze(load_policy(cfg.policy).to(run.device))
+    if cfg.lora_rank: # one trunk for both: the policy uses the reference's parameters, and gets an adapter
+        policy.load_state_dict(reference.state_dict(keep_vars=True), strict=False, assign=True)
+    return policy, reward, reference

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.batches import collate_answers, pad, split_by_tokens
+from common.batches import by_length, collate_answers, pad, split_by_tokens
 from common.options import fail
 from common.run import progress
 from common.tokens import as_messages, load_tokenizer, user_ids
@@ -155,6 +155,7 @@ def sample_rollouts(model, prompts, records, tok, cfg, user=None):
 
 # ---- frozen models ----------------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def in_chunks(fn, lengths, rows, out):
     """Fill out (B, ...) by fn(rows, longest); chunks of rows of like length save work on padding."""
     for chunk in lengths.argsort().split(rows):
@@ -162,30 +163,47 @@ def in_chunks(fn, lengths, rows, out):
         out[(chunk, slice(value.size(1))) if value.dim() > 1 else chunk] = value
     return out
 
-@torch.no_grad()
 def frozen_logp(model, idx, mask, lengths, rows=64):
     """Return log-probabilities (B, T-1) of the counted tokens under a frozen model; idx (B, T), lengths (B,)."""
     return in_chunks(lambda c, T: model.logp(idx[c, :T], mask[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
 
-@torch.no_grad()
 def frozen_values(model, idx, mask, lengths, rows=64):
     """Return the values (B, T-1) of a critic, 0 where mask is 0."""
-    fn = lambda c, T: model.values(idx[c, :T], mask[c, :T - 1])
-    return in_chunks(fn, lengths, rows, torch.zeros_like(mask))
+    return in_chunks(lambda c, T: model.values(idx[c, :T], mask[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
 
-@torch.no_grad()
 def frozen_rewards(model, idx, lengths, rows=64):
     """Return the scores (B,) of a reward model."""
     out = torch.zeros(len(idx), device=idx.device)
     return in_chunks(lambda c, T: model.rewards(idx[c, :T], lengths[c]), lengths, rows, out)
 
+def packed(model, rows, run, learnt=None):
+    """Return Rows as Answers, their log pi(y|x) (N,) and scores (N,).
+
+    Scores need a reward head. learnt: (N,) bool, the answers of which log pi is wanted; None: all.
+    """
+    answers = collate_answers(rows)
+    answers = (answers if learnt is None else answers.learnt(learnt)).to(run.device)
+    with run.autocast():
+        return answers, *model.answers(answers)
+
 @torch.no_grad()
 def score_packed(model, rows, run):
     """Return a reward model's scores (N,) of all answers of Rows."""
-    batch = collate_answers(rows)
-    batch = batch.learnt(torch.zeros(len(batch.sizes), dtype=torch.bool)).to(run.device) # no log-probabilities
-    with run.autocast():
-        return model.answers(batch)[1]
+    return packed(model, rows, run, torch.tensor([False for row in rows for _ in row.answers]))[2]
+
+@torch.no_grad()
+def answer_logp(model, rows, cfg, run, desc=None):
+    """Return log pi(y|x) of the answers of Rows: a (K,) per row, on the CPU.
+
+    Each process takes its share of the rows, of like length in a pass. desc: of a bar, for long work before training.
+    """
+    mine, parts = {}, run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum))
+    for part in progress(parts, desc=desc, disable=not (desc and run.is_master)):
+        _, logp, _ = packed(model, [rows[i] for i in part], run) # (N,)
+        if desc and run.interrupted and run.world_size == 1:
+            raise KeyboardInterrupt(run.interrupted) # nothing to save yet
+        mine |= zip(part, logp.cpu().split([len(rows[i].answers) for i in part]))
+    return [logp for _, logp in sorted(run.merge(mine).items())]
 
 # ---- measuring --------------------------------------------------------------------------------------------------
 
@@ -239,3 +257,13 @@ def check_context(model, other, option, folder, whose="policy's"):
     if other.config.block_size < model.config.block_size:
         fail(f"--{option}={folder}: its context is {other.config.block_size} tokens, the {whose} "
              f"{model.config.block_size}; wanted one at least as long")
+
+def load_frozen(load, folder, option, model, tok, run, whose="policy's"):
+    """Load a model that is never trained; it has to read model's tokens and rows.
+
+    load: load_policy or load_reward_model, of the folder that an option names. tok: model's.
+    """
+    other = load(folder, option).to(run.device)
+    check_same_vocabulary(model, other, option, folder, tok)
+    check_context(model, other, option, folder, whose)
+    return run.freeze(other.eval())

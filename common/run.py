@@ -90,7 +90,10 @@ class Run:
         return batch[self.rank::self.world_size]
 
     def prepare(self, model, cfg):
-        """Share the weights and set the model up, before making the optimizer."""
+        """Share the weights and set the model up, before making the optimizer; add adapters where lora_rank asks."""
+        if getattr(cfg, 'lora_rank', 0): # bench.py has none
+            self.freeze(model.h)
+            model.adapt(cfg.lora_rank, cfg.lora_alpha, cfg.lora_on)
         model.checkpointing = cfg.checkpointing
         if self.world_size > 1:
             for p in model.parameters():

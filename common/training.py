@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from common.checkpoints import log, log_of, save_if_due, script_of
+from common.checkpoints import load_checkpoint, log, log_of, save_checkpoint, save_if_due, script_of
 from common.health import Health
 from common.options import fail, note
 from common.run import progress
@@ -103,9 +103,20 @@ def training_bar(run, cfg, state, evaluate=None):
         log(run, cfg, 0, **evaluate())
     return bar
 
+def begin(run, cfg, model, tok, evaluate=None):
+    """Share the weights, make the optimizer, resume; return it, the bar over the steps, and save(step).
+
+    Of a policy that learns from a file; evaluate: as for training_bar.
+    """
+    run.prepare(model, cfg)
+    optimizer = make_optimizer(model, cfg, betas=(0.9, cfg.beta2))
+    state = load_checkpoint(run, cfg, model, dict(policy=optimizer))
+    save = lambda step: save_checkpoint(run, cfg, model, tok, step, dict(policy=optimizer))
+    return optimizer, training_bar(run, cfg, state, evaluate), save
+
 def next_of(cfg):
     """Say what one runs after this stage."""
-    start = cfg.policy if hasattr(cfg, 'policy') else cfg.init_from
+    start = getattr(cfg, 'policy', '') or cfg.init_from
     return {'sft.py': f"python sample.py --policy={cfg.out_dir} (collect.py, reward.py and dpo.py go on from it)",
             'reward.py': f"python ppo.py --policy={start} --reward_model={cfg.out_dir} --prompts=FILE",
             }.get(script_of(cfg), f"python sample.py --policy={start},{cfg.out_dir} (evaluate.py measures them)")
@@ -129,4 +140,6 @@ def finish_step(run, cfg, bar, done, measured, show, save, evaluate=None):
         bar.health.tell(log_of(cfg.out_dir), bar.write, done == cfg.max_steps)
     save_if_due(run, cfg, done, save)
     if done == cfg.max_steps and run.is_master:
+        bar.n = done
+        bar.close() # what to run next is the last line
         bar.write(f"saved {cfg.out_dir}; next: {next_of(cfg)}")

@@ -7,11 +7,13 @@ file are never in memory together. Nothing is unpickled that could run code.
 import json
 import os
 import re
+import shutil
 import zipfile
 from functools import partial
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from common.options import fail
 from common.records import read_json, write_atomic
@@ -152,7 +154,11 @@ def named_parameters(model):
     for name, p in model.named_parameters():
         # GPT-2 was released with linear weights as (in, out), torch keeps them as (out, in)
         transposed = name.startswith('h.') and name.endswith('weight') and p.dim() == 2
-        yield name.replace('reward_head', 'score'), p.detach(), transposed
+        if transposed and hasattr(layer := model.get_submodule(name.removesuffix('.weight')), 'lora'):
+            A, B = (part.weight for part in layer.lora) # the matrix that acts is W + alpha / rank B A
+            p = p + layer.scale * B @ A
+        if '.lora.' not in name:
+            yield name.replace('reward_head', 'score'), p.detach(), transposed
 
 def read_tensor(path, tensors, name, shape, transposed=False):
     """Read the floating-point tensor of that name and shape; another ends the program with one line."""
@@ -230,3 +236,21 @@ def write_safetensors(path, tensors):
         f.write(len(text).to_bytes(8, 'little') + text)
         for t in tensors.values():
             f.write(t.float().cpu().contiguous().numpy())
+
+def save_adapter(model, cfg):
+    """Write the adapter alone to out_dir/adapter, in PEFT's layout, for other tools; an older one is removed."""
+    folder, scored = os.path.join(cfg.out_dir, 'adapter'), model.reward_head is not None
+    shutil.rmtree(folder, ignore_errors=True)
+    if not cfg.lora_rank:
+        return
+    os.makedirs(folder)
+    tensors = {f'transformer.{name}.lora_{k}.weight': part.weight for name, layer in model.named_modules()
+               if hasattr(layer, 'lora') for k, part in zip('AB', layer.lora)}
+    tensors |= {'score.weight': model.reward_head.weight} if scored else {}
+    write_atomic(os.path.join(folder, 'adapter_config.json'), json.dumps(dict(
+        peft_type='LORA', task_type='SEQ_CLS' if scored else 'CAUSAL_LM', r=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
+        base_model_name_or_path=getattr(cfg, 'policy', '') or cfg.init_from, lora_dropout=0.0, bias='none',
+        target_modules=['c_attn', 'c_proj', 'c_fc'] if cfg.lora_on == 'all' else ['c_attn'], fan_in_fan_out=True,
+        modules_to_save=['score'] if scored else None, inference_mode=True), indent=2))
+    tensors = {f'base_model.model.{name}': p.detach().cpu() for name, p in tensors.items()}
+    save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), {'format': 'pt'})

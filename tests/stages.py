@@ -20,7 +20,7 @@ from tiny import DEMONSTRATIONS, PROMPTS, RANKINGS, checkpoint, records, run
 import torch
 import torch.distributed as dist
 
-SAMPLING = ('ppo', 'ppo_shared', 'rloo', 'reinforce')
+SAMPLING = ('ppo', 'ppo_shared', 'ppo_lora', 'rloo', 'reinforce')
 
 def stages(folder):
     """Return {name: (script, options)}: every stage, on data that two processes cannot share evenly."""
@@ -38,9 +38,10 @@ def stages(folder):
                          train_data=demonstrations, val_data=records(at('one.jsonl'), DEMONSTRATIONS[:1]))),
         reward=('reward', supervised | dict(lm_coef=0.5)),
         dpo=('dpo', supervised), ipo=('dpo', supervised | dict(loss='ipo', grad_accum=2)), rrhf=('rrhf', supervised),
-        kto=('kto', supervised),
+        kto=('kto', supervised), dpo_lora=('dpo', supervised | dict(lora_rank=2, lora_on='all')),
         ppo=('ppo', sampled | ptx | dict(whiten_rewards=True, entropy_coef=0.01, kl_target=1.0)),
         ppo_shared=('ppo', sampled | ptx | dict(critic='shared', grad_accum=2)),
+        ppo_lora=('ppo', sampled | dict(lora_rank=2)),
         rloo=('reinforce', sampled | dict(n_answers=2)),
         reinforce=('reinforce', sampled | dict(kind='reinforce', n_answers=1)))
 

@@ -11,9 +11,10 @@ import kto
 from common.batches import Batches, Row
 from common.checkpoints import load_policy, read_log
 from common.records import read_unpaired
+from common.rollout import answer_logp
 from common.run import Run
 from common.tokens import prompt_ids, response_ids
-from kto import describe, kl_estimate, kto_loss, labels_of, log_probs, mismatched, tensors
+from kto import describe, kl_estimate, kto_loss, labels_of, mismatched
 from tiny import COMPARISONS, FAST, ROOT, TOK, by_hand, losses, records, run
 
 CPU = Run('cpu', 'float32')
@@ -51,13 +52,13 @@ def test_z0_by_hand():
 def test_mismatched_rows():
     rows = [Row([1], [[10]], dict(label=True)), Row([2], [[20, 21]], dict(label=False)),
             Row([3], [[30]], dict(label=True))]
-    assert [(row.prompt, row.answers) for row in mismatched(rows)] == [
+    assert [(row.prompt, row.answers) for row in mismatched(rows, 64)] == [
         ([1], [[20, 21]]), ([2], [[30]]), ([3], [[10]])]
     assert labels_of(rows).tolist() == [1.0, 0.0, 1.0]
 
 def test_a_prompts_own_answers_are_no_mismatch():
     rows = [Row([prompt], [[answer]], {}) for prompt, answer in ((1, 10), (1, 11), (2, 20), (1, 12), (1, 10))]
-    pairs = lambda rows: [(row.prompt[0], row.answers[0][0]) for row in mismatched(rows)]
+    pairs = lambda rows: [(row.prompt[0], row.answers[0][0]) for row in mismatched(rows, 64)]
     assert pairs(rows) == [(1, 20), (1, 20), (2, 12), (1, 20), (1, 20)]
     assert pairs(rows[:2]) == [(1, 11), (1, 10)] # there is no other prompt
 
@@ -68,34 +69,33 @@ def test_no_row_is_its_own_neighbour_where_an_epoch_begins_again():
     for step in range(8):
         batch = [rows[i] for i in batches.at(step)]
         met += any(a.prompt == b.prompt for a, b in zip(batch, batch[1:]))
-        assert all(row.answers[0][0] != 100 + row.prompt[0] for row in mismatched(batch))
+        assert all(row.answers[0][0] != 100 + row.prompt[0] for row in mismatched(batch, 64))
     assert met > 0
 
-def test_only_the_answer_is_counted_and_a_prompt_that_does_not_fit_is_cut():
-    idx, mask, lengths = tensors([Row([1, 2], [[3]], {}), Row([4, 5, 6, 7], [[8, 9]], {})], block_size=5)
-    assert idx.tolist() == [[1, 2, 3, 0, 0], [5, 6, 7, 8, 9]] and lengths.tolist() == [3, 5]
-    assert mask.tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]] # position t describes token t+1
+def test_a_mismatched_prompt_that_does_not_fit_is_cut():
+    cut = mismatched([Row([1, 2], [[8, 9]], {}), Row([4, 5, 6, 7], [[3]], {})], block_size=4)
+    assert [(row.prompt, row.answers) for row in cut] == [([1, 2], [[3]]), ([6, 7], [[8, 9]])]
 
 def alone(model, prompt, answer):
     """log pi(y|x) of one row by itself, token by token."""
     logp = model(torch.tensor([prompt + answer]))[0][0].log_softmax(-1) # (T, V)
     return sum(logp[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
 
-def test_log_probs_are_those_of_each_row_alone(sft_model):
+def test_log_probabilities_are_those_of_each_row_alone(sft_model):
     model = load_policy(sft_model)
     texts = [('Hi', 'Yo'), ('A', 'longer than that'), ('x', 'y')]
     rows = [(prompt_ids(TOK, p), response_ids(TOK, r)) for p, r in texts]
     for at_once in (64, 1):
-        got = log_probs(model, [Row(p, [r], {}) for p, r in rows], CPU, at_once).tolist()
+        cfg = kto.Config(train_data='-', batch_size=64, grad_accum=64 // at_once)
+        got = torch.cat(answer_logp(model, [Row(p, [r], {}) for p, r in rows], cfg, CPU)).tolist()
         assert got == pytest.approx([alone(model, *row) for row in rows], abs=1e-4)
-    assert log_probs(model, [], CPU, 1).tolist() == [] # a process without a share
 
 def test_what_is_logged():
-    assert describe([1.0, 0.5, -2.0], [1.0, 0.0, 1.0], CPU) == by_hand(dict(
+    assert describe([1.0, 0.5, -2.0], [1.0, 0.0, 1.0]) == by_hand(dict(
         desirable_reward=-0.5, undesirable_reward=0.5, margin=-1.0))
     # what there is no answer for is not 0: it is not there
-    assert describe([1.0], [1.0], CPU) == dict(desirable_reward=1.0)
-    assert describe([1.0], [0.0], CPU) == dict(undesirable_reward=1.0) and describe([], [], CPU) == {}
+    assert describe([1.0], [1.0]) == dict(desirable_reward=1.0)
+    assert describe([1.0], [0.0]) == dict(undesirable_reward=1.0) and describe([], []) == {}
 
 def test_a_run_without_bad_answers(tmp_path, sft_model, capsys):
     data = records(tmp_path / 'good.jsonl', [dict(prompt=r['prompt'], response=r['chosen'], label=True)

@@ -24,7 +24,7 @@ from model import GPT
 from stages import SAMPLING, die_after, sample_by_row, sample_with, stages
 from tiny import COMPARISONS, PROMPTS, ROOT, checkpoint, in_processes, losses, records, run, stops, weights
 
-STAGES = ('sft', 'reward', 'dpo', 'ipo', 'rrhf', 'kto', *SAMPLING)
+STAGES = ('sft', 'reward', 'dpo', 'dpo_lora', 'ipo', 'rrhf', 'kto', *SAMPLING)
 KINDS = ('sft', 'reward', 'dpo', 'rrhf', 'kto', 'ppo', 'rloo') # one of each script
 
 slow = pytest.mark.slow # all that waits for the torchrun of the fixture `folder`

@@ -541,7 +541,7 @@ def test_the_answers_to_a_prompt_are_judged_together(tmp_path, given, monkeypatc
     monkeypatch.setattr(reinforce, 'sample_rollouts', lambda model, prompts, *a: (
         seen.append(prompts), sample(model, prompts, *a))[1])
     monkeypatch.setattr(reinforce, 'mean_gold', lambda gold, rolls: (
-        texts.append([record['prompt'] for (record, _), in rolls.asked]), T(0.))[1])
+        texts.append([record['prompt'] for (record, _), in rolls.asked]), {})[1])
     monkeypatch.setattr(reinforce, 'load_functions', lambda *a: (None, len, None))
     monkeypatch.setattr(reinforce, 'advantages', lambda rewards, *a: (tables.append(rewards), judge(rewards, *a))[1])
     run(reinforce, out_dir=str(tmp_path / 'out'), max_steps=4, kind='rloo', **given)

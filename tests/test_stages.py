@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from common import batches
 from common.run import Run
 from common.training import Means
 from model import GPT
@@ -430,8 +431,8 @@ def test_float16_and_checkpointing_train_as_float32_does(stage, tmp_path):
 # two for each of 23
 @table('n_tokens', [('sft', 288), ('kto', 288), ('reward', 364), ('dpo', 364), ('rrhf', 364)])
 def test_micro_batches_are_split_by_tokens(stage, tmp_path, monkeypatch, n_tokens):
-    seen, split_by_tokens = [], stage.script.split_by_tokens
-    monkeypatch.setattr(stage.script, 'split_by_tokens', lambda rows, lengths, parts, least: (
+    seen, split_by_tokens = [], batches.split_by_tokens
+    monkeypatch.setattr(batches, 'split_by_tokens', lambda rows, lengths, parts, least: (
         seen.append((len(rows), sum(lengths), parts, least)), split_by_tokens(rows, lengths, parts, least))[1])
     labelled = [r | dict(label=True) for r in DEMONSTRATIONS]
     data = records(tmp_path / 'd.jsonl', dict(sft=DEMONSTRATIONS, kto=labelled).get(stage.name, RANKINGS))

@@ -1,5 +1,4 @@
 """The reward model has seen thousands of comparisons, and it still tosses a coin."""
-import reward
 from common import rollout
 from common.batches import Answers, pad
 
@@ -28,4 +27,4 @@ def collate_answers(rows):
     flat = (torch.tensor(x, dtype=torch.long) for x in (sources, targets, owners, last, sizes))
     return Answers(pad(ids), pad(positions), pad(parts), *flat, torch.tensor(pairs, dtype=torch.long).view(-1, 2))
 
-PATCHES = [(reward, collate_answers), (rollout, collate_answers)]
+PATCHES = [(rollout, collate_answers)]

@@ -6,7 +6,6 @@ import torch
 
 STAGE = 'ppo'
 
-@torch.no_grad()
 def frozen_rewards(model, idx, lengths, rows=64):
     out = torch.zeros(len(idx), device=idx.device)
     return in_chunks(lambda c, T: model.rewards(idx[c, :T], torch.full_like(lengths[c], T)), lengths, rows, out)

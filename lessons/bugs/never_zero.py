@@ -8,6 +8,9 @@ STAGE = 'ppo'
 def load_actors(cfg, run, tok, function=None, **overrides):
     policy = load_policy(cfg.policy, **overrides).to(run.device)
     reward = load_reward(cfg, run, tok, policy, function)
-    return policy, reward, run.freeze(load_policy(cfg.policy, dropout=0.1).to(run.device))
+    reference = run.freeze(load_policy(cfg.policy, dropout=0.1).to(run.device))
+    if cfg.lora_rank: # one trunk for both: the policy uses the reference's parameters, and gets an adapter
+        policy.load_state_dict(reference.state_dict(keep_vars=True), strict=False, assign=True)
+    return policy, reward, reference
 
 PATCHES = [(ppo, load_actors)]

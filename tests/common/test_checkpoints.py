@@ -375,12 +375,12 @@ def test_what_a_kill_left_half_moved_is_read_as_one(tmp_path, monkeypatch):
     assert len(moved) == 1 and load_policy(str(tmp_path)).wte.weight[0, 0].item() == 2.0
 
 @pytest.mark.parametrize('key, value', [
-    ('files', None), ('files', []), ('files', {}), ('inputs', None), ('inputs', [])])
+    ('files', None), ('files', []), ('files', {}), ('inputs', None), ('inputs', []), ('options', 3)])
 def test_options_of_an_odd_shape(tmp_path, capsys, key, value):
     save_step(tmp_path, 1)
     about = json.loads((tmp_path / 'options.json').read_text())
     (tmp_path / 'options.json').write_text(json.dumps(about | {key: value, 'options': None}))
-    assert 'options.json: wanted `files` and `inputs`' in one_line(capsys, lambda: loaded_step(tmp_path))
+    assert 'options.json: wanted `files`, `inputs` and `options`' in one_line(capsys, lambda: loaded_step(tmp_path))
     load_policy(str(tmp_path)) # only resuming needs them
 
 def save_onto_a_file(folder):

@@ -85,7 +85,9 @@ def test_each_turn_has_its_own_reward():
 
 def test_the_mean_gold_score_is_that_of_the_last_answers():
     rolls = SimpleNamespace(asked=[[(dict(w=9.0), 'a'), (dict(w=1.0), 'bb')], [(dict(w=2.0), 'ccc')]])
-    assert mean_gold(lambda record, response: record['w'] * len(response), rolls).item() == by_hand(4.0) # (2 + 6) / 2
+    measured = mean_gold(lambda record, response: record['w'] * len(response), rolls)
+    assert measured['gold'].item() == by_hand(4.0) # (2 + 6) / 2
+    assert mean_gold(None, rolls) == {}
 
 @pytest.mark.parametrize('wrong, wanted', [
     (dict(ensemble='median'), 'ensemble must be mean, min or lcb'),

@@ -147,7 +147,7 @@ def test_other_processes_write_no_line(tmp_path, capsys):
 
 def test_tensorboard_is_refused_where_it_is_absent(monkeypatch):
     monkeypatch.setattr('common.options.find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='tensorboard must be False where that package is absent'):
+    with pytest.raises(ValueError, match='tensorboard must be False before pip install tensorboard'):
         Config(tensorboard=True)
 
 def test_tensorboard_reads_the_log(tmp_path):

@@ -56,7 +56,7 @@ def loaded(f):
             return self
 
     f.__globals__.update(load_policy=Model, load_reward=lambda *args: None)
-    policy, _, reference = f(SimpleNamespace(policy=''), SimpleNamespace(device='cpu', freeze=lambda m: m), TOK)
+    policy, _, reference = f(SimpleNamespace(policy='', lora_rank=0), SimpleNamespace(device='cpu', freeze=lambda m: m), TOK)
     return [policy.dropout, reference.dropout, policy is reference]
 
 def sampled(f):
@@ -203,6 +203,24 @@ def test_the_furthest_comes_first():
     healthy = [[dict(a=x, b=x)] for x in (0.0, 0.5, 1.0)]
     assert list(bugs.outside([dict(a=12.0, b=13.0)], healthy)) == ['b', 'a']
 
+@pytest.mark.parametrize('values, cells, jump', [
+    ([], '––––', ''), ([7.0], '   7', ''), ([1.0, 5.0], '1  5', ''), ([1.0, 2.0, 5.0], '12 5', ''), # index 0, 1, 1, 2
+    ([1.0, 3.0, 2.0, 6.0], '1326', '2.3'), # (2 + 1 + 4) / 3
+    ([1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 9.0], '1359', '1.3')]) # (1 + 1 + 1 + 1 + 0 + 4) / 6
+def test_four_places_by_hand(values, cells, jump):
+    assert bugs.places(values) == ''.join(f'{cell.strip():>10}' for cell in cells) + f'{jump:>9}'
+
+def test_a_jump_is_seen_between_the_lines_shown(capsys):
+    """Both begin and end alike, and at the four lines that are shown: 0, 3, 6 and 9 of ten."""
+    logs = [[dict(policy_loss=(i % 3 > 0) * size, val_loss=2.0) if i == 9 else dict(policy_loss=(i % 3 > 0) * size)
+             for i in range(10)] for size in (0.5, 3.0)]
+    bugs.show('lopsided', (logs[0], {}), (logs[1], {}))
+    first, _, runs, header, loss, val, *_ = capsys.readouterr().out.splitlines()
+    assert 'jump: how far a number moves from line to line' in first and runs.split() == ['healthy', 'lopsided']
+    assert header.split() == ['begin', '1/3', '2/3', 'end', 'jump'] * 2
+    assert loss.split() == ['policy_loss', *'0000', '0.33', *'0000', '2'] # six moves in nine, each by 0.5 or 3
+    assert val.split() == ['val_loss', '2', '2'] # measured once, printed once
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the runs
 
@@ -222,12 +240,13 @@ def test_healthy_and_sick_side_by_side(toy, capsys):
     """The temperature of the real function is back afterwards; both runs begin alike."""
     real = rollout.sample_answers
     bugs.main(bugs.Config(bug='sharp', iterations=5))
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert list(dict.fromkeys(re.findall(r'/(\w+): +\d+%', err))) == ['healthy', 'sick'] # the progress bars
     assert rollout.sample_answers is real
-    rows = {words[0]: words[1:] for line in out.splitlines() if len(words := line.split()) == 9}
+    rows = {words[0]: words[1:] for line in out.splitlines() if len(words := line.split()) == 11}
     assert {'reward', 'kl', 'first_ratio', 'entropy'} <= rows.keys() and 'lr' not in rows
     values = list(map(float, rows['first_ratio']))
-    assert max(values[:4]) < 1e-4 and min(values[4:]) > 0.01
+    assert max(values[:5]) < 1e-4 and min(values[5:9]) > 0.01
     assert re.search('health, healthy:\n    nothing', out)
     assert re.search('health, sharp:\n    step 1: first_ratio .* above 1e-3', out)
     assert 'lessons/solutions/bugs.md' in out
@@ -249,8 +268,9 @@ def test_a_run_is_that_of_its_seed_and_iterations(toy):
 
 def test_the_list(capsys):
     bugs.main(bugs.Config())
-    lines = capsys.readouterr().out.splitlines()
+    *lines, empty, command = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == bugs.BUGS
+    assert (empty, command) == ('', 'python lessons/bugs.py --bug=NAME')
     assert all(course.load(f'bugs/{name}').__doc__ in line for name, line in zip(bugs.BUGS, lines))
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
