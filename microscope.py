@@ -19,6 +19,7 @@ or with NO_COLOR set, the others are between ⟦ and ⟧.
 import copy
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -40,6 +41,7 @@ from lab.per_token import compare, describe_answers, plain, read_samples
 
 import torch
 
+LORA = 'lora_rank', 'lora_alpha', 'lora_on'
 HTML = Path(__file__).with_name('lab') / 'microscope.html'
 
 @dataclass
@@ -96,6 +98,11 @@ def settings(cfg, folders):
             break
     return parse_config(ppo.Config, ['--prompts=none', *(f"--{k}={v}" for k, v in given.items()), *words])
 
+def adapt(model, options):
+    """Add the adapters that the options of a run ask for."""
+    if options.get('lora_rank'):
+        model.adapt(*(options[key] for key in LORA))
+
 def load_models(cfg, ppo_cfg, folder, run, tok):
     """Load ppo.Models of a policy, the critic as --critic says."""
     shared = cfg.critic == 'shared'
@@ -106,7 +113,9 @@ def load_models(cfg, ppo_cfg, folder, run, tok):
                **{unread: getattr(ppo.Config, unread)})
     alone = dict(ensemble='mean', reward='', reward_policy='', reward_reference='', user='', max_turns=1,
                  turn_rewards=False) # the reward model's score alone can be shown of every prefix
-    models = ppo.load_models(dataclasses.replace(ppo_cfg, **own, **alone), run, tok)
+    apart = {key: getattr(ppo.Config, key) for key in LORA} # no trunk for two: the critic may be one of another run
+    models = ppo.load_models(dataclasses.replace(ppo_cfg, **own, **alone, **apart), run, tok)
+    adapt(models.policy, vars(ppo_cfg))
     reference = run.freeze(load_policy(cfg.reference, 'reference').to(run.device))
     check_same_vocabulary(models.policy, reference, 'reference', cfg.reference, tok)
     check_context(models.policy, reference, 'reference', cfg.reference)
@@ -114,10 +123,15 @@ def load_models(cfg, ppo_cfg, folder, run, tok):
         path = os.path.join(cfg.critic, 'state.pt')
         try:
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=True) # the optimizers stay on the disk
-            models.critic.load_state_dict(state.get('critic', {}))
-        except Exception as e: # a damaged file makes torch.load raise nearly anything
-            fail(f"--critic={cfg.critic}: {path} ({' '.join(str(e).split())[:200]}); wanted a checkpoint of ppo.py "
-                 "with a separate critic, which began as this reward model")
+            adapt(models.critic, state.get('options', {}))
+            frozen = {name: p for name, p in models.critic.named_parameters() if not p.requires_grad}
+            models.critic.load_state_dict(frozen | state['critic'])
+        except Exception: # a damaged file makes torch.load raise nearly anything
+            wrong = 'holds no critic of the shape of this reward model' if os.path.exists(path) else 'is missing'
+            fail(f"--critic={cfg.critic}: {path} {wrong}; wanted a checkpoint of ppo.py with a separate critic, which "
+                 "began as this reward model")
+    elif not shared:
+        adapt(models.critic, vars(ppo_cfg))
     return models._replace(reference=reference)
 
 def after_update(models, batch, lengths, cfg, run):
@@ -137,15 +151,15 @@ def look(models, prompts, n_shown, tok, cfg, run):
 def print_answer(answer, in_colour):
     """Print a table of an answer, a line per token."""
     names = dict(logp='log pi', ref_logp='log ref', kl='KL', entropy='entropy', reward='reward', value='V',
-                 advantage='A', whitened='A white', returns='return', prefix='score', ratio='ratio')
-    names = {key: name for key, name in names.items() if key in answer}
-    print(''.join(f'{name:>8}' for name in names.values()) + '  token')
+                 advantage='A', whitened='A white', returns='return', prefix='RM score', ratio='ratio')
+    names = {key: f' {name:>7}' for key, name in names.items() if key in answer}
+    print(''.join(names.values()) + '  token')
     for t, (label, whole) in enumerate(map(plain, token) for token in answer['tokens']):
         up = ((answer.get('whitened') or answer['advantage'])[t] or 0) > 0 # None: infinite
         text = f"\x1b[{32 if up else 31}m{label}\x1b[0m" if in_colour else label if up else f'⟦{label}⟧'
-        line = [answer[key][t + (key == 'prefix')] for key in names]
-        print(''.join('     inf' if x is None else f'{x:8.3f}' for x in line) + ('* ' if answer['clipped'][t] else '  ')
-              + text + (f' (part of {whole})' if whole else ''))
+        line = [(len(names[key]), answer[key][t + (key == 'prefix')]) for key in names]
+        print(''.join(f'{math.inf if x is None else x:{n}.3f}' for n, x in line)
+              + ('* ' if answer['clipped'][t] else '  ') + text + (f' (part of {whole})' if whole else ''))
 
 def about(cfg, c, n):
     """Say which models, and which options, the numbers come from."""
@@ -155,7 +169,7 @@ def about(cfg, c, n):
             f"PPO's options: β {c.kl_coef:g}, γ {c.gamma:g}, λ {c.lam:g}; an answer that does not end loses "
             f"{c.missing_eos_penalty:g}. Ratio and clip ({c.clip:g}) are those after an update on {n} answers of "
             f"each policy, the shown ones among them: epochs {c.epochs}, minibatches {c.minibatches}, learning rate "
-            f"{c.lr:g}, a fresh optimizer.")
+            f"{c.lr:g}, a fresh optimizer{' and fresh adapters' if c.lora_rank else ''}.")
 
 def measure(cfg):
     """Let the policies answer, and describe the answers; return them, and two texts about them."""
@@ -177,7 +191,7 @@ def measure(cfg):
         models = load_models(cfg, ppo_cfg, folder, run, tok)
         block_size = models.policy.config.block_size
         ppo_cfg.max_new_tokens = min(ppo_cfg.max_new_tokens, block_size // 2)
-        prompts = encode_prompts(tok, records[:n], block_size - ppo_cfg.max_new_tokens)
+        prompts = encode_prompts(tok, records[:n], block_size - ppo_cfg.max_new_tokens, 'prompts of the update')
         shown = [ids for ids in prompts[:cfg.max_prompts] for _ in range(cfg.n_answers)]
         others = islice(cycle(prompts[cfg.max_prompts:] or prompts), n - n_shown)
         torch.manual_seed(cfg.seed) # a second policy changes nothing in what the first one says
@@ -193,9 +207,10 @@ def read(cfg):
         run = folder if folder and name == 'samples.jsonl' else path
         found += [answer | dict(model=run) for answer in read_samples(path)]
     return found, (f"Read from {' and '.join(paths)}: answers that the run learnt from in the iteration before each "
-                   "save. Ratio and clip compare the policy as it was saved, after that iteration's updates, with the "
-                   "one that chose the tokens. Entropy and the likeliest tokens are those of the saved policy. All the "
-                   "rest is as it was while sampling.", "The run's options are in options.json beside samples.jsonl.")
+                   "save, so each save has other prompts. Ratio and clip compare the policy as it was saved, after "
+                   "that iteration's updates, with the one that chose the tokens. Entropy and the likeliest tokens are "
+                   "those of the saved policy. All the rest is as it was while sampling.",
+                   "The run's options are in options.json beside samples.jsonl.")
 
 def main(cfg):
     check_out(cfg.out)
@@ -209,7 +224,8 @@ def main(cfg):
         print_answer(answer, in_colour)
     data = json.dumps(dict(settings=texts, answers=answers)).replace('<', '\\u003c') # it ends no script
     write_atomic(cfg.out, HTML.read_text(encoding='utf-8').replace('"DATA"', data))
-    print(f"\nwrote {cfg.out}")
+    pushed = 'Green: pushed up. Red: pushed down.' if in_colour else '⟦ ⟧: pushed down.'
+    print(f"\n{pushed} *: the clip bites. docs/log.md explains the columns.", *texts, f"wrote {cfg.out}", sep='\n')
 
 if __name__ == '__main__':
     launch(main, Config)

@@ -1,7 +1,7 @@
 """Draw the logs of runs side by side, and write the same numbers as a CSV file.
 
-    python lab/plot.py out/toy/ppo out/toy/rloo
-    python lab/plot.py out/toy/ppo out/toy/rloo --keys=reward,gold,kl --out=out/ppo_rloo.png --smooth=5
+    python lab/plot.py out/toy/ppo out/toy/dpo
+    python lab/plot.py out/toy/ppo out/toy/dpo --keys=reward,margin,loss --out=out/ppo_dpo.png --smooth=5
 
 A run is a folder with a log.jsonl, or a .jsonl file. There is a panel for each key and a line for each run, named by
 its folder. docs/log.md explains the keys. The CSV file lies beside the picture. It has one row for each step, and a
@@ -57,9 +57,9 @@ def read_curves(run):
     """Return {key: {step: value}} of a run's log, in its order; the numbers alone."""
     path = run if run.endswith('.jsonl') else log_of(run)
     if not os.path.exists(path):
-        near = sorted(Path(run).glob('*/log.jsonl'))
-        fail(f"{run}: has no log.jsonl; wanted a run's folder{f', such as {near[0].parent}' if near else ''}, or a "
-             ".jsonl file")
+        near, there = sorted(Path(run).glob('*/log.jsonl')), os.path.exists(run)
+        fail(f"{run}: {'has no log.jsonl' if there else 'no such folder or file'}; wanted a run's "
+             f"folder{f', such as {near[0].parent}' if near else ''}, or a .jsonl file")
     number = lambda value: type(value) in (int, float)
     curves = {}
     for line in read_log(path):
@@ -133,7 +133,7 @@ def check_out(picture, numbers):
 
 def main(cfg, runs):
     if not runs:
-        fail("wanted the folders of runs, as in python lab/plot.py out/toy/ppo out/toy/rloo")
+        fail("wanted the folders of runs, as in python lab/plot.py out/toy/ppo out/toy/dpo")
     logs = dict(zip(names_of(runs), map(read_curves, runs)))
     keys = choose_keys(cfg.keys, list(logs.values()))
     curves = {key: {name: smoothed(log[key], cfg.smooth) for name, log in logs.items() if key in log} for key in keys}

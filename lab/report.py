@@ -43,7 +43,7 @@ MEANINGS = { # column: what it is; which way is better, 1 up, -1 down, 0 neither
     'length': ('tokens in an answer', 0),
     'ended': ('share of answers that come to their end', 1),
     'kl': ('distance from the reference, in nats an answer', 0),
-    'path_kl': ('the same, along the greedy answer alone', 0),
+    'path_kl': ('distance from the reference in nats, along the greedy answer', 0),
     'perplexity': ('surprise at held-out text; 1 = none', -1),
     'length_controlled': ('win rate if all answers were equally long', 1),
 }
@@ -375,7 +375,8 @@ def run_of(name, folder, dtype):
         parts.append(tag('p', 'Health: ' + ('its log and options do not go together, so nothing can be said.'
                                             if lines is None else 'nothing to report.')))
     if script in TRAINERS:
-        parts.append(tag('details', tag('summary', 'the command'), tag('pre', command(script, options))))
+        again = 'the command (to run it again, add --overwrite=True or name another --out_dir)'
+        parts.append(tag('details', tag('summary', again), tag('pre', command(script, options))))
     return tag('div', *parts, class_='run'), bool(lines)
 
 def runs_section(cfg, run, folders, results):
@@ -400,7 +401,7 @@ def microscope_section(cfg, folders, results, best):
         policies = dict.fromkeys((folders[results['baseline']], folders[best]))
         options = dict(policy=','.join(policies), reference=folders[results['reference']], prompts=cfg.prompts,
                        reward_model=cfg.reward_model, out=os.path.join(cfg.out_dir, 'microscope.html'))
-        parts += [tag('p', 'This command makes a page of it beside this one:'),
+        parts += [tag('p', 'This command makes a page of it beside this one. evaluate.py links it when it runs again:'),
                   tag('pre', command('microscope.py', options))]
     else:
         parts.append(tag('p', 'It needs a reward model, and none was given here.'))

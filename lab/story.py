@@ -49,7 +49,7 @@ FOR = dict( # {world: {stage: what it is for}}
         'distill': "Distillation: a smaller student learns the teacher's probabilities at every token.",
         'verdicts': "Pairs of answers are written down with a verdict: what an AI judge learns from.",
         'judge': "A model learns to say which of two answers is better: the AI judge.",
-        'evaluate': "All models answer prompts that no stage has seen. The gold score judges, which none has seen."},
+        'evaluate': "All models answer prompts that nothing was trained on. The gold score judges: none has seen it."},
     sums={
         'data': "A world of sums is written: most writers are hasty and never carry, some are careful.",
         'pretrain': "A tiny GPT learns to add and subtract from both: the base model.",
@@ -57,12 +57,12 @@ FOR = dict( # {world: {stage: what it is for}}
         'grpo': "GRPO: a checker gives 1 for the right number; answers to the same problem are compared.",
         'rloo': "RLOO: a checker gives 1 for the right number; the other answers to the problem are the baseline.",
         'ppo': "PPO: a checker gives 1 for the right number; a critic predicts how often that will be.",
-        'evaluate': "All models solve problems that no stage has seen.",
+        'evaluate': "All models solve problems that nothing was trained on.",
         'others': "And problems with other numbers of digits, which none has learnt."})
 LOOK_AT = { # {script: (key of log.jsonl, what it is); the first that was logged counts}
     'sft.py': [('val_loss', 'held-out loss, in nats per token')],
     'reward.py': [('val_accuracy', "share of held-out pairs in the person's order")],
-    'ppo.py': [('gold', "gold score of its answers, which it never sees"), ('reward', 'reward of its answers')],
+    'ppo.py': [('gold', "gold score (which it never sees) of its answers"), ('reward', 'reward of its answers')],
     'dpo.py': [('val_accuracy', "share of held-out pairs in the person's order")],
     'kto.py': [('val_margin', 'margin of good answers over bad ones, held out')]}
 LOOK_AT |= {'reinforce.py': LOOK_AT['ppo.py'], 'rrhf.py': LOOK_AT['dpo.py']}

@@ -18,7 +18,7 @@ import tempfile
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from types import SimpleNamespace
 from unittest import mock
 
@@ -54,14 +54,14 @@ class Config:
 def run_stage(cfg, stage, seed, options, patches=()):
     """Run a stage; return its log and {key: what the health monitor said}.
 
-    options: further ones of the stage. patches: (module, function) pairs; each function takes the place of the one that
-    the module has by its name.
+    options: further ones of the stage. patches: (module, function) pairs; each function takes the place of the module's
+    one of this name.
     """
     script, every = STAGES[stage]
     module = importlib.import_module(script)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack, redirect_stdout(io.StringIO()) as said:
         options = dict(max_steps=every * cfg.iterations, log_every=every, save_every=0, device='cpu', dtype='float32',
-                       out_dir=f'{folder}/{stage}') | options
+                       out_dir=f"{folder}/{'sick' if patches else 'healthy'}") | options
         toy = SimpleNamespace(out_dir=cfg.out_toy, seed=seed)
         chosen = parse_config(module.Config, command_of((stage, script, f'config/toy/{stage}.py', options), toy)[2:])
         for path in (path for key in MODELS + DATA for path in files_of(getattr(chosen, key, '')) if path):
@@ -96,14 +96,22 @@ def outside(sick, healthy):
                 found[key] = max(found.get(key, 0), (low - x) / limit, (x - high) / limit)
     return {key: far for key, far in sorted(found.items(), key=lambda item: -item[1]) if far > 1}
 
+def places(values):
+    """Return four of the values and their mean jump, as text; of fewer each once, and no jump."""
+    last = len(values) - 1
+    at = [round(i * last / 3) for i in range(4)]
+    cells = [values[k] if i == 3 or k not in at[:i] + [last] else '' for i, k in enumerate(at)] if values else ['–'] * 4
+    jump = f'{fmean(abs(b - a) for a, b in zip(values, values[1:])):.2g}' if last > 2 else ''
+    return ''.join(f"{x if isinstance(x, str) else f'{x:.3g}':>10}" for x in cells) + f'{jump:>9}'
+
 def show(name, healthy, sick):
-    """Print two runs side by side; both as run_stage returns them. Of each key there are four values."""
+    """Print two runs side by side, both as run_stage returns them."""
     (log, alarms), (sick_log, sick_alarms) = healthy, sick
     theirs = columns(sick_log)
-    print(f"{'':20}{'healthy: begin':>20}{'end':>20}   {name + ': begin':>20}{'end':>20}")
+    print("Four lines of the log. jump: how far a number moves from line to line, on average. Few values: each once.\n")
+    print(f"{'':25}{'healthy':50}{name}\n{'':20}" + ' '.join(['     begin       1/3       2/3       end     jump'] * 2))
     for key, values in columns(log).items():
-        four = lambda v: ''.join(f"{v[round(i * (len(v) - 1) / 3)]:10.3g}" for i in range(4)) if v else f"{'–':>10}"
-        print(f"{key:20}{four(values)}   {four(theirs.get(key, []))}")
+        print(f"{key:20}{places(values)} {places(theirs.get(key, []))}".rstrip())
     for who, said in (('healthy', alarms), (name, sick_alarms)):
         print(f"\nhealth, {who}:", *(said.values() or ['nothing']), sep='\n    ')
 
@@ -144,6 +152,7 @@ def main(cfg):
         for name in BUGS:
             bug = load(f'bugs/{name}')
             print(f"{name:18} {bug.STAGE:7} {bug.__doc__}")
+        print("\npython lessons/bugs.py --bug=NAME")
 
 if __name__ == '__main__':
     launch(main, Config)

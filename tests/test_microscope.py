@@ -173,6 +173,39 @@ def test_a_second_policy_changes_nothing_in_the_first(made, tmp_path):
     assert two[:1] == one and [a['model'] for a in two] == [made.policy, made.reference]
     assert two[1]['kl'] == pytest.approx([0.0] * len(two[1]['ids']), abs=2e-5) # the reference, measured to itself
 
+@pytest.fixture(scope='module')
+def adapted(made):
+    """The folder of a run of PPO with adapters."""
+    run(ppo, policy=made.reference, reward_model=made.reward_model, prompts=made.prompts, lora_rank=2, lr=1e-2,
+        out_dir=made.folder / 'lora', max_steps=2, batch_size=2, minibatches=1, max_new_tokens=6, critic_lr=1e-2)
+    return str(made.folder / 'lora')
+
+def test_the_critic_of_a_run_with_adapters(made, adapted, tmp_path):
+    """V is that of W + alpha / rank B A, here 4 / 2, by the full matrix; the reward model stays as it is."""
+    kept = torch.load(os.path.join(adapted, 'state.pt'), weights_only=True)['critic']
+    critic = GPT.from_pretrained(made.reward_model, value_head=True)
+    with torch.no_grad():
+        for name in {name.split('.lora.')[0] for name in kept if '.lora.' in name}:
+            A, B = (kept[f'{name}.lora.{i}.weight'] for i in (0, 1))
+            critic.get_submodule(name).weight += 2 * B @ A
+        critic.value_head.weight.copy_(kept['value_head.weight'])
+        critic.value_head.bias.copy_(kept['value_head.bias'])
+    for policy, folder in (made.reference, adapted), (adapted, adapted), (adapted, made.policy): # runs may be mixed
+        answer, = shown(made, tmp_path, policy=policy, critic=folder, prompt='Hi')[0]
+        row = torch.tensor([prompt_ids(TOK, 'Hi') + answer['ids']])
+        with torch.no_grad():
+            values = critic.values(row, torch.ones(1, row.size(1) - 1))[0, -len(answer['ids']):].tolist()
+            last = GPT.from_pretrained(made.reward_model).rewards(row, torch.tensor([row.size(1)])).item()
+        assert (answer['value'] == pytest.approx(values, abs=2e-5)) == (folder == adapted)
+        assert answer['prefix'][-1] == pytest.approx(last, abs=2e-5)
+
+def test_a_run_with_adapters_updates_these_alone(made, adapted, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(ppo, 'update', lambda models, *a: trained.extend(
+        name for name, p in models.policy.named_parameters() if p.requires_grad))
+    _, (_, said) = shown(made, tmp_path, policy=adapted, prompt='Hi')
+    assert trained and all('.lora.' in name for name in trained) and said.endswith('and fresh adapters.')
+
 # ---------------------------------------------------------------------------------------------------------------------
 # options and texts
 
@@ -220,7 +253,7 @@ def test_the_terminal(made, tmp_path, capsys, monkeypatch):
     for t, line in enumerate(lines[start + 2:start + 2 + len(answer['ids'])]):
         keys = 'logp', 'ref_logp', 'kl', 'entropy', 'reward', 'value', 'advantage', 'whitened', 'returns'
         row = [answer[key][t] for key in keys] + [answer['prefix'][t + 1], answer['ratio'][t]]
-        assert line.startswith(''.join(f'{x:8.3f}' for x in row))
+        assert line.startswith(''.join(f'{x:{9 if i == 9 else 8}.3f}' for i, x in enumerate(row)))
         label = answer['tokens'][t][0]
         assert line.endswith(('* ' if answer['clipped'][t] else '  ')
                              + (label if answer['whitened'][t] > 0 else f'⟦{label}⟧'))
@@ -230,6 +263,47 @@ def test_the_terminal(made, tmp_path, capsys, monkeypatch):
     shown(made, tmp_path, prompt='Hi')
     out = capsys.readouterr().out
     assert '\x1b[32m' in out and '\x1b[31m' in out and '⟦' not in out
+
+def test_the_terminal_says_where_its_numbers_come_from(made, tmp_path, capsys, monkeypatch):
+    for critic, told in ('', 'as PPO starts it, a copy of the reward model'), (made.policy, f'saved in {made.policy}'):
+        _, texts = shown(made, tmp_path, prompt='Hi', critic=critic)
+        *_, legend, models, options, wrote = capsys.readouterr().out.splitlines()
+        assert legend == '⟦ ⟧: pushed down. *: the clip bites. docs/log.md explains the columns.'
+        assert [models, options] == texts and 'Critic, for V, A and return: ' in models and told in models
+        assert 'after an update on 2 answers of each policy, the shown ones among them' in options # a batch
+        assert wrote == f"wrote {tmp_path / 'page.html'}"
+    _, texts = shown(made, tmp_path, prompt='Hi', policy=made.shared, critic='shared')
+    assert "Critic, for V, A and return: the policy's own value head." in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    monkeypatch.delenv('NO_COLOR', raising=False)
+    shown(made, tmp_path, prompt='Hi')
+    assert '\nGreen: pushed up. Red: pushed down. *: the clip bites.' in capsys.readouterr().out
+
+def test_the_header_stands_above_its_columns(capsys):
+    """Every name ends where the numbers below it end, with a space before it."""
+    keys = 'logp', 'kl', 'returns', 'prefix', 'ratio'
+    answer = {key: [-1.5, 2.25] for key in keys} | dict(prefix=[0, 0.5, 12.125], ratio=[1.0, None], clipped=[0, 1],
+                                                        tokens=[['a', ''], ['b', '']], advantage=[1.0, -1.0])
+    microscope.print_answer(answer, False)
+    assert capsys.readouterr().out.splitlines() == [
+        '  log pi      KL       A  return RM score   ratio  token',
+        '  -1.500  -1.500   1.000  -1.500    0.500   1.000  a',
+        '   2.250   2.250  -1.000   2.250   12.125     inf* ⟦b⟧']
+
+@pytest.mark.parametrize('state, said', [
+    (None, 'is missing'), (b'PK', 'holds no critic of the shape of this reward model'),
+    (dict(policy={}), 'holds no critic of the shape of this reward model'), # as of dpo.py
+    (dict(critic=dict(w=torch.zeros(3))), 'holds no critic of the shape of this reward model')])
+def test_a_folder_without_a_critic_is_one_clear_line(made, tmp_path, capsys, state, said):
+    folder = tmp_path / 'dpo'
+    folder.mkdir()
+    if isinstance(state, bytes):
+        (folder / 'state.pt').write_bytes(state)
+    elif state:
+        torch.save(state, folder / 'state.pt')
+    line = stops(capsys, microscope, **options(made, prompt='Hi', critic=folder, out=tmp_path / 'page.html'))
+    assert line == (f"--critic={folder}: {folder}/state.pt {said}; wanted a checkpoint of ppo.py with a separate "
+                    "critic, which began as this reward model")
 
 def test_the_page_needs_nothing_else_and_texts_stay_texts(made, tmp_path):
     """No address but the name of SVG; what a prompt holds cannot end the data."""
@@ -293,6 +367,7 @@ def test_the_page_of_samples_holds_the_file(trained, tmp_path, capsys):
         lines = [json.loads(line) for line in f]
     assert page['answers'] == [line | dict(model=trained[0]) for line in lines]
     assert f'{trained[0]}/samples.jsonl' in page['settings'][0] and 'as it was saved' in page['settings'][0]
+    assert 'each save has other prompts' in page['settings'][0]
     out = capsys.readouterr().out
     said = [per_token.plain(line['prompt']) for line in lines if line['step'] == 2]
     assert re.findall(r'^\[(.*)\] (.*)$', out, re.M) == [(f'{trained[0]}, step 2', text) for text in said]
@@ -304,12 +379,12 @@ def test_two_runs_side_by_side_by_their_folders(trained, tmp_path, capsys):
     tables = capsys.readouterr().out.split('\n[')[1:]
     assert ['A white' in table for table in tables] == [True, True, False, False] # RLOO has none
     header, row = tables[2].splitlines()[1:3]
-    assert header.split() == 'log pi log ref KL entropy A score ratio token'.split()
+    assert header.split() == 'log pi log ref KL entropy A RM score ratio token'.split()
     with open(f'{trained[1]}/samples.jsonl') as f:
         answer = [json.loads(line) for line in f][2]
     keys = 'logp', 'ref_logp', 'kl', 'entropy', 'advantage'
     numbers = [answer[key][0] for key in keys] + [answer['prefix'][1], answer['ratio'][0]]
-    assert row.startswith(''.join(f'{x:8.3f}' for x in numbers))
+    assert row.startswith(''.join(f'{x:{9 if i == 5 else 8}.3f}' for i, x in enumerate(numbers)))
 
 def test_a_file_of_others_steers_no_terminal(trained, tmp_path, capsys):
     with open(f'{trained[0]}/samples.jsonl') as f:
@@ -408,9 +483,16 @@ def test_in_a_browser(made, tmp_path, monkeypatch):
         browser.js('($("metric").value = "entropy", $("metric").onchange())')
         assert browser.js('document.querySelectorAll(".token")[2].style.backgroundColor') != blank
         assert ', entropy ' in browser.js('document.querySelectorAll(".token")[2].ariaLabel')
+        # one name for the reward model's score; however small, a number has a colour, and 0 has none
+        assert browser.js('document.querySelector(".legend").textContent').startswith('RM score after each token')
+        assert browser.js('[...$("metric").options].find(o => o.value === "prefix").text') == 'RM score'
+        assert browser.js('[-1, -1e-6, 0, .5].map(tint)') == [
+            'rgb(var(--down) / 0.500)', 'rgb(var(--down) / 0.120)', 'rgb(var(--up) / 0)', 'rgb(var(--up) / 0.310)']
+        assert 'inset' in browser.js('getComputedStyle(document.querySelector(".now")).boxShadow') # no neighbour's
         # a phone, and darkness: nothing is wider than the screen, cards below one another, a tap chooses
         ink = browser.js('getComputedStyle(document.body).color')
         cdp('Emulation.setDeviceMetricsOverride', width=390, height=844, deviceScaleFactor=2, mobile=True)
+        cdp('Emulation.setTouchEmulationEnabled', enabled=True)
         cdp('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value='dark')])
         browser.open(path.as_uri())
         browser.wait('document.querySelectorAll(".card").length === 4')
@@ -418,6 +500,8 @@ def test_in_a_browser(made, tmp_path, monkeypatch):
         assert browser.js('getComputedStyle(document.body).color') != ink
         tops = browser.js('[...document.querySelectorAll(".card")].map(c => c.getBoundingClientRect().top)')
         assert tops == sorted(tops) and len(set(tops)) == 4
+        browser.js('cards[0].tokens[2].textContent = "."')
+        assert browser.js('cards[0].tokens[2].getBoundingClientRect().width') >= 24 # for a finger
         browser.click('.card .token:nth-child(2)')
         assert 'token 2 of' in panel(0)
     finally:

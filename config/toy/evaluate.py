@@ -1,4 +1,4 @@
-# Everything about the toy models, on prompts that no stage has seen.
+# Everything about the toy models, on prompts that nothing was trained on.
 #   python evaluate.py config/toy/evaluate.py
 models = "base=out/toy/base,sft=out/toy/sft,ppo=out/toy/ppo,dpo=out/toy/dpo"
 reward_model = "out/toy/reward"

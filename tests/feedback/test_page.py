@@ -356,7 +356,7 @@ def test_in_a_browser(tmp_path):
         showing(4)
         assert len(saved()) == 3
         # the last one is skipped, for a reason; letters in it are no keys
-        browser.press('w', *'us <b>1', 'Escape', 'w', *'2', 'Enter')
+        browser.press('W', *'us <b>1', 'Escape', 'w', *'2', 'Enter')
         browser.wait('document.getElementById("count").textContent.startsWith("All 4")')
         assert process.wait(60) == 0
         assert browser.js('document.title') == '4 of 4 ranked'

@@ -146,11 +146,11 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused(capsys, ['ppo', 'rloo'], keys='kl,klx') == (
         '--keys=kl,klx: no log has `klx`; there are kl, loss, gold, time')
-    assert refused(capsys, ['none']) == "none: has no log.jsonl; wanted a run's folder, or a .jsonl file"
+    assert refused(capsys, ['none']) == "none: no such folder or file; wanted a run's folder, or a .jsonl file"
     assert refused(capsys, ['ppo', '.']) == ".: has no log.jsonl; wanted a run's folder, such as ppo, or a .jsonl file"
     assert refused(capsys, ['ppo/x.jsonl']).startswith('ppo/x.jsonl: ')
     assert refused(capsys, ['ppo', './ppo/']) == './ppo/: is given twice; wanted each run once'
-    assert 'wanted the folders of runs' in refused(capsys, [])
+    assert refused(capsys, []) == 'wanted the folders of runs, as in python lab/plot.py out/toy/ppo out/toy/dpo'
     for text in ('', lines(dict(prompt='p')), '[1]\n{"step": 1}\n', lines(dict(step='one', kl=1))):
         log(tmp_path / 'odd', text)
         assert refused(capsys, ['odd']).startswith('odd/log.jsonl: wanted lines with `step` and other numbers')

@@ -38,7 +38,7 @@ def test_quotes_are_short_and_one_line():
     ('reward.py', [dict(step=9, loss=0.2), dict(step=9, val_accuracy=0.9431)],
      "share of held-out pairs in the person's order: 0.94"),
     ('ppo.py', [dict(reward=-0.12, gold=0.442), dict(reward=0.97, gold=0.7812)],
-     'gold score of its answers, which it never sees: 0.44 → 0.78'),
+     'gold score (which it never sees) of its answers: 0.44 → 0.78'),
     ('reinforce.py', [dict(reward=0.4414), dict(reward=0.985)], 'reward of its answers: 0.44 → 0.98'),
     ('kto.py', [dict(margin=1.0)], ''), ('bench.py', [dict(loss=1.0)], '')])
 def test_the_number_to_look_at(tmp_path, script, lines, told):

@@ -56,7 +56,8 @@ def loaded(f):
             return self
 
     f.__globals__.update(load_policy=Model, load_reward=lambda *args: None)
-    policy, _, reference = f(SimpleNamespace(policy='', lora_rank=0), SimpleNamespace(device='cpu', freeze=lambda m: m), TOK)
+    run = SimpleNamespace(device='cpu', freeze=lambda m: m)
+    policy, _, reference = f(SimpleNamespace(policy='', lora_rank=0), run, TOK)
     return [policy.dropout, reference.dropout, policy is reference]
 
 def sampled(f):

@@ -15,7 +15,7 @@ LESSONS = {1: '1_policy_gradient', 2: '2_bradley_terry', 3: '3_ppo', 4: '4_gae'}
 SETTINGS = {1: dict(seeds=(0,), n_samples=4096, steps=3), 2: dict(seeds=(0,), n=5000, steps=120),
             3: dict(seeds=(0,), batches=1, iterations=3), 4: dict(seeds=(0,))}
 
-@pytest.mark.parametrize('path', FILES)
+@pytest.mark.parametrize('path', [path for path in FILES if os.path.basename(path) != 'bugs.py']) # is no lesson
 def test_a_lesson_has_at_most_150_lines(path):
     with open(os.path.join(ROOT, path), encoding='utf-8') as f:
         assert len(f.read().splitlines()) <= 150
