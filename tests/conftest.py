@@ -6,6 +6,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)] # the repository's root, and `tiny` for tests in folders below
 
 import pytest
+from tqdm import tqdm
 
 for number in (signal.SIGINT, getattr(signal, 'SIGHUP', None)): # a shell's background job, or nohup, ignores them
     if number and signal.getsignal(number) is signal.SIG_IGN:
@@ -28,3 +29,8 @@ def hf():
     transformers = pytest.importorskip('transformers', reason="the independent GPT-2; stored numbers stand in for it")
     transformers.logging.set_verbosity_error()
     return transformers
+
+@pytest.fixture(autouse=True)
+def no_bars_of_other_tests():
+    """Forget progress bars that an earlier test left open: an error's line would be written around them."""
+    tqdm._instances.clear()
