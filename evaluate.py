@@ -29,6 +29,7 @@ from common.tokens import load_tokenizer
 from feedback.functions import guarded, load_reward_function, module_of
 from feedback.scores import score_answers
 from lab import figures, report
+from lab.tables import align
 
 import torch
 
@@ -288,10 +289,7 @@ def describe(r, written):
 
 def print_table(title, header, rows):
     """Print rows, lists of strings. The first column is flush left, the others flush right."""
-    first, *widths = [max(map(len, column)) for column in zip(header, *rows)]
-    print(f"\n{title}")
-    for name, *cells in [header, *rows]:
-        print('  '.join([name.ljust(first), *map(str.rjust, cells, widths)]))
+    print('\n'.join([f"\n{title}", *align(header, rows)]))
 
 def print_results(results, samples):
     """Print the tables of results.json, and three prompts with everybody's answers."""

@@ -29,15 +29,16 @@ from pathlib import Path
 
 import ppo
 from common.batches import encode_prompts
-from common.checkpoints import load_policy, read_log
+from common.checkpoints import load_policy, read_log, read_options
 from common.options import RunOptions, fail, launch, parse_config, require, unread
-from common.records import files_of, read_json, read_records, write_atomic
+from common.records import files_of, read_records, write_atomic
 from common.rollout import check_context, check_same_vocabulary
 from common.run import default_signals, start, stop
 from common.tokens import load_tokenizer
 from common.training import make_optimizer
 from common.weights import open_pretrained
 from lab.per_token import compare, describe_answers, plain, read_samples
+from lab.report import is_page
 
 import torch
 
@@ -74,7 +75,7 @@ def check_out(path):
     """End the program where the page cannot be written."""
     if not os.access(os.path.dirname(path) or '.', os.W_OK) or os.path.isdir(path):
         fail(f"--out={path}: wanted a file in a folder that exists and can be written to")
-    if os.path.exists(path) and b'<title>Token microscope</title>' not in Path(path).read_bytes()[:2000]:
+    if os.path.exists(path) and not is_page(path, 'Token microscope'):
         fail(f"--out={path}: is there, and no page of the microscope; wanted another name")
 
 def settings(cfg, folders):
@@ -84,14 +85,13 @@ def settings(cfg, folders):
     except ValueError as e:
         fail(f"--ppo={cfg.ppo}: {e}; wanted options of ppo.py")
     for folder in folders if all(word.startswith('--') for word in words) else []:
-        path = os.path.join(folder, 'options.json')
-        about = read_json(path) if os.path.exists(path) else {}
+        about = read_options(folder)
         if about.get('script') in ('ppo.py', 'reinforce.py'):
             try:
                 given = {k: v for k, v in about['options'].items() if hasattr(ppo.Config, k) and k != 'show'}
                 found = ppo.Config(**given)
             except (ValueError, TypeError, KeyError, AttributeError) as e:
-                fail(f"{path}: {e}; wanted the options of a run of {about['script']}")
+                fail(f"{folder}/options.json: {e}; wanted the options of a run of {about['script']}")
             log = read_log(os.path.join(folder, 'log.jsonl'))
             if found.kl_target and log: # it moved during the run
                 given['kl_coef'] = log[-1].get('kl_coef', found.kl_coef)

@@ -102,11 +102,10 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, samples=(), **
     rng = {'cpu': torch.get_rng_state()}
     if run.device.startswith('cuda'):
         rng['cuda'] = torch.cuda.get_rng_state(run.device)
-    rng = run.gather(rng)
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step, max_steps=cfg.max_steps)
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad} if cfg.lora_rank else {}
-    more |= dict(rng=rng, scaler=run.scaler.state_dict(), optimizers=states, adapter=adapter)
+    more |= dict(rng=run.gather(rng), scaler=run.scaler.state_dict(), optimizers=states, adapter=adapter)
     run.first(lambda: write_checkpoint(cfg, model, tokenizer, about, more, run.inputs, samples))
 
 def write_checkpoint(cfg, model, tokenizer, about, more, inputs, samples):
@@ -250,11 +249,15 @@ def read_log(path):
                 lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
 
+def read_options(folder):
+    """Return a checkpoint's options.json, {} where there is none."""
+    path = os.path.join(folder, 'options.json')
+    return read_json(path) if os.path.exists(path) else {}
+
 def load_model(folder, option, wanted, overrides):
     """Load a checkpoint's model, if it is what is wanted; note that it was saved before its run's end."""
     weights.check_folder(folder, option)
-    path = os.path.join(folder, 'options.json')
-    about = read_json(path) if os.path.exists(path) else {}
+    about = read_options(folder)
     if about.get('finished') is False:
         note(f"--{option}={folder}: unfinished, saved at step {about.get('step')} of {about.get('max_steps')}")
     model = GPT.from_pretrained(folder, **overrides)

@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import get_args
 
-from tqdm import tqdm
-
 def fail(message, code=2):
     """Print the error in one line, and exit. Code 2 is the user's, 1 that of a run that went wrong."""
     escape = lambda found: found[0].encode('unicode_escape').decode() # a text in it may hold line ends or worse
-    message = re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]', escape, message)
-    tqdm.write(f'error: {message}', file=sys.stderr) # on a line of its own, above a progress bar
+    from tqdm import tqdm # here: most runs do not fail. Its write() clears a progress bar's line first
+    tqdm.write('error: ' + re.sub('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]', escape, message), file=sys.stderr)
     raise SystemExit(code)
 
 def note(text):

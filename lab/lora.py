@@ -26,7 +26,7 @@ from lab.seeds import Seeds, numbers
 from lab.tables import show, table
 from model import GPT
 
-RATES = dict(dpo=('1e-3', '2e-3', '4e-3', '8e-3'), ppo=('1e-3', '2e-3', '4e-3', '8e-3'))
+RATES = '1e-3', '2e-3', '4e-3', '8e-3'
 TRIED = 8 # the rank that the learning rates are tried with
 
 @dataclass
@@ -38,7 +38,7 @@ class Config(Seeds):
     def __post_init__(self):
         super().__post_init__()
         names, ranks = self.methods.split(','), numbers(self.ranks)
-        require(self, methods=(set(names) <= set(RATES) and len(set(names)) == len(names), 'dpo, ppo or both'),
+        require(self, methods=(set(names) <= {'dpo', 'ppo'} and len(set(names)) == len(names), 'dpo, ppo or both'),
                 ranks=(len(set(ranks)) == len(ranks) > 0 and min(ranks) > 0, 'numbers above 0, each once'))
 
 def stages(at, method, settings, prompts, evaluation):
@@ -80,7 +80,7 @@ def trained_share(rank, folder):
 def main(cfg):
     results = {}
     for method in cfg.methods.split(','):
-        tried = {f'{method}_lr{rate}': lora(TRIED, rate) for rate in RATES[method]}
+        tried = {f'{method}_lr{rate}': lora(TRIED, rate) for rate in RATES}
         found = measure(cfg, method, tried, 'data/toy/prompts_val.jsonl', f'{method}_rates')
         gold = {name: [of_seed['models'][name]['gold'] for of_seed in found] for name in tried}
         table([f'{method}, rank {TRIED}, validation prompts', 'gold'],

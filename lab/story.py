@@ -11,12 +11,13 @@ import sys
 import textwrap
 from itertools import islice
 
-from common.checkpoints import load_policy, read_log
-from common.records import read_json, read_lines
+from common.checkpoints import load_policy, read_log, read_options
+from common.records import read_lines
 from common.tokens import load_tokenizer, prompt_ids
 from data import checker
 from data.toy import world as toy
 from feedback.annotators import visible
+from lab.tables import align
 
 import torch
 
@@ -121,9 +122,7 @@ def most_changed(rows, old, new, gold):
 
 def change(folder, world):
     """Show the test prompt whose greedy answer a stage has changed most. Without answers '' is returned."""
-    path = f'{folder}/options.json'
-    options = read_json(path)['options'] if os.path.exists(path) else {}
-    rows = first_prompts(world)
+    options, rows = read_options(folder).get('options', {}), first_prompts(world)
     old, new = answers(options.get('policy') or options.get('init_from'), rows), answers(folder, rows)
     at = most_changed(rows, old, new, GOLD[world])
     if at is not None:
@@ -169,12 +168,6 @@ def alarms(path):
 
 # ---- the end ----------------------------------------------------------------------------------------------------
 
-def columns(header, rows):
-    """Lay out rows of texts; the first column is flush left, the others flush right."""
-    first, *widths = [max(map(len, column)) for column in zip(header, *rows)]
-    return [' '.join([name.ljust(first), *(cell.rjust(width + 1) for cell, width in zip(cells, widths))])
-            for name, *cells in [header, *rows]]
-
 def shown(names):
     """Choose at most four policies: the base and SFT models, the first that was trained, and the last."""
     return [*dict.fromkeys([*names[:3], names[-1]])]
@@ -214,7 +207,7 @@ def gold_table(results, names):
     keys = ['gold', 'helpful', 'honest', 'harmless']
     rows = [[name, *(f'{results[part][name][key]:.2f}' for part in ('models', 'greedy') for key in keys)]
             for name in names]
-    header, *rest = columns(['', *keys, *keys], rows)
+    header, *rest = align(['', *keys, *keys], rows)
     middle = (len(header) - max(map(len, names))) // 2 + max(map(len, names)) # where the greedy ones begin
     title = ' ' * max(map(len, names)) + '  sampled'
     return [title.ljust(middle) + '  greedy', header, *rest]

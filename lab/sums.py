@@ -103,7 +103,7 @@ def ending(out, methods, results, typed):
     return '\n'.join([
         "Shares of right answers to held-out problems; those by digits are greedy, and 3 digits were learnt.",
         "Names that end in _direct: without the scratch line.", '',
-        *story.columns(['', 'sampled', 'greedy', *digits], rows), *why,
+        *tables.align(['', 'sampled', 'greedy', *digits], rows), *why,
         '', "Problems that divide them, 1.0 = right:", '', *story.side_by_side(divided, few), '',
         *story.commands(out, few, typed, figure)])
 

@@ -46,6 +46,11 @@ def seconds(name, runs):
     known = all(stage in run['seconds'] for run in runs for stage in stages)
     return f"{min(sum(run['seconds'][stage] for stage in stages) for run in runs):.0f}" if known else ''
 
+def align(header, rows):
+    """Lay out lists of strings as lines; the first column is flush left, the others flush right."""
+    first, *widths = [max(map(len, column)) for column in zip(header, *rows)]
+    return ['  '.join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in [header, *rows]]
+
 def table(header, rows):
     """Print lists of strings as a table in Markdown."""
     print('\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows]))
