@@ -1,8 +1,7 @@
 """Save and load checkpoints that survive a kill, and write the log.
 
-A checkpoint is a folder: config.json and model.safetensors in the Hugging Face layout, the tokenizer, log.jsonl, with
---show samples.jsonl, state.pt to resume from, and options.json: every option, whether the run has finished, digests of
-its inputs and files.
+A checkpoint is a folder: config.json and model.safetensors (Hugging Face layout), tokenizer, log.jsonl, samples.jsonl,
+state.pt to resume from, and options.json: every option, whether the run has finished, digests of its inputs and files.
 """
 
 import contextlib
@@ -189,7 +188,8 @@ def load_checkpoint(run, cfg, model, optimizers):
     path = os.path.join(cfg.out_dir, 'state.pt')
     about = run.first(lambda: read_about(cfg.out_dir))
     fields, *tensors = weights.open_pretrained(cfg.out_dir)
-    for name, old in (fields | {name: about['options'].get(name) for name in ('lora_rank', 'lora_on')}).items():
+    lora = {key: about['options'].get(key, getattr(type(cfg), key)) for key in ('lora_rank', 'lora_on')} # older: none
+    for name, old in (fields | lora).items():
         if old != (new := getattr(model.config, name, getattr(cfg, name, None))):
             fail(f"--resume=True: {name} is {old} in {cfg.out_dir} and {new} in this run; wanted the same model")
     for name in {**about['inputs'], **run.inputs}: # one that only one of the two runs has is another too
@@ -202,7 +202,7 @@ def load_checkpoint(run, cfg, model, optimizers):
         state = torch.load(path, map_location='cpu', weights_only=True)
         if (made_by := state.get('script', 'an older version')) != script_of(cfg):
             fail(f"--resume=True: the checkpoint in {cfg.out_dir} is one of {made_by}; wanted one of {script_of(cfg)}")
-        model.load_state_dict(state['adapter'], strict=False)
+        model.load_state_dict(state.get('adapter', {}), strict=False)
         for name, optimizer in optimizers.items():
             new = state['optimizers'][name]
             for saved, group in zip(new['param_groups'], optimizer.param_groups): # options may have changed

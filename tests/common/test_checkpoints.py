@@ -69,6 +69,21 @@ def test_four_steps_equal_two_and_two_more_bitwise(tmp_path):
     losses = [[line['loss'] for line in read_log(str(tmp_path / d / 'log.jsonl'))] for d in 'ab']
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
+def test_a_checkpoint_from_before_adapters_goes_on(tmp_path):
+    """It has no adapter, and its options do not name them: it is one of all weights."""
+    model, _, _ = train(config(tmp_path / 'a'), 0, 4)
+    train(config(tmp_path / 'b'), 0, 2)
+    state = torch.load(tmp_path / 'b/state.pt', weights_only=True)
+    about = json.loads((tmp_path / 'b/options.json').read_text())
+    del state['adapter']
+    for options in (state['options'], about['options']):
+        for key in ('lora_rank', 'lora_alpha', 'lora_on', 'tensorboard'):
+            del options[key]
+    (tmp_path / 'b/options.json').write_text(json.dumps(about))
+    rewrite_state(tmp_path / 'b', state)
+    resumed, _, _ = train(config(tmp_path / 'b', resume=True), 2, 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters()))
+
 def test_the_scale_of_float16_is_resumed(tmp_path):
     run, model = Run('cpu', 'float16'), tiny()
     run.backward(model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))[1])
