@@ -12,6 +12,9 @@ sft        sft.update on the chosen answers                                     
 rm         reward.update on pairs                                                   prompts and answers of both texts
 dpo        dpo.update on pairs, and the reference's single pass over them           prompts and answers of both texts
 ppo        ppo.roll_out and ppo.update: 64 prompts of 32 tokens, 32 new, 4 epochs   new ones
+rloo       the same of reinforce: 16 such prompts, 4 answers to each, one epoch     new ones
+
+rloo rewards by a line of Python, as TRL's RLOOTrainer may: the policy and the reference are its only models.
 
     python bench.py --workload=memory --batch_size=4 --tokens=512 --dtype=bfloat16
 
@@ -19,14 +22,21 @@ This times nothing. It prints the memory that each stage needs for each GPT-2, b
 
 Rows are at most 256 tokens long. They come in the scripts' batches of like length, and padding is not counted. Without
 --data the pairs are random ids: prompts of 16 to 127 tokens, answers of 8 to 127. A lap is `steps` optimizer steps,
-from lists of ids to updated weights; for generate it is one call, for ppo one iteration. Every lap has the same
-batches. The first one warms up. The line shows the lap of median speed among the others.
+from lists of ids to updated weights; for generate it is one call, for ppo and rloo one iteration. Every lap has the
+same batches. The first one warms up. The line shows the lap of median speed among the others.
+
+`gflops` is the useful arithmetic of that lap: 10^9 operations of matrix products a second, less the share that padding
+takes. One more lap counts them. All models, passes and what checkpointing computes again are in it. Attention counts as
+if nothing were masked. `share_of_best` puts it beside the best product of two square matrices on this device, of the
+same type: on a GPU this is the model FLOPs utilisation (MFU), with a measured rate. One thread on a CPU is timed in CPU
+seconds here, so that other work does not count.
 """
 
 import contextlib
 import dataclasses
 import io
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -34,6 +44,7 @@ from types import SimpleNamespace
 
 import dpo
 import ppo
+import reinforce
 import reward
 import sft
 from common.batches import Batches, Demonstrations, Row, Windows, encode_rankings
@@ -51,14 +62,17 @@ from model import GPT, GPTConfig
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 PRESETS = dict(tiny=(4, 4, 128, 512), small=(6, 6, 384, 50257), gpt2=(12, 12, 768, 50257)) # n_layer, n_head, n_embd, V
 LONGEST = 256 # tokens in a row
-DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), ppo=(64,), memory=(8,))
+DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), ppo=(64,), rloo=(16,),
+                       memory=(8,))
+NO_STEPS = 'generate', 'ppo', 'rloo' # workloads whose lap is no number of optimizer steps
 
 @dataclass
 class Config(RunOptions):
-    workload: str = '' # generate, lm, sft, rm, dpo, ppo or memory
+    workload: str = '' # generate, lm, sft, rm, dpo, ppo, rloo or memory
     preset: str = 'tiny' # tiny, small or gpt2: random weights of that shape
     init_from: str = '' # a language model, folder or on the hub, instead of random weights; then its shape counts
     data: str = '' # comparisons; without: random ids
@@ -70,6 +84,9 @@ class Config(RunOptions):
     dtype: str = 'float32' # float32; bfloat16 or float16 (autocast)
     compile: bool = False # torch.compile, in the warm-up lap
     checkpointing: bool = False # compute activations again in the backward pass
+    lora_rank: int = 0 # above 0: train adapters of this rank
+    lora_on: str = 'attn' # attn: queries, keys and values; all: every linear layer
+    lora_alpha = 1.0 # no option: it changes neither time nor memory
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,7 +99,9 @@ class Config(RunOptions):
         unread(self, not memory, 'a workload that is timed', 'preset', 'init_from', 'data', 'steps', 'repeats',
                'threads', 'compile', 'checkpointing')
         unread(self, not self.init_from, 'a run without init_from', 'preset')
-        unread(self, self.workload not in ('generate', 'ppo'), 'a workload of optimizer steps', 'steps')
+        unread(self, self.workload not in NO_STEPS, 'a workload of optimizer steps', 'steps')
+        unread(self, self.workload != 'generate', 'a workload that trains', 'lora_rank')
+        unread(self, self.lora_rank, 'lora_rank', 'lora_on')
 
 # ---- models and rows --------------------------------------------------------------------------------------------
 
@@ -139,8 +158,9 @@ def make_prompts(cfg, model, rows, n, new):
     return [prompts[i % len(prompts)] for i in range(cfg.batch_size)]
 
 # ----------------------------------------------------------------------------------------------------------------
-# workloads: each returns a function that runs one lap and returns two numbers: the tokens that count, and the positions
-# that a model computed in one pass. Padding is among these; a prompt that several answers share counts once
+# workloads: each returns a function that runs one lap and returns three numbers: the tokens that count, the positions
+# that a model is given in one pass, and the positions that it computes: padding is only among the latter. A prompt that
+# several answers share counts once
 
 def generate_lap(cfg, run, model, rows):
     prompts = make_prompts(cfg, model, rows, 64, 128)
@@ -149,7 +169,8 @@ def generate_lap(cfg, run, model, rows):
     def lap():
         with run.autocast():
             new = sum(map(len, model.generate(prompts, 128)))
-        return new, new + 64 * len(prompts)
+        given = 64 * len({*map(tuple, prompts)}) + new - len(prompts) # nothing follows the last new token
+        return new, given, given
 
     return lap
 
@@ -174,8 +195,8 @@ STEPS = dict(lr=1e-4, lr_schedule='constant', warmup_steps=0, max_steps=1) # opt
 def supervised_lap(cfg, run, model, data, extra):
     """Time sft.update; a window of text holds `extra` = 1 token more than the model is given."""
     def sizes(rows):
-        longest = max(len(ids) for ids, _ in rows)
-        return sum(len(ids) - extra for ids, _ in rows), (longest - extra) * len(rows)
+        lengths = [len(ids) - 1 for ids, _ in rows] # nothing follows the last token
+        return sum(lengths) + (1 - extra) * len(rows), sum(lengths), max(lengths) * len(rows)
 
     options = sft.Config(train_data='rows', batch_size=cfg.batch_size, **STEPS)
     update = lambda optimizer, rows, step: sft.update(model, None, optimizer, rows, options, run, step)
@@ -190,16 +211,20 @@ def sft_lap(cfg, run, model, rows):
     examples = [(p + answers[0], [0] * len(p) + [1] * len(answers[0])) for p, answers, _ in rows]
     return supervised_lap(cfg, run, model, Demonstrations(examples, cfg.batch_size, cfg.seed), extra=0)
 
-def pair_sizes(rows):
-    """Count the tokens of answers with their prompts, and the positions computed."""
-    return (sum(len(row.prompt) + len(answer) for row in rows for answer in row.answers),
-            max(row.length for row in rows) * len(rows))
+def sizes_of(rows, model, unread):
+    """Count tokens and positions of Rows; the last `unread` tokens of an answer are not given."""
+    alone = [len(row.prompt) + len(answer) - unread for row in rows for answer in row.answers]
+    shared = [row.length - unread * len(row.answers) for row in rows]
+    work = lambda lengths: len(lengths) * max(lengths) * (6 * model.config.n_embd + max(lengths))
+    given = min(alone, shared, key=work) # as GPT.hidden chooses
+    return sum(alone) + unread * len(alone), sum(given), len(given) * max(given)
 
 def rm_lap(cfg, run, model, rows):
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
     options = reward.Config(train_data='rows', batch_size=cfg.batch_size, **STEPS)
     update = lambda optimizer, some, step: reward.update(model, optimizer, some, options, run, step)
-    return training_lap(cfg, run, model, options, lambda step: [rows[i] for i in batches.at(step)], update, pair_sizes)
+    return training_lap(cfg, run, model, options, lambda step: [rows[i] for i in batches.at(step)], update,
+                        lambda some: sizes_of(some, model, unread=0))
 
 def dpo_lap(cfg, run, model, rows):
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)
@@ -215,37 +240,79 @@ def dpo_lap(cfg, run, model, rows):
         dpo.update(model, optimizer, [rows[i] for i in chosen], [ref[i] for i in chosen], options, run, step)
 
     return training_lap(cfg, run, model, options, batches.at, update,
-                        lambda chosen: pair_sizes([rows[i] for i in chosen]), begin)
+                        lambda chosen: sizes_of([rows[i] for i in chosen], model, unread=1), begin)
 
-def ppo_lap(cfg, run, model, rows):
-    options = ppo.Config(prompts='rows', max_new_tokens=32, batch_size=cfg.batch_size)
-    prompts = make_prompts(cfg, model, rows, 32, 32)
-    tok = SimpleNamespace(eos=-1, decode=str) # an id that is never sampled
-    frozen = lambda **heads: run.freeze(make_model(cfg, run, **heads))
-    models = ppo.Models(model, make_model(cfg, run, value_head=True), Reward([frozen(reward_head=True)]), frozen())
-    optimizers = {}
-    for name in ('policy', 'critic'):
-        run.prepare(getattr(models, name), cfg)
-        optimizers[name] = make_optimizer(getattr(models, name), options, eps=1e-5)
+UNENDING = SimpleNamespace(eos=-1, decode=str) # a tokenizer whose EOS is never sampled
+
+def rollout_lap(cfg, run, trained, options, rows, roll_out, update):
+    """Make laps of an iteration: roll_out(prompts, records), then update(optimizers, batch, lengths)."""
+    prompts = make_prompts(cfg, trained[0], rows, 32, 32)
+    for model in trained:
+        run.prepare(model, cfg)
+    optimizers = [make_optimizer(model, options, eps=1e-5) for model in trained]
+    sampled = [Row(prompt, [[0] * 32] * options.n_answers, {}) for prompt in prompts] # as long as those that come
 
     def lap():
-        batch, lengths, _ = ppo.roll_out(models, prompts, [{}] * len(prompts), tok, options, options.kl_coef, run)
-        ppo.update(models, optimizers, batch, lengths, options, run, 0)
-        return int(batch['mask'].sum()), batch['idx'].numel()
+        batch, lengths, _ = roll_out(prompts, [{}] * len(prompts))
+        update(optimizers, batch, lengths)
+        return int(batch['mask'].sum()), *sizes_of(sampled, trained[0], unread=1)[1:]
 
     return lap
 
-WORKLOADS = dict(generate=generate_lap, lm=lm_lap, sft=sft_lap, rm=rm_lap, dpo=dpo_lap, ppo=ppo_lap)
+def ppo_lap(cfg, run, model, rows):
+    options = ppo.Config(prompts='rows', max_new_tokens=32, batch_size=cfg.batch_size)
+    frozen = lambda **heads: run.freeze(make_model(cfg, run, **heads))
+    models = ppo.Models(model, make_model(cfg, run, value_head=True), Reward([frozen(reward_head=True)]), frozen())
+    return rollout_lap(
+        cfg, run, models[:2], options, rows,
+        lambda *prompts: ppo.roll_out(models, *prompts, UNENDING, options, options.kl_coef, run),
+        lambda optimizers, *answers: ppo.update(models, dict(zip(('policy', 'critic'), optimizers)), *answers, options,
+                                                run, 0))
+
+def rloo_lap(cfg, run, model, rows):
+    options = reinforce.Config(prompts='rows', n_answers=4, max_new_tokens=32, batch_size=4 * cfg.batch_size)
+    reward = Reward(function=lambda record, text: len(text) % 2, cfg=options)
+    models = model, reward, run.freeze(make_model(cfg, run))
+    return rollout_lap(
+        cfg, run, models[:1], options, rows,
+        lambda *prompts: reinforce.roll_out(models, *prompts, UNENDING, options, 0.0, run),
+        lambda optimizers, *answers: reinforce.update(model, *optimizers, *answers, options, run, 0))
+
+WORKLOADS = dict(generate=generate_lap, lm=lm_lap, sft=sft_lap, rm=rm_lap, dpo=dpo_lap, ppo=ppo_lap,
+                 rloo=rloo_lap)
 
 # ----------------------------------------------------------------------------------------------------------------
 
 def timed(lap, device):
-    """Run a lap; return its tokens and positions, wall seconds and this process's CPU seconds."""
+    """Run a lap; return its three numbers, wall seconds and this process's CPU seconds."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    tokens, positions = lap()
+    counts = lap()
     if device.startswith('cuda'):
         torch.cuda.synchronize()
-    return tokens, positions, time.perf_counter() - start, time.process_time() - cpu_start
+    return *counts, time.perf_counter() - start, time.process_time() - cpu_start
+
+def count_operations(work):
+    """Return the floating point operations of the matrix products in work()."""
+    aten = torch.ops.aten # torch's own table lacks attention on a CPU
+    on_cpu = {aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
+              aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        work()
+    return counter.get_total_flops()
+
+def best_product(device, dtype, clock):
+    """Return the best rate of square products, 10^9 operations per second of clock()."""
+    n, seconds, best = 128, 0.0, 0.0
+    while seconds < 0.005:
+        n *= 2
+        a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
+        seconds = math.inf
+        for x, y in 3 * [(a, a.T), (a, a), (a.T, a)]: # a layer's output, and the gradients of its input and weights
+            start = clock()
+            (x @ y)[0, 0].item() # waits for a GPU
+            seconds = min(seconds, clock() - start)
+        best = max(best, 2 * n**3 / (seconds or math.inf) / 1e9) # Windows' clocks may stand still so long
+    return best
 
 def peak_rss_mb():
     """Return this process's peak memory in MB of 2^20 bytes, None on Windows."""
@@ -262,21 +329,25 @@ def measure(cfg, run):
     rows = make_rows(cfg, model)
     lap = WORKLOADS[cfg.workload](cfg, run, model, rows)
     laps = [timed(lap, run.device) for _ in range(1 + cfg.repeats)][1:]
-    laps.sort(key=lambda x: x[2] / x[0])
-    tokens, positions, seconds, cpu_seconds = laps[len(laps) // 2]
+    laps.sort(key=lambda x: x[3] / x[0])
+    tokens, given, positions, seconds, cpu_seconds = laps[len(laps) // 2]
     c = model.config
     shape = (c.n_layer, c.n_head, c.n_embd, c.vocab_size)
     line = dict(
         workload=cfg.workload, preset=next((name for name, these in PRESETS.items() if these == shape), 'other'),
         tokens=tokens, seconds=round(seconds, 4), tokens_per_s=round(tokens / seconds, 1),
         peak_rss_mb=peak_rss_mb(), cpu_seconds=round(cpu_seconds, 4),
-        tokens_per_cpu_s=round(tokens / cpu_seconds, 1), positions=positions,
-        fastest=round(laps[0][0] / laps[0][2], 1), slowest=round(laps[-1][0] / laps[-1][2], 1),
-        batch_size=cfg.batch_size, steps=1 if cfg.workload in ('generate', 'ppo') else cfg.steps, repeats=cfg.repeats,
+        tokens_per_cpu_s=round(tokens / cpu_seconds, 1), positions=positions, padding=round(1 - given / positions, 3),
+        fastest=round(laps[0][0] / laps[0][3], 1), slowest=round(laps[-1][0] / laps[-1][3], 1),
+        batch_size=cfg.batch_size, steps=1 if cfg.workload in NO_STEPS else cfg.steps, repeats=cfg.repeats,
         model=dict(zip(('n_layer', 'n_head', 'n_embd', 'vocab_size'), shape)), init_from=cfg.init_from, data=cfg.data,
         device=run.device, dtype=run.dtype, threads=torch.get_num_threads(), torch=torch.__version__)
     if run.device.startswith('cuda'):
         line['peak_gpu_mb'] = round(torch.cuda.max_memory_allocated(run.device) / 2**20)
+    in_cpu_seconds = run.device == 'cpu' and torch.get_num_threads() == 1
+    gflops = count_operations(lap) * given / positions / (cpu_seconds if in_cpu_seconds else seconds) / 1e9
+    best = best_product(run.device, run.dtype, time.process_time if in_cpu_seconds else time.perf_counter)
+    line |= dict(gflops=round(gflops, 2), best_gflops=round(best, 2), share_of_best=round(gflops / best, 3))
     print(json.dumps(line), flush=True)
 
 def main(cfg):
@@ -285,7 +356,8 @@ def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.workload == 'memory':
-        return memory.print_table(cfg.batch_size or DEFAULT_BATCHES['memory'][0], cfg.tokens, cfg.dtype)
+        return memory.print_table(cfg.batch_size or DEFAULT_BATCHES['memory'][0], cfg.tokens, cfg.dtype,
+                                  (cfg.lora_rank, cfg.lora_on))
     run = start(cfg)
     stop(run) # nothing to save: Ctrl-C ends the program at once
     for batch_size in (cfg.batch_size,) if cfg.batch_size else DEFAULT_BATCHES[cfg.workload]:

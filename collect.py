@@ -65,8 +65,7 @@ class Config(RunOptions):
     n_answers: int = 4 # K, answers per prompt
     max_new_tokens: int = 64
     temperature: float = 1.0 # of sampling
-    annotator: str = 'simulated' # simulated: a person who knows the gold score; human: you; ai: a judge; reward_model;
-    # function: of your own; policy: by its likelihood
+    annotator: str = 'simulated' # simulated (knows the gold score), human (you), ai, reward_model, function or policy
     reward_model: str = '' # for annotator=reward_model: the one whose scores rank
     reward: str = '' # function: MODULE:FUNCTION or FILE.py:FUNCTION of (record, response); this runs that file
     reward_policy: str = '' # policy: the one whose mean log pi(y|x) per token ranks, as in RRHF
@@ -135,8 +134,6 @@ class Config(RunOptions):
                 qualities=({*qualities} <= {*QUALITIES} and len({*qualities}) == len(qualities),
                            f"some of {','.join(QUALITIES)}, each once"),
                 scale=(self.scale == 0 or 2 <= self.scale <= 10, 'from 2 to 10, or 0'),
-                gold=(self.gold or self.annotator != 'simulated' or self.split,
-                      'MODULE:FUNCTION with annotator=simulated, as in data.toy.world:gold'),
                 repeat=(0 <= self.repeat <= 0.5, 'between 0 and 0.5'), port=(0 <= self.port < 65536, '0 to 65535'),
                 page=(not self.page or self.annotator == 'human', 'False unless annotator=human'),
                 rater=(self.rater.isprintable() and self.rater == self.rater.strip(), "a person's name"),
@@ -160,6 +157,8 @@ class Config(RunOptions):
         unread(self, ai, 'annotator=ai', 'judge_instruction')
         unread(self, self.judge_url, 'judge_url', 'judge_model', 'judge_requests', 'judge_tokens', 'judge_timeout',
                'judge_tries', 'judge_cache')
+        require(self, gold=(self.gold or self.annotator != 'simulated' or self.split, # last: it is asked of the default
+                            'MODULE:FUNCTION with annotator=simulated, as in data.toy.world:gold'))
         self.scale = self.scale or (5 if self.qualities == 'score' else 10)
         self.rows = self.rows or (16 if self.annotator == 'human' else 256)
 
@@ -250,7 +249,7 @@ def deal(cfg, rows):
         mine = sorted(order[:n] + order[n + k::cfg.split])
         write_records(path, [rankable[i] for i in mine])
         print(f"{path}: {len(mine)} prompts, {n} of them for all raters")
-    print(f"{len(rows) - len(rankable)} prompts left out, without two answers that are not empty")
+    print(f"{len(rows) - len(rankable)} prompts left out (fewer than two answers that are not empty)")
 
 def check_out(cfg):
     """End the program where it would overwrite a file unasked."""
@@ -348,6 +347,8 @@ def take_back(cfg, kept, todo):
         todo.append(task(kept.pop(), without=('ranks', 'ratings', 'seconds', 'skipped')))
         if len(set(answers_of(todo[-1]))) > (cfg.ask == 'ranks'):
             break # this one was shown
+    else:
+        note("nothing to undo: this is the first prompt")
     os.truncate(cfg.out + '.partial', len(to_lines(kept).encode()))
 
 def tidy(cfg, skipped):
@@ -364,7 +365,9 @@ def write_ratings(cfg, kept):
     ratings, lost = [], sum('ratings' not in row for row in kept)
     for row in kept:
         rated = dict(zip(answers_of(row), row.get('ratings', [])))
-        writers = dict(zip(answers_of(row), row.get('policies', [])))
+        writers = {} # {answer: the policies that wrote it, separated by commas}
+        for answer, name in zip(answers_of(row), row.get('policies', [])):
+            writers[answer] = ','.join(dict.fromkeys([*writers.get(answer, name).split(','), name]))
         for answer, said in rated.items():
             ratings.append(task(row, OPINIONS + ANSWERS + QUALITIES) | dict(response=answer[0], ended=answer[1]) | said
                            | {k: row[k] for k in ('rater', 'seconds') if k in row})
@@ -374,7 +377,7 @@ def write_ratings(cfg, kept):
         write_records(cfg.out, ratings)
     tidy(cfg, [row for row in kept if 'skipped' in row])
     print(f"{cfg.out}: {len(kept) - lost} prompts, {len(ratings)} answers rated from 1 to {cfg.scale}, {lost} prompts "
-          "left out" + " (skipped, or without an answer that is not empty)" * (lost > 0))
+          "left out" + " (skipped, or all answers empty)" * (lost > 0))
     return ratings
 
 def write_rankings(cfg, kept):
@@ -393,12 +396,14 @@ def write_rankings(cfg, kept):
         write_records(cfg.out, best if cfg.keep == 'best' else ranked)
     tidy(cfg, [row for row in firsts if 'skipped' in row and 'ranks' not in row])
     pairs, lost = sum(a < b for row in ranked for a in row['ranks'] for b in row['ranks']), len(firsts) - len(ranked)
+    why = ('skipped, or without two different answers' if cfg.annotator == 'human' else
+           'without two answers that are not empty, or with one that could not be judged')
     print(f"{cfg.out}: {len(ranked)} prompts, {sum(len(row['ranks']) for row in ranked)} answers, {pairs} pairs, "
           + 'the best answers kept, ' * (cfg.keep == 'best') + f"{lost} prompts left out"
-          + " (skipped, without two answers that are not empty, or with one that could not be judged)" * (lost > 0))
+          + f" ({why})" * (lost > 0))
     ends = [ended for row in ranked for _, ended in answers_of(row)]
     if cut := ends.count(False):
-        print(f"{cut} of {len(ends)} answers did not end"
+        print(f"{cut} of {len(ends)} answers were cut off before their end"
               + f": --max_new_tokens={cfg.max_new_tokens} is small" * (cut > len(ends) / 10 and not cfg.answers))
     return ranked
 
@@ -440,8 +445,7 @@ def main(cfg):
                 todo = []
                 if run.is_master:
                     todo = left_to_rank(cfg, rows, kept[first // cfg.rows * size:], first, seed)
-                    annotator.rng.seed(f"{seed} {cfg.rater or os.path.basename(cfg.out)}" if cfg.annotator == 'human'
-                                       else seed)
+                    annotator.rng.seed(seed)
                     annotator.look_ahead(todo)
                 while todo and (cfg.annotator == 'simulated' or not run.interrupted):
                     row, annotator.progress, annotator.about = todo.pop(), (len(kept), total), {}
@@ -467,7 +471,7 @@ def main(cfg):
         ranked = write(cfg, kept) if run.is_master else [] # before the page's server closes
     except KeyboardInterrupt:
         ready = kept and all('ranks' in row and 'repeat' not in row for row in kept)
-        note(f"kept {cfg.out}.partial, {len(kept)} of {total}; --resume=True continues"
+        note(f"kept {cfg.out}.partial, {len(kept)} of {total} prompts; --resume=True continues"
              + "; --merge and reward.py, dpo.py, rrhf.py, kto.py read it as it is" * bool(ready))
         raise
     except JudgeError as e:
@@ -483,11 +487,11 @@ def main(cfg):
     if said:
         print(said)
     if not ranked:
-        fail(f"--out={cfg.out}: not written, no prompt has {cfg.ask}", code=1)
+        fail(f"--out={cfg.out}: not written, no prompt was {'rated' if cfg.ask == 'ratings' else 'ranked'}", code=1)
     if cfg.repeat:
-        print(f"with themself: {agreement.with_oneself(ranked)}")
+        print(f"agreement with oneself: {agreement.with_oneself(ranked)}")
     if others:
-        print(f"with {cfg.compare}: {agreement.compare(ranked, others)}")
+        print(f"agreement with {cfg.compare}: {agreement.compare(ranked, others)}")
 
 if __name__ == '__main__':
     launch(main, Config)

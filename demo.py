@@ -14,7 +14,7 @@ Ctrl-C, SIGTERM and SIGHUP reach the stages: they save and end. If demo.py itsel
 The methods: ppo, dpo, reinforce, rloo, grpo, rrhf, ipo, hinge, simpo, orpo, kto, rejection, distill.
 
 With --world=sums the reward is a checker: a model that adds and subtracts is pretrained, fine-tuned and trained by
-grpo, with and without a scratch line (data/sums/world.py, lab/sums.py). There the methods are grpo, rloo and ppo.
+grpo, with and without a scratch line for what is carried (data/sums/world.py). The methods are grpo, rloo and ppo.
 
 With --rounds=N the feedback is online (Bai et al. 2022, https://arxiv.org/abs/2204.05862, section 4.5): the last policy
 answers the training prompts, its answers are ranked, and the method --rounds_of trains that policy further. That policy
@@ -200,23 +200,34 @@ def say(text, command=''):
         command = command if 'NO_COLOR' in os.environ or not command else f'\x1b[2m{command}\x1b[0m'
     print(f'{text}\n{command}' if command else text, flush=True)
 
-def start(command, slot, purpose='', stdout=None):
+def stands_alone(name, todo):
+    """Tell whether no other stage ever runs beside this one: each stands on it, or it on them."""
+    needs = {stage[0]: {*stage[5]} for stage in todo}
+    for stage in needs: # in order: those that a stage stands on come before it
+        needs[stage] |= set().union(*(needs[n] for n in needs[stage]))
+    return all(other in needs[name] or name in needs[other] for other in needs if other != name)
+
+def quiet():
+    """Tell whether this machine had nothing to do in the last minute."""
+    return hasattr(os, 'getloadavg') and os.getloadavg()[0] < 0.5
+
+def start(command, slot, purpose='', stdout=None, settings=None):
     """Say what a command is for, print it and start it.
 
     slot: the terminal's line for its progress bar; stdout: a file for what it prints, None: the terminal. Errors and
     the bar are for the terminal. It does not know the new process group, so one Ctrl-C is one signal: that which
     `run_stages` passes on. The lock is inherited: a stage that outlives demo.py, as on macOS, keeps a second demo.py
-    away.
+    away. settings: of its environment; OMP_NUM_THREADS=1 unless the user's own say otherwise.
     """
-    threads = os.environ.get('OMP_NUM_THREADS', '1') # so small a model gains nothing by a second
-    setting, more = f"set OMP_NUM_THREADS={threads}&", {}
+    settings = dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1')) | (settings or {})
+    setting, more = ' '.join(f"set {key}={value}&" for key, value in settings.items()), {}
     if POSIX:
-        setting = f"OMP_NUM_THREADS={threads}"
+        setting = ' '.join(f"{key}={value}" for key, value in settings.items())
         more = dict(process_group=0, pass_fds=[file.fileno() for file in LOCKS.values()],
                     preexec_fn=partial(end_with, os.getpid()) if sys.platform == 'linux' else None)
     say(f'\n{purpose}'.rstrip(), f"$ {setting} {typed(command)}")
     return subprocess.Popen([sys.executable, *command[1:]], stdout=stdout,
-                            env=os.environ | dict(OMP_NUM_THREADS=threads, TQDM_POSITION=str(slot)), **more)
+                            env=os.environ | settings | dict(TQDM_POSITION=str(slot)), **more)
 
 def tell(running, number):
     """Send the stages of {slot: (name, process)} a signal; Windows can only end them."""
@@ -237,6 +248,10 @@ def run_stages(todo, cfg):
     todo: a list as `stages` returns it. Where a stage fails, or after a signal, the program ends with that exit code.
     """
     waiting, running, done, record = list(todo), {}, set(), read_record(cfg) # running: {slot: (name, process)}
+    # a stage that stands alone takes a second core. Threads that spin a while as they wait are faster by a third, but
+    # starve where something else wants the core. How many there are changes how sums round: so it is fixed beforehand
+    two = dict(OMP_NUM_THREADS='2') | (dict(GOMP_SPINCOUNT='10000') if quiet() else {})
+    two = two if (os.cpu_count() or 1) > 1 and 'OMP_NUM_THREADS' not in os.environ else {}
     printed = {name: Path(cfg.out_dir, 'printed', re.sub(r'[^\w.-]', '_', name) + '.txt') for name, *_ in todo}
     code = 0
     sys.stdout.reconfigure(errors='replace') # a character that the terminal does not know is no reason to stop
@@ -273,7 +288,7 @@ def run_stages(todo, cfg):
             last, began, ended = record.get(name, (None, 0, None))
             same = last == command and all(record[n][2] <= began for n in needs) # it was made from what is there now
             if same and ended and os.path.exists(product):
-                say(f"{name}: done before, in {ended - began:.0f} s")
+                say(f"[{name}] done before, in {ended - began:.0f} s")
                 done.add(name)
                 continue
             state = product + '.partial' if script == 'collect.py' else f'{os.path.dirname(product)}/state.pt'
@@ -286,7 +301,8 @@ def run_stages(todo, cfg):
             slot = min(set(range(AT_ONCE)) - running.keys())
             printed[name].parent.mkdir(exist_ok=True)
             with open(printed[name], 'a' if stopped else 'w') as file:
-                running[slot] = name, start(command, slot, story.before(name, cfg.world), file)
+                running[slot] = name, start(command, slot, story.before(name, cfg.world), file,
+                                            two if stands_alone(name, todo) else {})
             if code: # a signal came meanwhile
                 tell({slot: running[slot]}, signal.SIGTERM)
         if running:

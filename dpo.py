@@ -157,7 +157,7 @@ def evaluate(model, rows, ref, cfg, run):
     """Measure the loss and its metrics on held-out rows, averaged over pairs."""
     means, model = Means(), model.eval()
     for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
-        answers, logp, _ = packed(model, [rows[i] for i in part], run) # N answers, (N,)
+        answers, logp = packed(model, [rows[i] for i in part], run) # N answers, (N,)
         loss, metrics = pair_loss(logp, torch.cat([ref[i] for i in part]).to(run.device), answers, cfg)
         means.add(metrics | dict(loss=loss), len(answers.pairs))
     model.train()
@@ -168,7 +168,7 @@ def update(model, optimizer, rows, ref, cfg, run, step):
     n_pairs = sum(a < b for row in rows for a in row.ranks for b in row.ranks)
     means = Means()
     for part in own_parts(range(len(rows)), [row.length for row in rows], cfg, run):
-        answers, logp, _ = packed(model, [rows[i] for i in part], run) # N answers, (N,)
+        answers, logp = packed(model, [rows[i] for i in part], run) # N answers, (N,)
         loss, metrics = pair_loss(logp, torch.cat([ref[i] for i in part]).to(run.device), answers, cfg)
         share = len(answers.pairs) / n_pairs # of the mean over the whole batch
         run.backward(loss * share)

@@ -19,15 +19,17 @@ from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
 from itertools import chain, permutations, repeat
 
-from common.batches import by_length, collate, collate_answers, encode_prompts, encode_rankings, load_training_set
+from common.batches import by_length, collate, encode_prompts, encode_rankings, load_training_set
 from common.checkpoints import load_policy, load_reward_model
 from common.options import RunOptions, fail, launch, require, unread
 from common.records import lock, read_preferences, read_records, write_atomic, write_records
-from common.rollout import beats, check_same_vocabulary, frozen_rewards, in_chunks, pack, sample_answers, score_packed
+from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chunks, pack, packed, sample_answers,
+                            score_packed)
 from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
 from feedback.functions import guarded, load_reward_function, module_of
 from feedback.scores import score_answers
+from lab.wins import length_controlled, wilson
 from lab import figures, report
 from lab.tables import align
 
@@ -135,37 +137,6 @@ def win_rate(scores, baseline_scores):
     """Return how often scores (N,) beat baseline_scores (N,). A tie is half a win."""
     return mean(map(beats, scores, baseline_scores))
 
-def wilson(p, n, z=1.959964):
-    """Return the 95 % interval of a share p in n trials.
-
-    Wilson 1927. It stays within [0, 1] and keeps a width at p = 0 and 1. Ties as half a win make it rather too wide.
-    """
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
-
-def length_controlled(wins, lengths, baseline_lengths):
-    """Return the win rate that answers of equal length would have.
-
-    Length-controlled AlpacaEval, Dubois et al. 2024, https://arxiv.org/abs/2404.04475:
-
-        P(win) = sigmoid(theta + phi tanh((l - l_b) / std(l - l_b)))            result: sigmoid(theta)
-
-    Maximum likelihood finds theta and phi from wins (N,), 0 to 1, and the answers' lengths in characters, (N,) each.
-    -phi^2 / 2 is added to the log-likelihood, so phi stays finite where length alone decides. Left out is the paper's
-    term for the difficulty of each instruction, which is learnt from many models.
-    """
-    y = torch.tensor(wins, dtype=torch.float64) # (N,)
-    if y.mean() in (0.0, 1.0): # theta is infinite
-        return y.mean().item()
-    d = torch.tensor(lengths, dtype=torch.float64) - torch.tensor(baseline_lengths, dtype=torch.float64) # (N,)
-    x = torch.stack([torch.ones_like(d), torch.tanh(d / d.std(correction=0).clamp(min=1e-6))], 1) # (N, 2)
-    b, penalty = torch.zeros_like(x[0]), torch.tensor([0.0, 1.0], dtype=torch.float64) # (2,): theta, phi
-    for _ in range(30): # Newton's method
-        p = torch.sigmoid(x @ b) # (N,)
-        b = b + torch.linalg.solve((x.T * p * (1 - p)) @ x + penalty.diag(), x.T @ (y - p) - penalty * b)
-    return torch.sigmoid(b[0]).item()
-
 def calibration(pairs, bins=10):
     """Compare sigmoid(score_a - score_b) with the share of pairs that prefer a.
 
@@ -192,8 +163,8 @@ def token_kl(model, reference, idx, mask):
 @torch.no_grad()
 def answer_kl(model, reference, r, rows):
     """Return the same, summed over each answer of the rollouts r: (B,)."""
-    return in_chunks(lambda c, T: token_kl(model, reference, r.idx[c, :T], r.mask[c, :T - 1]).sum(1), r.lengths, rows,
-                     torch.zeros(len(r.idx), device=r.idx.device))
+    kl = lambda c, T, _: token_kl(model, reference, r.idx[c, :T], r.mask[c, :T - 1]).sum(1)
+    return in_chunks(kl, r.lengths, rows, torch.zeros(len(r.idx), device=r.idx.device))
 
 @torch.no_grad()
 def perplexity(model, batches, device):
@@ -380,7 +351,7 @@ def evaluate(cfg, run):
 
     def policy_scores(name, model):
         """Return {option: [(row, log pi of its answers)]}."""
-        score = lambda some: model.answers(collate_answers(some).to(run.device))[0]
+        score = lambda some: packed(model, some, run)[1]
         return {option: score_rows(score, rows, f"--models: {name}", 'log-probabilities')
                 for option, rows in preferences.items()}
 

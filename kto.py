@@ -120,7 +120,7 @@ def update(model, reference, optimizer, rows, cfg, run, step):
     means, rewards, labels = Means(), [], []
     for part in own_parts(range(len(rows)), [row.length for row in rows], cfg, run):
         some, ref = [rows[i] for i in part], torch.cat([all_ref[i] for i in part]).to(run.device) # (B,)
-        _, pi, _ = packed(model, some, run) # (B,)
+        _, pi = packed(model, some, run) # (B,)
         label = labels_of(some).to(run.device) # (B,)
         loss, reward = kto_loss(pi, ref, label, z0, cfg.beta, cfg.desirable_weight, cfg.undesirable_weight)
         share = len(part) / len(rows) # of the mean over the whole batch

@@ -184,7 +184,7 @@ def measure(cfg):
     n_shown = len(records[:cfg.max_prompts]) * cfg.n_answers
     per_iteration = ppo_cfg.batch_size * ppo_cfg.minibatches
     n = -(-n_shown // per_iteration) * per_iteration # whole iterations in one
-    ppo_cfg = dataclasses.replace(ppo_cfg, warmup_steps=0, out_dir=cfg.out,
+    ppo_cfg = dataclasses.replace(ppo_cfg, n_answers=1, warmup_steps=0, out_dir=cfg.out,
                                   grad_accum=min(ppo_cfg.grad_accum, ppo_cfg.batch_size))
     for folder in folders:
         tok = load_tokenizer(folder, 'policy')

@@ -9,8 +9,11 @@ common/weights.py reads and writes its weights in the Hugging Face layout. The m
     values(idx, mask)               (B, T-1)            the value head: PPO's critic
     logp_entropy_values(idx, mask)  three of (B, T-1)   all in one pass, for a policy that carries its critic
     rewards(idx, lengths)           (B,)                the reward head: the reward model
-    answers(batch)                  (N,), (N,)          log-probabilities and rewards of answers that share prompts
+    logp_rewards(idx, mask, …)      (B, T-1), (B,)      both in one pass, for a reward model that also learns to write
     generate(prompts, …)            lists of ids        sampling; `stream` gives it token by token
+
+Where neighbouring rows are answers to the same prompt, groups (n,) says how many there are to each, as in [4, 4, 2].
+Then what they share is computed once, see common.batches.share_prompts.
 
 Shapes: B sequences, T positions, V vocabulary, C channels, K answers per prompt, nh heads, hs head size, () a scalar.
 
@@ -24,6 +27,7 @@ import os
 from dataclasses import dataclass
 
 from common import weights
+from common.batches import share_prompts
 from common.options import fail
 
 import torch
@@ -224,11 +228,16 @@ class GPT(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def hidden(self, idx, cache=None, keep=None):
+    def hidden(self, idx, cache=None, keep=None, groups=None):
         """Return the last layer's output for tokens idx (B, T): (B, T, C), or (N, C) at the places keep (N,)."""
-        T = idx.size(1)
+        B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.config.block_size}")
+        if groups is not None and len(groups) < B: # some prompt has several rows
+            ids, positions, mask, places = share_prompts(idx, keep, groups)
+            work = lambda rows, length: rows * length * (6 * self.config.n_embd + length) # products, then attention
+            if work(*ids.size()) < work(B, T): # many long answers to a short prompt would look past one another
+                return self.trunk(ids, positions, mask=mask, keep=places)
         return self.trunk(idx, torch.arange(T, device=idx.device), cache, keep=keep)
 
     def logits(self, x):
@@ -245,53 +254,40 @@ class GPT(nn.Module):
     # Training calls these. mask (B, T-1) counts the tokens that matter: position t describes token t+1. The last layer
     # and the projection onto the vocabulary (a third of GPT-2 small's work) are done for these N positions only.
 
-    def logits_at(self, idx, mask):
+    def logits_at(self, idx, mask, groups=None):
         """Return the logits (N, V) that predict the tokens counted by mask (B, T-1); float32, in row order."""
-        return self.logits(self.hidden(idx[:, :-1], keep=places(mask))).float()
+        return self.logits(self.hidden(idx[:, :-1], keep=places(mask), groups=groups)).float()
 
-    def logp(self, idx, mask):
+    def logp(self, idx, mask, groups=None):
         """Return log-probabilities (B, T-1) of the tokens counted by mask (B, T-1), 0 elsewhere; idx: (B, T)."""
-        return token_logp(self.logits_at(idx, mask), idx, mask)
+        return token_logp(self.logits_at(idx, mask, groups), idx, mask)
 
-    def values(self, idx, mask):
+    def values(self, idx, mask, groups=None):
         """Return V(s_t) (B, T-1) where mask counts, 0 elsewhere; position t is the state before token t+1."""
-        x = self.hidden(idx[:, :-1], keep=places(mask)) # (N, C)
+        x = self.hidden(idx[:, :-1], keep=places(mask), groups=groups) # (N, C)
         return torch.zeros_like(mask).masked_scatter(mask > 0, self.value_head(x).float())
 
-    def logp_entropy_values(self, idx, mask, with_entropy=False):
+    def logp_entropy_values(self, idx, mask, with_entropy=False, groups=None):
         """Return logp, the entropy in nats (None unless asked for) and values (or None), (B, T-1) each."""
-        x = self.hidden(idx[:, :-1], keep=places(mask)) # (N, C)
+        x = self.hidden(idx[:, :-1], keep=places(mask), groups=groups) # (N, C)
         values = None
         if self.value_head is not None:
             values = torch.zeros_like(mask).masked_scatter(mask > 0, self.value_head(x).float()) # (B, T-1)
         logits = self.logits(x).float() # (N, V)
         return token_logp(logits, idx, mask), token_entropy(logits, mask) if with_entropy else None, values
 
-    def rewards(self, idx, lengths):
+    def rewards(self, idx, lengths, groups=None):
         """Return scores (B,) of right-padded rows idx (B, T), from each row's last token."""
-        x = self.hidden(idx, keep=last_places(lengths, idx.size(1))) # (B, C)
+        x = self.hidden(idx, keep=last_places(lengths, idx.size(1)), groups=groups) # (B, C)
         return self.reward_head(x).squeeze(-1).float() # (B,)
 
-    def answers(self, batch):
-        """Return log pi(y|x) (N,) and scores (N,) of common.batches.Answers.
+    def logp_rewards(self, idx, mask, lengths, groups=None):
+        """Return log-probabilities (B, T-1), as logp does, and scores (B,), as rewards does."""
+        keep = torch.cat([last_places(lengths, idx.size(1)), places(F.pad(mask, (0, 1)))]) # (B + N,)
+        scores, x = self.hidden(idx, keep=keep, groups=groups).tensor_split([len(idx)]) # (B, C), (N, C)
+        return token_logp(self.logits(x).float(), idx, mask), self.reward_head(scores).squeeze(-1).float()
 
-        log pi(y|x) sums over an answer's tokens in `batch.targets`. Scores, off its last token, need a reward head.
-        """
-        T = batch.idx.size(1)
-        before = torch.ones(T, T, dtype=torch.bool, device=batch.idx.device).tril() # (T, T)
-        part = batch.parts # (B, T), 0 = prompt, 1 … K = the answers: they see the prompt and themselves
-        mask = before & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])) # (B, T, T)
-        n = len(batch.last) if self.reward_head is not None else 0
-        keep = torch.cat([batch.last, batch.sources]) if n else batch.sources
-        x = self.trunk(batch.idx, batch.positions, mask=mask[:, None], keep=keep) # (n + M, C)
-        scores = self.reward_head(x[:n]).squeeze(-1).float() if n else None # (N,)
-        logp = torch.zeros(len(batch.sizes), device=x.device) # (N,)
-        if len(batch.targets):
-            logits = self.logits(x[n:]).float() # (M, V)
-            logp = logp.index_add(0, batch.owners, -F.cross_entropy(logits, batch.targets, reduction='none'))
-        return logp, scores
-
-    PASSES = logits_at, logp, values, logp_entropy_values, rewards, answers # see common.run.Run.prepare
+    PASSES = logits_at, logp, values, logp_entropy_values, rewards, logp_rewards # see common.run.Run.prepare
 
     # ---- generation ---------------------------------------------------------------------------------------------
 

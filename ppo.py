@@ -27,7 +27,7 @@ from common.checkpoints import load_checkpoint, load_policy, load_reward_model, 
 from common.options import fail, launch, require, unread
 from common.records import files_of, read_records
 from common.rewards import RolloutOptions, load_actors, mean_gold
-from common.rollout import (describe, describe_critic, frozen_logp, frozen_values, kl_k1, masked_mean, micro_batches,
+from common.rollout import (describe, describe_critic, frozen, kl_k1, masked_mean, micro_batches,
                             minibatches, ratio_stats, sample_rollouts, whiten)
 from common.run import start, stop
 from common.tokens import load_tokenizer
@@ -158,8 +158,8 @@ def ppo_loss(models, b, cfg, run):
     """
     idx, mask, shared = b['idx'], b['mask'], models.critic is models.policy # (B, T), (B, T-1)
     with run.autocast():
-        logp, entropy, values = models.policy.logp_entropy_values(idx, mask, cfg.entropy_coef > 0) # (B, T-1) each
-        values = values if shared else models.critic.values(idx, mask)
+        logp, entropy, values = models.policy.logp_entropy_values(idx, mask, cfg.entropy_coef > 0, b['groups'])
+        values = values if shared else models.critic.values(idx, mask, b['groups']) # (B, T-1) each
     pg_loss = policy_loss(logp, b['old_logp'], b['advantages'], mask, cfg.clip)
     vf_loss = value_loss(values, b['old_values'], b['returns'], mask, cfg.value_clip)
     loss = pg_loss + (cfg.value_coef if shared else 1.0) * vf_loss # a separate critic has an optimizer of its own
@@ -194,8 +194,9 @@ def roll_out(models, prompts, records, tok, cfg, kl_coef, run, gold=None, user=N
         rolls = sample_rollouts(models.policy, prompts, records, tok, cfg, user).to(run.device)
     idx, mask, old_logp, lengths = rolls.idx, rolls.mask, rolls.logp, rolls.lengths # (B, T), (B, T-1) twice, (B,)
     with run.autocast():
-        ref_logp = frozen_logp(models.reference, idx, mask, lengths, cfg.batch_size // cfg.grad_accum) # (B, T-1)
-        values = frozen_values(models.critic, idx, mask, lengths) # (B, T-1)
+        rows = cfg.batch_size // cfg.grad_accum
+        ref_logp = frozen(models.reference.logp, idx, mask, lengths, rows, rolls.K) # (B, T-1)
+        values = frozen(models.critic.values, idx, mask, lengths, K=rolls.K) # (B, T-1)
         reward, earlier, parts = models.reward(rolls) # (B,), and of it (B, T-1) at the ends of earlier answers
     # 2. score: less a penalty where an answer does not end
     scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (B,)
@@ -219,7 +220,7 @@ def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
     # 5. several epochs of the clipped surrogate and the clipped value loss
     for rows in minibatches(len(lengths), cfg):
         means = Means()
-        for b, share in micro_batches(batch, lengths, rows.to(run.device), cfg.grad_accum, run):
+        for b, share in micro_batches(batch, lengths, rows.to(run.device), cfg, run):
             loss, measured, largest = ppo_loss(models, b, cfg, run)
             run.backward(loss * share)
             means.add(measured, share)
@@ -248,9 +249,10 @@ def main(cfg):
     records = read_records(cfg.prompts, 'prompts')
     reward, gold, user = load_functions(cfg, records)
     models = load_models(cfg, run, tok, reward)
-    block_size, n = models.policy.config.block_size, cfg.batch_size * cfg.minibatches # n answers an iteration
+    block_size = models.policy.config.block_size
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
-    batches = Batches([0] * len(prompts), n, cfg.seed) # of equal lengths: in random order
+    n_prompts = cfg.batch_size * cfg.minibatches // cfg.n_answers # of an iteration
+    batches = Batches([0] * len(prompts), n_prompts, cfg.seed) # of equal lengths: in random order
     ptx = load_training_set(cfg.ptx_data, tok, block_size, cfg.ptx_batch_size, cfg.seed)[0] if cfg.ptx_coef else None
     prepare_out_dir(run, cfg)
 

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 
 from common.batches import Batches, encode_prompts
 from common.checkpoints import load_checkpoint, prepare_out_dir, save_checkpoint
-from common.options import fail, launch, require, unread
+from common.options import launch, require, unread
 from common.records import read_records
 from common.rewards import RolloutOptions, load_actors, mean_gold
-from common.rollout import (describe, frozen_logp, kl_k1, kl_k3, masked_mean, micro_batches, minibatches, ratio_stats,
+from common.rollout import (describe, frozen, kl_k1, kl_k3, masked_mean, micro_batches, minibatches, ratio_stats,
                             sample_rollouts)
 from common.run import start, stop
 from common.tokens import load_tokenizer
@@ -72,7 +72,6 @@ class Config(RolloutOptions):
         unread(self, self.kind == 'grpo', 'kind=grpo', 'scale_std')
         unread(self, self.kind != 'reinforce', 'kind=rloo or grpo', 'refill')
         unread(self, self.loss == 'clip' or not self.clip_high, 'loss=clip', 'clip')
-        require(self, batch_size=(self.batch_size % self.n_answers == 0, f"a multiple of n_answers={self.n_answers}"))
 
 def advantages(rewards, kind, baseline=0.0, scale_std=True):
     """Return advantages (B, K) of K answers each to B prompts, from rewards R (B, K).
@@ -101,13 +100,13 @@ def roll_out(models, prompts, records, tok, cfg, baseline, run, gold=None, user=
     K neighbouring rows per prompt, the rows' lengths (N,), and metrics.
     """
     policy, reward_of, reference = models
-    prompts, records = ([x for x in each for _ in range(cfg.n_answers)] for each in (prompts, records)) # K of each
     # 1. roll out
     with run.autocast():
         rolls = sample_rollouts(policy, prompts, records, tok, cfg, user).to(run.device)
     idx, mask, old_logp = rolls.idx, rolls.mask, rolls.logp # (N, T), (N, T-1), (N, T-1)
     with run.autocast():
-        ref_logp = frozen_logp(reference, idx, mask, rolls.lengths, cfg.batch_size // cfg.grad_accum) # (N, T-1)
+        rows = cfg.batch_size // cfg.grad_accum
+        ref_logp = frozen(reference.logp, idx, mask, rolls.lengths, rows, rolls.K) # (N, T-1)
         reward, _, parts = reward_of(rolls) # (N,)
     # 2. score
     scores = reward - cfg.missing_eos_penalty * (1 - rolls.ended) # (N,)
@@ -175,7 +174,7 @@ def reinforce_loss(policy, b, cfg, run):
     """
     mask, old_logp, A = b['mask'], b['old_logp'], b['advantages'] # (N, T-1) each
     with run.autocast():
-        logp = policy.logp(b['idx'], mask) # (N, T-1)
+        logp = policy.logp(b['idx'], mask, b['groups']) # (N, T-1)
     log_ratio = (logp - old_logp) * mask # (N, T-1)
     if cfg.ratio == 'sequence':
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True) # (N, 1), all its tokens share it
@@ -200,7 +199,7 @@ def update(policy, optimizer, batch, lengths, cfg, run, step):
     for rows in minibatches(len(lengths), cfg):
         means, rows = Means(), rows.to(run.device)
         batch['weight'] = token_weights(batch['mask'], rows, cfg.average, cfg.max_new_tokens, run) # (N, 1)
-        for b, share in micro_batches(batch, lengths, rows, cfg.grad_accum, run):
+        for b, share in micro_batches(batch, lengths, rows, cfg, run):
             loss, measured, largest = reinforce_loss(policy, b, cfg, run)
             run.backward(loss * share)
             means.add(measured, share)
@@ -213,15 +212,12 @@ def update(policy, optimizer, batch, lengths, cfg, run, step):
 
 def main(cfg):
     run = start(cfg)
-    n_prompts = cfg.batch_size * cfg.minibatches // cfg.n_answers # of an iteration
-    if n_prompts % run.world_size: # all answers to a prompt are sampled by one process
-        fail(f"--batch_size={cfg.batch_size}: must be a multiple of {run.world_size * cfg.n_answers}, "
-             "processes x n_answers")
     tok = load_tokenizer(cfg.policy, 'policy')
     records = read_records(cfg.prompts, 'prompts')
     reward, gold, user = load_functions(cfg, records)
     models = policy, *_ = load_actors(cfg, run, tok, reward) # policy, Reward, reference
     prompts = encode_prompts(tok, records, policy.config.block_size - cfg.max_new_tokens)
+    n_prompts = cfg.batch_size * cfg.minibatches // cfg.n_answers # of an iteration
     batches = Batches([0] * len(prompts), n_prompts, cfg.seed) # of equal lengths: in random order
     prepare_out_dir(run, cfg)
 

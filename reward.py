@@ -20,10 +20,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from common.batches import Batches, load_rankings, own_parts, split, to_table
+from common.batches import Batches, collate_answers, load_rankings, own_parts, split, to_table
 from common.checkpoints import load_checkpoint, load_policy, prepare_out_dir, save_checkpoint
 from common.options import DataOptions, fail, launch, require
-from common.rollout import beats, packed, pair_agreement, score_packed
+from common.rollout import beats, pair_agreement, score_packed
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, finish_step, make_optimizer, take_step, training_bar
@@ -157,8 +157,11 @@ def update(model, optimizer, rows, cfg, run, step, margins=False):
     n_best = sum(len(answer) for row in rows for answer, is_best in zip(row.answers, best(row)) if is_best) # tokens
     means, right, n_pairs = Means(), 0.0, 0
     for part in own_parts(rows, [row.length for row in rows], cfg, run):
-        learnt = torch.tensor([is_best and cfg.lm_coef > 0 for row in part for is_best in best(row)]) # (N,)
-        answers, logp, scores = packed(model, part, run, learnt) # N answers, (N,) each, logp of the best ones alone
+        answers = collate_answers(part).to(run.device) # N answers
+        learnt = answers.mask.new_tensor([is_best and cfg.lm_coef > 0 for row in part for is_best in best(row)]) # (N,)
+        mask = answers.mask * learnt[:, None] # (N, T-1), of the best answers alone
+        with run.autocast():
+            logp, scores = model.logp_rewards(answers.idx, mask, answers.lengths, answers.groups) # (N, T-1), (N,)
         better, worse = scores[answers.pairs].unbind(1) # one entry per pair
         loss = preference_loss(scores, part, margins, cfg.loss) * weight(part) / weight(rows)
         if cfg.lm_coef:

@@ -68,7 +68,7 @@ def evaluate(model, rows, cfg, run):
     means, model = Means(), model.eval()
     for part in run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum)):
         some = [rows[i] for i in part]
-        answers, logp, _ = packed(model, some, run) # N answers, (N,)
+        answers, logp = packed(model, some, run) # N answers, (N,)
         loss, metrics = batch_loss(logp, some, answers, cfg)
         means.add(metrics | dict(loss=loss), len(some))
     model.train()
@@ -78,7 +78,7 @@ def update(model, optimizer, rows, cfg, run, step):
     """Take one optimizer step on rows; return its metrics. Every prompt weighs the same."""
     means = Means()
     for some in own_parts(rows, [row.length for row in rows], cfg, run):
-        answers, logp, _ = packed(model, some, run) # N answers, (N,)
+        answers, logp = packed(model, some, run) # N answers, (N,)
         loss, metrics = batch_loss(logp, some, answers, cfg)
         share = len(some) / len(rows) # of the mean over the whole batch
         run.backward(loss * share)

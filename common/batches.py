@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -95,64 +95,60 @@ def collate(examples):
     """Stack (ids, mask) as idx (B, T) and mask (B, T-1), which is shifted here."""
     return pad([ids for ids, _ in examples]), pad([mask for _, mask in examples])[:, 1:].float()
 
+def share_prompts(idx, keep, groups):
+    """Lay a group's rows behind one another: what they begin with only once.
+
+    Below a group of two rows (N = 2, T = 6) becomes one (B = 1, S = 8):
+
+        idx     p q r a # -      ids        p q r a # b c #         each sees     p q r a # b c #
+                p q r b c #      parts      0 0 0 1 1 2 2 2             p q r     x x x             the causal part
+                                 positions  0 1 2 3 4 3 4 5             a #       x x x x x         the same
+                                                                        b c #     x x x     x x x   not the other answer
+
+    idx: (N, T). keep: (M,) places in it, as model.pick counts them; what follows a row's last one is left out. groups:
+    (B,) numbers of neighbouring rows. Returns ids, positions, the attention mask (B, 1, S, S) and keep's new places.
+    """
+    N, T = idx.size()
+    rows, t = torch.arange(N, device=idx.device), torch.arange(T, device=idx.device)
+    group = torch.repeat_interleave(groups, output_size=N) # (N,) the number of each row's group
+    first = (groups.cumsum(0) - groups)[group] # (N,) the first row of the same group
+    lengths = torch.zeros_like(rows).scatter_reduce(0, keep // T, keep % T + 1, 'amax') # (N,)
+    alike = torch.minimum((idx == idx[first]).long().cumprod(1).sum(1), lengths) # (N,) tokens, as the first row's
+    alike = torch.full_like(groups, T).scatter_reduce(0, group, alike, 'amin')[group, None] # (N, 1) in the whole group
+    new = (t < lengths[:, None]) & ((t >= alike) | (first == rows)[:, None]) # (N, T) what is laid down
+    before = new.flatten().cumsum(0).view(N, T) - new.long() # (N, T) how many in front of each
+    at = torch.where(t < alike, t, before - before[first, :1]) # (N, T) the place in its row
+    S = int(torch.zeros_like(groups).scatter_add(0, group, new.sum(1)).max())
+    places = torch.where(new, at + S * group[:, None], S * len(groups)) # (N, T), the rest goes behind the end
+    laid = idx.new_zeros(3, S * len(groups) + 1)
+    laid[:, places] = torch.stack([idx, t.expand_as(idx), (rows - first + 1)[:, None] * (t >= alike)])
+    ids, positions, parts = laid[:, :-1].view(3, -1, S) # (B, S) each
+    mask = (parts[:, None] == 0) | (parts[:, None] == parts[:, :, None]) # (B, S, S), [b, who, whom]
+    return ids, positions, mask.tril()[:, None], (at + S * group[:, None]).flatten()[keep]
+
 @dataclass
 class Answers:
-    """Hold B prompts, each computed once and followed by all its answers in one row.
-
-    Each answer's positions continue from the prompt, and the other answers are hidden from it. A place is an index
-    into the flattened (B * T). In all N answers with M tokens that are learnt. Below: a prompt of three tokens, answers
-    of two and three (# = EOS), who sees whom:
-
-        place      0 1 2 3 4 5 6 7        x: this row sees that column
-        idx        p q r a # b c #          p q r a # b c #
-        parts      0 0 0 1 1 2 2 2        p x
-        positions  0 1 2 3 4 3 4 5        q x x
-                                          r x x x
-        targets    a # b c #              a x x x x                 answer 1
-        sources    2 3 2 5 6              # x x x x x
-        owners     0 0 1 1 1              b x x x     x             answer 2
-        last       4 7    sizes  2 3      c x x x     x x
-        pairs      (0, 1)                 # x x x     x x x
-    """
-    idx: torch.Tensor # (B, T) prompt, answer 1, …, answer K, padding
-    positions: torch.Tensor # (B, T)
-    parts: torch.Tensor # (B, T) 0 = prompt, 1 … K = answers
-    sources: torch.Tensor # (M,) places in the flattened (B * T) of the token before each answer token
-    targets: torch.Tensor # (M,) the answer tokens, EOS included
-    owners: torch.Tensor # (M,) which of the N answers each belongs to
-    last: torch.Tensor # (N,) places of the answers' last tokens
-    sizes: torch.Tensor # (N,) tokens per answer
+    """Hold the N answers of B rows, right-padded, each behind its prompt, those to one prompt side by side."""
+    idx: torch.Tensor # (N, T) prompt, answer, padding
+    mask: torch.Tensor # (N, T-1) 1 where token t+1 belongs to the answer, EOS included
+    lengths: torch.Tensor # (N,) of prompt and answer
+    sizes: torch.Tensor # (N,) of the answer alone
     pairs: torch.Tensor # (P, 2) better and worse answer of every pair of different rank of one prompt
+    groups: torch.Tensor # (B,) how many answers each prompt has, see share_prompts
 
     def to(self, device):
         return Answers(**{name: x.to(device) for name, x in vars(self).items()})
 
-    def learnt(self, which):
-        """Return the same batch with the answer tokens of some answers alone; which: (N,) bool."""
-        keep = which[self.owners] # (M,)
-        return replace(self, sources=self.sources[keep], targets=self.targets[keep], owners=self.owners[keep])
-
 def collate_answers(rows):
     """Stack rows as Answers; `pairs` needs records with `ranks`, and is empty without."""
-    ids, positions, parts, sources, targets, owners, last, sizes, pairs = ([] for _ in range(9))
-    T = max(row.length for row in rows)
-    for b, (prompt, answers, record) in enumerate(rows):
-        P, first, ranks = len(prompt), len(sizes), record.get('ranks', [])
-        row, at, part = list(prompt), list(range(P)), [0] * P
-        for k, answer in enumerate(answers, 1):
-            here = b * T + len(row) # where this answer starts in the flattened batch
-            sources += [b * T + P - 1] + list(range(here, here + len(answer) - 1))
-            targets += answer
-            owners += [len(sizes)] * len(answer)
-            last.append(here + len(answer) - 1)
-            sizes.append(len(answer))
-            row += answer
-            at += range(P, P + len(answer))
-            part += [k] * len(answer)
-        pairs += [(first + i, first + j) for i, a in enumerate(ranks) for j, c in enumerate(ranks) if a < c]
-        ids.append(row), positions.append(at), parts.append(part)
-    flat = (torch.tensor(x, dtype=torch.long) for x in (sources, targets, owners, last, sizes))
-    return Answers(pad(ids), pad(positions), pad(parts), *flat, torch.tensor(pairs, dtype=torch.long).view(-1, 2))
+    examples = [(row.prompt + answer, [0] * len(row.prompt) + [1] * len(answer))
+                for row in rows for answer in row.answers]
+    groups = [len(row.answers) for row in rows]
+    lengths, sizes = torch.tensor([(len(ids), sum(mask)) for ids, mask in examples]).unbind(1) # (N,) each
+    pairs = [(first + i, first + j) for first, row in zip(itertools.accumulate([0, *groups]), rows)
+             for i, a in enumerate(row.record.get('ranks', [])) for j, b in enumerate(row.ranks) if a < b]
+    pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    return Answers(*collate(examples), lengths, sizes, pairs, torch.tensor(groups))
 
 def to_table(values, rows, fill):
     """Lay out one value per answer, (N,) as in Answers, as (B, K); `fill` where a prompt has fewer."""

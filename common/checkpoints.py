@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from common import weights
@@ -133,7 +134,7 @@ def write_checkpoint(cfg, model, tokenizer, about, more, inputs, samples):
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
         weights.save_adapter(model, cfg)
-    except (OSError, RuntimeError) as e: # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as e: # a full disk is either, by who writes
         shutil.rmtree(new, ignore_errors=True)
         fail(f"{cfg.out_dir}: the checkpoint of step {about['step']} could not be written ({e}); the last one is "
              "intact", code=1)

@@ -9,7 +9,7 @@ last = lambda v, n=3, after=0: median(v[-n:]) if len(v) >= n + after else math.n
 growth = lambda v: last(v, after=3) / (median(v[:3]) or math.nan)
 peak = lambda v: max(v[:1] + [median(v[i:i + 3]) for i in range(len(v) - 2)])
 noise = lambda v: median([abs(b - a) for a, b in zip(v, v[1:])] or [0.0]) # the usual step from line to line
-
+solved = lambda h: bool(h.options.get('reward')) and 0.9 < last(h.values['reward']) <= 1 # a checker, say
 Rule = namedtuple('Rule', 'key see reason remedy sick') # sick(h, v): of a Health and the key's values
 RULES = [*map(Rule._make, ( # the table of docs/log.md; python tests/common/test_health.py writes it
     ('first_ratio', 'above 1e-3 in float32, .3 in 16 bits', 'sampling and scoring disagree: temperature, top-k, dropout'
@@ -28,9 +28,9 @@ RULES = [*map(Rule._make, ( # the table of docs/log.md; python tests/common/test
     ('explained_variance', 'at most 0 after ten iterations, thirty if shared', 'the critic predicts nothing', 'raise '
      '`critic_lr` or `value_coef`', lambda h, v: last(v, 5, after=30 if h.options['critic'] == 'shared' else 10) <= 0),
     ('entropy', 'collapses to a twentieth of its start', 'the policy gives nearly always the same answer',
-     'lower `lr`, raise `kl_coef` or `entropy_coef`', lambda h, v: growth(v) < 0.05),
-    ('group_std', 'near 0 (RLOO, GRPO)', 'all answers to a prompt score alike; nothing is left to compare',
-     'raise `n_answers`, or stop here', lambda h, v: last(v) < 0.05 and h.options['kind'] != 'reinforce'),
+     'lower `lr`, raise `kl_coef` or `entropy_coef`', lambda h, v: growth(v) < 0.05 and not solved(h)),
+    ('group_std', 'near 0 (RLOO, GRPO)', 'all answers to a prompt score alike; nothing is left to compare', 'raise '
+     '`n_answers`, or stop here', lambda h, v: last(v) < 0.05 and h.options['kind'] != 'reinforce' and not solved(h)),
     ('gold', 'falls while `reward` is up', 'over-optimisation', 'raise `kl_coef`, stop earlier, label these answers',
      lambda h, v: peak(v) - last(v) > max(7 * noise(v), 0.1 * peak(v)) and h.line['reward'] > h.values['reward'][0]),
     ('grad_norm', 'grows tenfold, or is always 0', 'training diverges; 0: no gradient arrives', 'lower `lr`, longer '

@@ -14,13 +14,14 @@ import torch
 from common.checkpoints import load_policy, load_reward_model
 from common.options import TrainOptions, require, unread
 from common.records import files_of
-from common.rollout import frozen_logp, frozen_rewards, load_frozen
+from common.rollout import frozen, frozen_rewards, load_frozen
 
 @dataclass
 class RolloutOptions(TrainOptions):
     """Hold the options of the scripts that sample answers and reward them: ppo and reinforce."""
     policy: str = 'out/sft' # where the policy starts, a folder or a model on the hub; also the reference
     prompts: str = '' # prompt records
+    n_answers: int = 1 # K, answers per prompt
     max_new_tokens: int = 64 # longest answer, EOS included
     reward_model: str = '' # a folder or a model on the hub, or several; empty = out/reward without another reward
     ensemble: str = 'mean' # of several: mean, min, or lcb = mean - lcb_coef * standard deviation
@@ -58,6 +59,7 @@ class RolloutOptions(TrainOptions):
                 reward_reference=(not self.reward_reference or self.reward_policy, 'empty without reward_policy'),
                 max_turns=(self.max_turns >= 2 if self.user else self.max_turns == 1, 'at least 2 with user, else 1'),
                 turn_rewards=(not self.turn_rewards or self.user, 'False without user'),
+                n_answers=(self.n_answers >= 1, 'at least 1'),
                 show=(self.show <= self.batch_size * self.minibatches, 'at most batch_size * minibatches'))
         unread(self, self.ensemble == 'lcb', 'ensemble=lcb', 'lcb_coef')
         unread(self, self.reward, 'reward', 'reward_weight')
@@ -79,16 +81,15 @@ def combine(scores, how, lcb_coef=1.0):
         return scores.mean(0) - lcb_coef * scores.std(0, unbiased=False)
     return scores.mean(0)
 
-def likelihood(policy, reference, idx, mask, lengths):
+def likelihood(policy, reference, rolls):
     """Score answers (B,) by a policy, as RRHF and DPO do inside.
 
         mean over the answer's tokens of log pi            (Yuan et al. 2023, equation 1)
         log pi(y|x) - log pi_ref(y|x), with a reference    (Rafailov et al. 2023, equation 5, less beta log Z(x))
     """
-    logp = frozen_logp(policy, idx, mask, lengths).sum(1) # (B,)
-    if reference is None:
-        return logp / mask.sum(1)
-    return logp - frozen_logp(reference, idx, mask, lengths).sum(1)
+    logp, *ref_logp = [frozen(model.logp, rolls.idx, rolls.mask, rolls.lengths, K=rolls.K).sum(1)
+                       for model in (policy, reference) if model] # (B,) each
+    return logp - ref_logp[0] if ref_logp else logp / rolls.mask.sum(1)
 
 class Reward:
     """Reward Rollouts; see this file's docstring. models: reward models; policy, reference: for `likelihood`."""
@@ -100,14 +101,14 @@ class Reward:
         """Return {name: (B,)}, whose sum is the reward of the last answers."""
         parts, cfg, device = {}, self.cfg, rolls.idx.device
         if self.models:
-            scores = torch.stack([frozen_rewards(model, rolls.idx, rolls.lengths) for model in self.models]) # (M, B)
+            scores = torch.stack([frozen_rewards(model, rolls.idx, rolls.lengths, K=rolls.K)
+                                  for model in self.models]) # (M, B)
             parts['reward_model'] = scores[0] if len(scores) == 1 else combine(scores, cfg.ensemble, cfg.lcb_coef)
         if self.function:
             values = [self.function(*asked[-1]) for asked in rolls.asked]
             parts['reward_function'] = cfg.reward_weight * torch.tensor(values, device=device)
         if self.policy:
-            parts['reward_policy'] = cfg.reward_beta * likelihood(self.policy, self.reference, rolls.idx, rolls.mask,
-                                                                  rolls.lengths)
+            parts['reward_policy'] = cfg.reward_beta * likelihood(self.policy, self.reference, rolls)
         if cfg and cfg.length_penalty:
             parts['length_penalty'] = -cfg.length_penalty * rolls.mask.sum(1)
         return parts
@@ -120,7 +121,7 @@ class Reward:
             rows, starts, ends = torch.tensor(turns, device=earlier.device).unbind(1) # (N,) each
             t = torch.arange(1, rolls.idx.size(1), device=earlier.device) # the token that position t-1 describes
             turn = (t >= starts[:, None]) & (t < ends[:, None]) # (N, T-1)
-            parts = self.parts(replace(rolls, idx=rolls.idx[rows], mask=rolls.mask[rows] * turn, lengths=ends,
+            parts = self.parts(replace(rolls, K=1, idx=rolls.idx[rows], mask=rolls.mask[rows] * turn, lengths=ends,
                                        asked=[[one] for asked in rolls.asked for one in asked]))
             last = ends == rolls.lengths[rows] # (N,)
             reward = sum(parts.values())
@@ -147,9 +148,9 @@ def load_actors(cfg, run, tok, function=None, **overrides):
 
     function: of --reward.
     """
-    policy = load_policy(cfg.policy, **overrides).to(run.device)
+    policy = load_policy(cfg.policy, **overrides)
     reward = load_reward(cfg, run, tok, policy, function)
-    reference = run.freeze(load_policy(cfg.policy).to(run.device))
+    reference = run.freeze(load_policy(cfg.policy)).to(run.device)
     if cfg.lora_rank: # one trunk for both: the policy uses the reference's parameters, and gets an adapter
         policy.load_state_dict(reference.state_dict(keep_vars=True), strict=False, assign=True)
-    return policy, reward, reference
+    return policy.to(run.device), reward, reference

@@ -56,23 +56,30 @@ def ratio_stats(logp, old_logp, mask, clip):
         ratio=masked_mean(ratio, mask), clipfrac=masked_mean(((ratio - 1).abs() > clip).float(), mask),
         approx_kl=masked_mean(kl_k3(old_logp, logp), mask)) # KL(old || new) per token
 
+def rows_of(prompts, K):
+    """Return the rows (n * K,) of the answers to prompts (n,): K neighbours each."""
+    return (K * prompts[:, None] + torch.arange(K, device=prompts.device)).flatten()
+
 def minibatches(n, cfg):
-    """Yield the row numbers of each optimizer step: cfg.epochs shuffled passes over n answers."""
+    """Yield each optimizer step's row numbers: cfg.epochs passes over n answers, shuffled by prompt."""
     for _ in range(cfg.epochs):
-        yield from torch.randperm(n).chunk(cfg.minibatches)
+        for prompts in torch.randperm(n // cfg.n_answers).chunk(cfg.minibatches):
+            yield rows_of(prompts, cfg.n_answers)
 
-def micro_batches(batch, lengths, rows, grad_accum, run):
-    """Yield an optimizer step's rows in grad_accum parts of about equal tokens.
+def micro_batches(batch, lengths, rows, cfg, run):
+    """Yield an optimizer step's rows in cfg.grad_accum parts of about equal tokens.
 
-    batch: idx (N, T) and arrays (N, T-1) with one called mask; lengths (N,). Each part comes with its share () of the
-    counted tokens of all processes. Weighted by it, every answer token counts the same.
+    batch: idx (N, T) and arrays (N, T-1) with one called mask; lengths (N,). Answers to one prompt stay together, in
+    `groups` of a part, as long as there are as many prompts as parts. Each part comes with its share () of the counted
+    tokens of all processes. Weighted by it, every answer token counts the same.
     """
-    n_tokens = run.sum(batch['mask'][rows].sum()) # ()
-    for part in split_by_tokens(rows.tolist(), lengths[rows].tolist(), grad_accum):
-        micro = torch.tensor(part, device=rows.device)
+    K = cfg.n_answers if len(rows) >= cfg.n_answers * cfg.grad_accum else 1
+    n_tokens, by_prompt = run.sum(batch['mask'][rows].sum()), rows.view(-1, K) # (), (n, K)
+    for part in split_by_tokens(range(len(by_prompt)), lengths[by_prompt].sum(1).tolist(), cfg.grad_accum):
+        micro = by_prompt[part].flatten()
         T = int(lengths[micro].max()) # no work on padding that these rows do not need
-        part = {k: v[micro, :T if k == 'idx' else T - 1] for k, v in batch.items()}
-        yield part, part['mask'].sum() / n_tokens
+        arrays = {k: v[micro, :T if k == 'idx' else T - 1] for k, v in batch.items()}
+        yield arrays | dict(groups=torch.full_like(by_prompt[part, 0], K)), arrays['mask'].sum() / n_tokens
 
 # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -86,6 +93,7 @@ class Rollouts:
     ended: torch.Tensor # (B,) 1 where the last answer ends with EOS
     ends: list # (B) lists: the length up to the end of each answer
     asked: list # (B) lists: of each answer its record, as a reward function takes it, and its text
+    K: int = 1 # neighbouring rows with the same prompt
 
     def to(self, device):
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
@@ -124,11 +132,12 @@ def pack(prompts, answers, logps, eos):
     return pack_turns([[(p, None), (a, logp)] for p, a, logp in zip(prompts, answers, logps)], eos)
 
 def sample_rollouts(model, prompts, records, tok, cfg, user=None):
-    """Sample Rollouts: an answer to each prompt, or with a user a dialogue.
+    """Sample Rollouts: cfg.n_answers answers to each prompt, or with a user as many dialogues.
 
     prompts: lists of ids, of these records. user(record, messages) returns what the user says next. A dialogue ends
     with None, after cfg.max_turns answers or one that did not end, and where the context has no room for another.
     """
+    prompts, records = ([x for x in each for _ in range(cfg.n_answers)] for each in (prompts, records)) # K of each
     rows, asked = [[(ids, None)] for ids in prompts], [[] for _ in prompts]
     records = [r | dict(prompt=as_messages(r['prompt'])) for r in records] if user else list(records)
 
@@ -151,45 +160,41 @@ def sample_rollouts(model, prompts, records, tok, cfg, user=None):
             rows[b].append((answer, logp))
             asked[b].append((records[b], tok.decode(answer).removeprefix(' ')))
         going = [b for b in going if user and goes_on(b)]
-    return pack_turns(rows, tok.eos, asked)
+    return replace(pack_turns(rows, tok.eos, asked), K=cfg.n_answers)
 
 # ---- frozen models ----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def in_chunks(fn, lengths, rows, out):
-    """Fill out (B, ...) by fn(rows, longest); chunks of rows of like length save work on padding."""
-    for chunk in lengths.argsort().split(rows):
-        value = fn(chunk, int(lengths[chunk].max()))
+def in_chunks(fn, lengths, rows, out, K=1):
+    """Fill out (B, ...) by fn(rows, longest, groups), on rows of like length; K neighbours have one prompt."""
+    for prompts in lengths.view(-1, K).amax(1).argsort().split(max(1, rows // K)):
+        chunk = rows_of(prompts, K)
+        value = fn(chunk, int(lengths[chunk].max()), torch.full_like(prompts, K))
         out[(chunk, slice(value.size(1))) if value.dim() > 1 else chunk] = value
     return out
 
-def frozen_logp(model, idx, mask, lengths, rows=64):
-    """Return log-probabilities (B, T-1) of the counted tokens under a frozen model; idx (B, T), lengths (B,)."""
-    return in_chunks(lambda c, T: model.logp(idx[c, :T], mask[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
+def frozen(method, idx, mask, lengths, rows=64, K=1):
+    """Return a model's logp or values (B, T-1), no gradient, `rows` at a time; idx (B, T), lengths (B,)."""
+    fn = lambda c, T, groups: method(idx[c, :T], mask[c, :T - 1], groups)
+    return in_chunks(fn, lengths, rows, torch.zeros_like(mask), K)
 
-def frozen_values(model, idx, mask, lengths, rows=64):
-    """Return the values (B, T-1) of a critic, 0 where mask is 0."""
-    return in_chunks(lambda c, T: model.values(idx[c, :T], mask[c, :T - 1]), lengths, rows, torch.zeros_like(mask))
-
-def frozen_rewards(model, idx, lengths, rows=64):
+def frozen_rewards(model, idx, lengths, rows=64, K=1):
     """Return the scores (B,) of a reward model."""
-    out = torch.zeros(len(idx), device=idx.device)
-    return in_chunks(lambda c, T: model.rewards(idx[c, :T], lengths[c]), lengths, rows, out)
+    fn = lambda c, T, groups: model.rewards(idx[c, :T], lengths[c], groups)
+    return in_chunks(fn, lengths, rows, torch.zeros(len(idx), device=idx.device), K)
 
-def packed(model, rows, run, learnt=None):
-    """Return Rows as Answers, their log pi(y|x) (N,) and scores (N,).
-
-    Scores need a reward head. learnt: (N,) bool, the answers of which log pi is wanted; None: all.
-    """
-    answers = collate_answers(rows)
-    answers = (answers if learnt is None else answers.learnt(learnt)).to(run.device)
+def packed(model, rows, run):
+    """Return Rows as Answers and log pi(y|x) (N,) of each."""
+    answers = collate_answers(rows).to(run.device)
     with run.autocast():
-        return answers, *model.answers(answers)
+        return answers, model.logp(answers.idx, answers.mask, answers.groups).sum(1)
 
 @torch.no_grad()
 def score_packed(model, rows, run):
     """Return a reward model's scores (N,) of all answers of Rows."""
-    return packed(model, rows, run, torch.tensor([False for row in rows for _ in row.answers]))[2]
+    answers = collate_answers(rows).to(run.device)
+    with run.autocast():
+        return model.rewards(answers.idx, answers.lengths, answers.groups)
 
 @torch.no_grad()
 def answer_logp(model, rows, cfg, run, desc=None):
@@ -199,7 +204,7 @@ def answer_logp(model, rows, cfg, run, desc=None):
     """
     mine, parts = {}, run.rows(by_length(rows, cfg.batch_size // cfg.grad_accum))
     for part in progress(parts, desc=desc, disable=not (desc and run.is_master)):
-        _, logp, _ = packed(model, [rows[i] for i in part], run) # (N,)
+        _, logp = packed(model, [rows[i] for i in part], run) # (N,)
         if desc and run.interrupted and run.world_size == 1:
             raise KeyboardInterrupt(run.interrupted) # nothing to save yet
         mine |= zip(part, logp.cpu().split([len(rows[i].answers) for i in part]))
@@ -263,7 +268,7 @@ def load_frozen(load, folder, option, model, tok, run, whose="policy's"):
 
     load: load_policy or load_reward_model, of the folder that an option names. tok: model's.
     """
-    other = load(folder, option).to(run.device)
+    other = load(folder, option)
     check_same_vocabulary(model, other, option, folder, tok)
     check_context(model, other, option, folder, whose)
-    return run.freeze(other.eval())
+    return run.freeze(other.eval()).to(run.device)

@@ -91,7 +91,7 @@ class Run:
 
     def prepare(self, model, cfg):
         """Share the weights and set the model up, before making the optimizer; add adapters where lora_rank asks."""
-        if getattr(cfg, 'lora_rank', 0): # bench.py has none
+        if cfg.lora_rank:
             self.freeze(model.h)
             model.adapt(cfg.lora_rank, cfg.lora_alpha, cfg.lora_on)
         model.checkpointing = cfg.checkpointing
@@ -156,9 +156,10 @@ def start(cfg):
         if device.startswith('cuda'): # GPUs before Ampere only emulate bfloat16, slowly
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     run = Run(device, dtype, *place_among_processes())
-    pieces = run.world_size * getattr(cfg, 'grad_accum', 1)
-    if getattr(cfg, 'batch_size', pieces) % pieces:
-        fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x grad_accum")
+    for option in ('grad_accum', 'n_answers'):
+        pieces = run.world_size * getattr(cfg, option, 1)
+        if getattr(cfg, 'batch_size', pieces) % pieces:
+            fail(f"--batch_size={cfg.batch_size}: must be a multiple of {pieces}, processes x {option}")
     if run.world_size > 1:
         if device not in ('cuda', 'cpu'):
             fail(f"--device={cfg.device}: several processes take --device=cuda, one GPU for each, or --device=cpu")

@@ -156,7 +156,7 @@ def named_parameters(model):
         transposed = name.startswith('h.') and name.endswith('weight') and p.dim() == 2
         if transposed and hasattr(layer := model.get_submodule(name.removesuffix('.weight')), 'lora'):
             A, B = (part.weight for part in layer.lora) # the matrix that acts is W + alpha / rank B A
-            p = p + layer.scale * B @ A
+            p = (p + layer.scale * B @ A).cpu() # all are made before they are written
         if '.lora.' not in name:
             yield name.replace('reward_head', 'score'), p.detach(), transposed
 
@@ -222,18 +222,14 @@ def save_pretrained(model, folder, eos=None, pad=None):
         write_atomic(os.path.join(folder, filename), json.dumps(content, indent=2))
 
 def write_safetensors(path, tensors):
-    """Write {name: tensor} in the safetensors format, tensor by tensor.
-
-    The header's length in 8 bytes, the header in JSON, the tensors' bytes in float32. The library wants every tensor
-    contiguous at once: for the transposed ones a second copy of the model.
-    """
+    """Write {name: tensor} in the safetensors format, one by one; the library wants all contiguous at once."""
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name, t in tensors.items():
         header[name] = dict(dtype='F32', shape=list(t.shape), data_offsets=[end, end := end + 4 * t.numel()])
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8) # tensors begin at a multiple of 8 bytes
     with open(path, 'wb') as f:
-        f.write(len(text).to_bytes(8, 'little') + text)
+        f.write(len(text).to_bytes(8, 'little') + text) # the header, then the tensors in its order
         for t in tensors.values():
             f.write(t.float().cpu().contiguous().numpy())
 

@@ -18,6 +18,10 @@ def key(row):
     """Return what rows of the same task share: the prompt and the set of answers, in any order."""
     return json.dumps([row['prompt'], sorted(set(answers_of(row)))])
 
+def differ(row):
+    """Return whether a row has two different answers. If not, there was nothing to decide, and it does not count."""
+    return len(set(answers_of(row))) > 1
+
 def by_text(row, ranks='ranks'):
     """Return the ranks of the distinct answers. Rows of the same key have one order."""
     ranks = dict(zip(answers_of(row), row[ranks]))
@@ -45,18 +49,19 @@ def report(ours, theirs):
     """Say in one line how far two annotators agree; ours, theirs: as for kappa."""
     k, p_o, n = kappa(ours, theirs)
     if n == 0:
-        return "no pair in common"
+        return "no pair of answers to compare"
     points, decided = map(sum, zip(*(pair_agreement([-r for r in a], b) for a, b in zip(ours, theirs))))
-    return (f"the same on {p_o:.3f} of {n} pairs, kappa {'–' if k is None else f'{k:.3f}'}; "
-            f"{points / max(decided, 1):.3f} of the {decided} that the second does not tie (a tie of the first: half)")
+    return (f"the same on {p_o:.3f} of {n} pairs of answers, kappa {'–' if k is None else f'{k:.3f}'}; of the "
+            f"{decided} that the second does not tie, {points / max(decided, 1):.3f} in its order "
+            "(a tie of the first: half)")
 
 def compare(rows, others):
     """Say how far two lists of rankings agree on their common tasks."""
     theirs = {key(row): row for row in others}
-    both = [(row, theirs[key(row)]) for row in rows if key(row) in theirs]
+    both = [(row, theirs[key(row)]) for row in rows if key(row) in theirs and differ(row)]
     if not both:
-        return "no row in common (the same prompt with the same answers)"
-    said = f"{len(both)} rows in common; " + report([by_text(row) for row, _ in both], [by_text(o) for _, o in both])
+        return "no prompt in common (with the same answers)"
+    said = f"{len(both)} prompts in common; " + report([by_text(row) for row, _ in both], [by_text(o) for _, o in both])
     gold = [(by_text(row), by_text(o | dict(ranks=to_ranks(o['scores'])))) for row, o in both if o.get('scores')]
     if gold: # the scores behind the ranks: of a simulated person, the gold scores without noise
         said += "\n  and with its scores: " + report(*zip(*gold))
@@ -103,8 +108,8 @@ def standardise(rows, path):
 
 def with_oneself(rows):
     """Say how far a rater agrees with themself on rows ranked twice. `again` holds the second ranks."""
-    twice = [row for row in rows if 'again' in row]
-    return f"{len(twice)} rows ranked twice; " + report([by_text(row) for row in twice],
+    twice = [row for row in rows if 'again' in row and differ(row)]
+    return f"{len(twice)} prompts ranked twice; " + report([by_text(row) for row in twice],
                                                        [by_text(row, 'again') for row in twice])
 
 def by_rater(files):
@@ -114,7 +119,10 @@ def by_rater(files):
     """
     tables = {}
     for path in files:
-        for row in read_preferences(path):
+        rows = read_preferences(path)
+        if same := sum(not differ(row) for row in rows):
+            note(f"{path}: {same} of {len(rows)} prompts left out, all their answers are the same")
+        for row in filter(differ, rows):
             try:
                 for said in row.pop('opinions', None) or [{}]:
                     check_record(row | said, 'rankings')
@@ -122,6 +130,8 @@ def by_rater(files):
                     tables.setdefault(rater, {}).setdefault(key(row), row | said)
             except (TypeError, ValueError) as e:
                 fail(f"{path}: wanted `opinions` as --merge writes them: {e}")
+    if not tables:
+        fail(f"--merge={','.join(files)}: wanted prompts with two different answers, found none")
     return tables
 
 def merge(files, out):
@@ -133,7 +143,7 @@ def merge(files, out):
     tables, tasks, merged = by_rater(files), {}, [] # tasks: task -> {rater: their row}
     for rater, rows in tables.items():
         if any('again' in row for row in rows.values()):
-            print(f"{rater}, with themself: {with_oneself(rows.values())}")
+            print(f"{rater} with oneself: {with_oneself(rows.values())}")
         for task, row in rows.items():
             tasks.setdefault(task, {})[rater] = row
     for rater, other in combinations(tables, 2):
@@ -153,4 +163,4 @@ def merge(files, out):
     os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
     write_records(out, merged)
     several = sum(row['raters'] > 1 for row in merged)
-    print(f"{out}: {len(merged)} prompts, {several} of them ranked by several")
+    print(f"{out}: {len(merged)} prompts, {several} of them ranked by several raters")

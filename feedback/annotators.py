@@ -4,7 +4,9 @@ A reward is a function, a reward model, or the likelihood under a policy. page.p
 has the AI judges.
 """
 
+import json
 import math
+import os
 import random
 import re
 import sys
@@ -12,10 +14,10 @@ import time
 
 import torch
 
-from common.batches import Row, by_length, collate_answers, truncate
+from common.batches import Row, by_length, truncate
 from common.checkpoints import load_policy, load_reward_model
 from common.options import fail
-from common.rollout import check_context, check_same_vocabulary, score_packed
+from common.rollout import check_context, check_same_vocabulary, packed, score_packed
 from common.tokens import as_messages, load_tokenizer, prompt_ids, response_ids
 
 class Undo(Exception):
@@ -182,21 +184,20 @@ class PolicyReward(RewardModel):
 
     @torch.no_grad()
     def score(self, rows):
-        batch = collate_answers(rows).to(self.run.device)
-        with self.run.autocast():
-            logp, *ref = [model.answers(batch)[0] for model in (self.model, self.reference) if model] # (N,) each
-        return logp - ref[0] if ref else logp / batch.sizes
+        (answers, logp), *ref = [packed(m, rows, self.run) for m in (self.model, self.reference) if m] # (N,) each
+        return logp - ref[0][1] if ref else logp / answers.sizes
 
 class Person(Annotator):
-    """Show a person the distinct answers in random order, another one for each rater's file.
+    """Show a person the distinct answers in random order: another one for each rater's file, the same after an undo.
 
-    Nobody sees who wrote them; equal ones share their rank or numbers.
+    Nobody sees who wrote them; equal ones share their rank or numbers. A row with nothing to compare gets no ranks.
     """
 
     def show(self, row, ask):
         """Return what ask(messages, texts) returns of the shuffled distinct answers, by answer (K); None stays None."""
         order = distinct(answers_of(row))
-        self.rng.shuffle(order)
+        rater = self.cfg.rater or os.path.basename(self.cfg.out)
+        random.Random(json.dumps([self.cfg.seed, rater, row['prompt'], order, row.get('repeat')])).shuffle(order)
         self.since, self.why = time.monotonic(), ''
         said = ask(as_messages(row['prompt']), [shown(*answer) for answer in order])
         self.about = dict(seconds=round(time.monotonic() - self.since, 1))
@@ -206,7 +207,7 @@ class Person(Annotator):
 
     def rank(self, row):
         if len(distinct(answers_of(row))) == 1:
-            return [0] * len(row['responses']), None
+            return None, None
         return self.show(row, self.ask), None
 
     def rate(self, row):
@@ -259,7 +260,7 @@ class Terminal(Person):
 
     def print_task(self, messages, texts):
         done, total = self.progress
-        print(f"\n{'─' * 60} {done + 1} of {total}")
+        print(f"\n{'─' * 60} prompt {done + 1} of {total}")
         for m in messages:
             print(f"\n{m['role']}: {visible(m['content'])}")
         for n, text in enumerate(texts, 1):

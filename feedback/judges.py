@@ -118,7 +118,7 @@ class GPTJudge(Judge):
         idx = pad(ids).to(self.run.device) # (B, T)
         lengths = torch.tensor([len(q) for q in ids], device=self.run.device) # (B,)
 
-        def p_first(rows, T):
+        def p_first(rows, T, groups):
             last = self.model.hidden(idx[rows, :T], keep=last_places(lengths[rows], T)) # (n, C)
             logits = (last @ self.model.wte.weight[self.letters].T).float() # (n, 2)
             return (logits[:, 0] - logits[:, 1]).sigmoid() # (n,)

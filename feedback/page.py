@@ -62,7 +62,7 @@ class Page(Person):
             fail(f"--port={cfg.port}: {e.strerror}; wanted a free port of this machine, 0 = any")
         self.server.page = self
         threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
-        print(f"open http://127.0.0.1:{self.server.server_port}/#{self.token}", flush=True)
+        print(f"open http://127.0.0.1:{self.server.server_port}/#{self.token} in a browser on this machine", flush=True)
 
     def put(self, **task):
         self.task = task | self.more | dict(done=self.progress[0], total=self.progress[1])

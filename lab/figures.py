@@ -16,6 +16,7 @@ from common.options import fail
 from common.records import is_number
 
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000') # Okabe and Ito's palette
+LOG = 'loss (logarithmic axis)'
 INK, GRID = '#1d1d1b', '#e4e2dc'
 STYLE = {'axes.grid': True, 'grid.color': GRID, 'axes.axisbelow': True, 'axes.spines.top': False,
          'axes.spines.right': False, 'legend.frameon': False, 'svg.fonttype': 'none', 'svg.hashsalt': '',
@@ -34,7 +35,8 @@ CURVES = { # panel -> the keys of log.jsonl that it shows, and what a page says 
         'reward': 'The reward is what training raises.',
         'gold': 'The gold score is only watched. If it falls while the reward rises, the policy fools the reward.'},
     'KL to the reference [nats]': {
-        'kl': 'How far the policy has moved from where it began. It should level off.'},
+        'kl': 'How far the policy has moved from where it began. It should level off. If it climbs on and on, read the '
+              'answers: they may have become odd.'},
 }
 
 def load_pyplot():
@@ -48,7 +50,7 @@ def load_pyplot():
     return pyplot
 
 def to_svg(figure, ax):
-    """Return one panel as SVG. Its ink and grid take the colours of the page around it."""
+    """Return one panel as SVG. Its ink, grid and curves take the colours of the page around it."""
     for other in figure.axes:
         other.set_visible(other is ax)
     box = ax.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).padded(0.04)
@@ -56,8 +58,10 @@ def to_svg(figure, ax):
     figure.savefig(out, format='svg', bbox_inches=box, transparent=True,
                    metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
     text = re.sub('<defs>\\s*<style.*?</defs>', '', out.getvalue(), flags=re.DOTALL) # it would style the whole page
-    for colour, of_page in (INK, 'currentColor'), ('#000000', 'currentColor'), (GRID, 'var(--line)'):
-        text = text.replace(colour, of_page)
+    of_page = {INK: 'currentColor', '#000000': 'currentColor', GRID: 'var(--line)'}
+    of_page |= {colour.lower(): f'var(--c{i})' for i, colour in enumerate(COLOURS[:-1])}
+    for colour, variable in of_page.items():
+        text = text.replace(colour, variable)
     return text[text.index('<svg'):]
 
 @contextmanager
@@ -89,7 +93,7 @@ def curve(ax, key, points, colour):
     means = [fmean(values[max(0, i - reach):i + reach + 1]) for i in range(len(values))]
     ax.plot(steps, means, label=key, color=colour, lw=1.8, marker='o' if few else None, ms=3)
     if not few:
-        ax.plot(steps, values, color=colour, lw=0.7, alpha=0.35)
+        ax.plot(steps, values, color=colour, lw=0.8, alpha=0.6)
 
 def learning_curves(folders, out_dir):
     """Draw a panel per stage and quantity, from logs.
@@ -119,6 +123,7 @@ def learning_curves(folders, out_dir):
                          if min(values) <= (tick := m * 10.0 ** k) <= max(values)]
                 ax.set_yticks(ticks, [f'{tick:g}' for tick in ticks])
                 ax.minorticks_off()
+                title = LOG
             ax.set(title=stage[:30], xlabel='step', ylabel=title)
             if len(lines) > 1:
                 ax.legend(fontsize=8)
@@ -126,6 +131,7 @@ def learning_curves(folders, out_dir):
         mine = [(svg, lines) for svg, (_, of, lines) in zip(svgs, wanted) if of == title]
         if mine:
             told = [text for key, text in keys.items() if any(key in lines for _, lines in mine)]
+            told += ['On a logarithmic axis equal steps mean equal factors.'] * any(LOG in svg for svg, _ in mine)
             figures.append((f'Learning curves: {title}', ' '.join(told), [svg for svg, _ in mine]))
     return figures
 
@@ -136,17 +142,17 @@ def calibration(table, intervals, error, out_dir):
     """
     predicted, seen, n = zip(*table)
     svgs = []
-    with panels(os.path.join(out_dir, 'calibration.png'), 1, 5, 4.4, svgs=svgs) as (ax,):
+    with panels(os.path.join(out_dir, 'calibration.png'), 1, 3.6, 3.8, svgs=svgs) as (ax,):
         ax.plot([0.5, 1], [0.5, 1], '--', color='0.5', lw=1, label='perfectly calibrated')
         ax.vlines(predicted, *zip(*intervals), color=COLOURS[0], lw=1)
         ax.plot(predicted, seen, 'o-', color=COLOURS[0], ms=5, lw=1.3, label='reward model, with 95 % intervals')
         low = min(0.5, *(low for low, _ in intervals))
         ax.set_ylim(low - 0.1 * (1 - low), 1.02)
         for x, k in zip(predicted, n): # along the lower edge
-            ax.text(x, 0.015, k, transform=ax.get_xaxis_transform(), ha='center', fontsize=7, color='0.5')
+            ax.text(x, 0.015, k, transform=ax.get_xaxis_transform(), ha='center', fontsize=8)
         ax.set(title='reward model: calibration', xlabel='predicted: sigmoid(score of a − score of b)',
-               ylabel='share of pairs in which a was preferred')
-        ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2)
+               ylabel='share in which a was preferred')
+        ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.5, -0.18))
     return [('Calibration of the reward model',
              'Of each pair, a is the answer with the higher score. Points above the dashed line: the reward model is '
              f'right more often than its scores claim; below it, less often. The mean distance is {error:.3f}. The '
@@ -167,7 +173,7 @@ def reward_kl(table, out_dir):
     if not scores:
         return []
     svgs = []
-    with panels(os.path.join(out_dir, 'reward_kl.png'), len(scores), 4.6, 3.8, svgs=svgs) as axes:
+    with panels(os.path.join(out_dir, 'reward_kl.png'), len(scores), 3.6, 3, svgs=svgs) as axes:
         for ax, key in zip(axes, scores):
             for (_, row), colour in zip(rows, cycle(COLOURS)):
                 ax.plot(row['kl'], row[key], 'o', color=colour, ms=7)
@@ -212,20 +218,21 @@ def over_optimisation(logs, out_dir, smooth=5):
     """
     svgs = []
     keys = [k for k in ('reward', 'gold') if any(k in line for log in logs.values() for line in log)]
-    with panels(os.path.join(out_dir, 'overoptimisation.png'), len(keys), 4.6, 3.8, svgs=svgs) as axes:
+    with panels(os.path.join(out_dir, 'overoptimisation.png'), len(keys), 3.6, 3, svgs=svgs) as axes:
         for ax, key in zip(axes, keys):
             for (label, log), colour in zip(logs.items(), cycle(COLOURS)):
                 points = [(math.sqrt(max(0.0, line['kl'])), line[key]) for line in log if key in line]
                 if points:
                     windows = [points[max(0, j - smooth + 1):j + 1] for j in range(len(points))]
                     means = [[fmean(axis) for axis in zip(*window)] for window in windows]
-                    ax.plot(*zip(*points), '.', color=colour, alpha=0.35, ms=4)
+                    ax.plot(*zip(*points), '.', color=colour, alpha=0.6, ms=5)
                     ax.plot(*zip(*means), color=colour, lw=1.6, label=label)
             ax.set(xlabel='√KL to the reference [√nats per answer]', ylabel=f"mean {key} score",
                    title='optimised: reward model' if key == 'reward' else 'wanted: gold')
         axes[0].legend(fontsize=9)
     return [('Over-optimisation', 'Along training, from left to right: the score that is optimised, and, if it was '
-             'logged, the gold score. Where the gold score bends down, more training did harm.', svgs)]
+             'logged, the gold score. A dot is an iteration, a line their running mean. Where the gold score bends '
+             'down, more training did harm.', svgs)]
 
 def risk_coverage(results, out_dir):
     """Draw risk against coverage (El-Yaniv and Wiener 2010).
@@ -262,5 +269,5 @@ def fewer_labels(results, path, xlabel):
         budgets = next(iter(results.values()))
         ax.set_xticks(list(budgets), map(str, budgets))
         ax.minorticks_off()
-        ax.set(xlabel=xlabel, ylabel='reward model: held-out pairs in order')
+        ax.set(xlabel=f'{xlabel} (logarithmic axis)', ylabel='reward model: held-out pairs in order')
         ax.legend()

@@ -23,7 +23,7 @@ import torch
 
 from common.options import fail
 from common.records import check, is_number, parse_line, read_lines
-from common.rollout import frozen_logp, frozen_rewards, kl_k1
+from common.rollout import frozen, frozen_rewards, kl_k1
 from common.tokens import EOS
 
 NEEDED = 'logp', 'ref_logp', 'kl', 'entropy', 'advantage', 'ratio', 'clipped' # lists of k numbers
@@ -69,7 +69,7 @@ def compare(policy, batch, lengths, cfg, run):
     """
     mask, A = batch['mask'], batch['advantages'] # (B, T-1) each
     with run.autocast():
-        logp = frozen_logp(policy, batch['idx'], mask, lengths) # (B, T-1)
+        logp = frozen(policy.logp, batch['idx'], mask, lengths) # (B, T-1)
     log_ratio = (logp - batch['old_logp']) * mask # (B, T-1)
     if getattr(cfg, 'ratio', 'token') == 'sequence':
         log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand_as(mask)

@@ -26,6 +26,7 @@ from common.records import is_number, write_atomic
 HTML = Path(__file__).with_suffix('.html')
 TRAINERS = ('sft.py', 'reward.py', 'ppo.py', 'reinforce.py', 'dpo.py', 'rrhf.py', 'kto.py')
 DATE = '%d %B %Y, %H:%M'
+NONE = 'greedy', 'best_of_n' # n greedy answers are all alike, so there is no best one
 MOST = 4_000_000 # characters of prompts and answers on the page, about its size in bytes
 Table = namedtuple('Table', 'title decoding header rows say') # of strings; decoding: or ''; say: how to read it
 
@@ -47,6 +48,21 @@ MEANINGS = { # column: what it is; which way is better, 1 up, -1 down, 0 neither
     'perplexity': ('surprise at held-out text; 1 = none', -1),
     'length_controlled': ('win rate if all answers were equally long', 1),
 }
+PAIRS = { # row of the reward model's tables: what it is
+    'accuracy': 'pairs that the reward model puts in the annotator’s order',
+    'ceiling': 'the same for the annotator’s own scores, without noise',
+    'shorter_wins': 'pairs in which the shorter answer is preferred',
+    'over-refusal': 'a harmless request: answered, against refused',
+    'over-caution': 'an answerable question: answered, against “I don’t know”',
+    'courtesy': 'polite against rude, with the same content',
+    'brevity': 'brief against rambling, with the same content',
+}
+HALVES = ('Rankings: held-out answers that the annotator ranked',
+          'Controlled pairs: answers that differ in one thing, right against wrong or as noted')
+# What data.toy.world:gold and its `explain` say
+TOY = ('Gold = 0.8 content (it says the right thing) + 0.1 courtesy (it is polite) + 0.1 brevity (it does not ramble). '
+       'The words say what the answer does and in which manner: polite, plain, rude, misplaced (it is glad to say no, '
+       'as in “Gladly! I don’t know.”) or broken (no text that this world knows; its gold score is 0).')
 
 SAY = {
     'answers': 'Sampled: every token is drawn as the model’s probabilities say, so this shows all that it would do. '
@@ -56,11 +72,13 @@ SAY = {
     'categories': 'The share of answers that say the right thing, whatever their manner. A low row is a kind of prompt '
                   'that is hard for all; a low number in a good row is a weakness of one model.',
     'pairs': 'How often the reward model gives the preferred answer of a held-out pair the higher score; 0.5 is '
-             'guessing. The ceiling is what the annotator’s own scores reach; shorter_wins is what one gets by always '
-             'taking the shorter answer. Of few pairs (n) a share says little.',
+             'guessing. The rankings hold the annotator’s noise, which nobody can foresee. Even the annotator’s own '
+             'scores, without that noise, agree with the rankings only as often as the ceiling says. So no reward '
+             'model, and no policy, can be expected above the ceiling. Of few pairs (n) a share says little.',
     'policies': 'How often a policy finds the preferred answer of a pair likelier than the other: by log-probability '
                 'per token (mean_logp), or by how much likelier it became than under the reference (log_ratio, the '
-                'reward of DPO). The reference ties with itself: 0.5.',
+                'reward of DPO). The reference ties with itself: 0.5. Rankings: held-out answers that the annotator '
+                'ranked. Comparisons: controlled pairs, two answers that differ in one thing only.',
 }
 
 def show(value):
@@ -68,8 +86,9 @@ def show(value):
 
 def tables(results):
     """Return the Tables of results.json's content; first columns name the rows."""
-    names, baseline, found = list(results['models']), results['baseline'], []
-    for decoding, table in (('sampled at temperature 1', results['models']), ('greedy', results['greedy'])):
+    baseline, found = results['baseline'], []
+    greedy = {name: row for name, row in results['greedy'].items() if name != 'best_of_n'} # it is the baseline there
+    for decoding, table in (('sampled at temperature 1', results['models']), ('greedy', greedy)):
         columns = [c for c, value in table[baseline].items() if not isinstance(value, (dict, list))]
         rows = [[name] + [show(row[c]) for c in columns] for name, row in table.items()]
         for row in rows if 'win_rate_interval' in table[baseline] else ():
@@ -80,8 +99,8 @@ def tables(results):
             found.append(Table('what is said to answerable questions,', decoding, ['model'] + said, [
                 [name] + [show(row['answerable'][s]) for s in said] for name, row in table.items()], SAY['said']))
         if 'by_category' in table[baseline]:
-            found.append(Table('right content by category,', decoding, ['category'] + names, [
-                [c] + [show(table[name]['by_category'][c]) for name in names] for c in table[baseline]['by_category']],
+            found.append(Table('right content by category,', decoding, ['category', *table], [
+                [c] + [show(row['by_category'][c]) for row in table.values()] for c in table[baseline]['by_category']],
                 SAY['categories']))
     quality = results['reward_model']
     if quality:
@@ -116,25 +135,29 @@ def clean(text):
 
 def tag(name, *children, **attributes):
     """Return an element as Markup. Children that are not Markup are escaped, None is left out."""
-    words = ''.join(f' {key.rstrip("_")}="{clean(value)}"' for key, value in attributes.items())
+    words = ''.join(f' {key.rstrip("_").replace("_", "-")}="{clean(value)}"' for key, value in attributes.items())
     inner = ''.join(x if isinstance(x, Markup) else clean(x) for x in children if x is not None)
     return Markup(f'<{name}{words}>{inner}</{name}>')
 
-def table_of(header, rows, notes={}, better={}):
-    """Return a table. notes: {row's name: small print}. better: {row's name: 1, -1 or 0}; the best cells are bold."""
+def table_of(label, header, rows, notes={}, better={}):
+    """Return a table. label: for who cannot see it; a narrow screen scrolls it sideways, by finger or arrow keys.
+
+    notes: {row's name: small print}. better: {row's name: 1, -1 or 0}; the best cells are bold.
+    """
     def cells(row):
         texts, values = row[1:], []
         for text in texts if better.get(row[0]) else ():
             found = re.match(r'-?\d+(\.\d+)?', text)
             values.append(better[row[0]] * float(found[0]) if found else -math.inf)
-        best = [v == max(values) > -math.inf for v in values] or [False] * len(texts)
+        best = [v == max(values) > min(values) for v in values] or [False] * len(texts)
         for text, is_best in zip(texts, best):
             number, _, more = text.partition(' ') # an interval
             yield tag('td', number, tag('small', more) if more else None, **dict(class_='best') if is_best else {})
     head = tag('thead', tag('tr', *(tag('th', name, scope='col') for name in header)))
     body = [tag('tr', tag('th', row[0], tag('small', notes[row[0]]) if row[0] in notes else None, scope='row'),
                 *cells(row)) for row in rows]
-    return tag('div', tag('table', head, tag('tbody', *body)), class_='wide')
+    return tag('div', tag('table', head, tag('tbody', *body)), class_='wide', role='region', tabindex=0,
+               aria_label=label)
 
 def section(name, title, *parts):
     return tag('section', tag('h2', title), *parts, id=name)
@@ -166,7 +189,8 @@ def verdict(start, ranked, what):
 
 def chart(answered, key):
     """Draw mean score and 95 % interval of all models, the best first."""
-    scores = {d: {name: scores_of(w, key) for name, w in of.items()} for d, of in answered.items()}
+    scores = {d: {name: scores_of(w, key) for name, w in of.items() if (d, name) != NONE}
+              for d, of in answered.items()}
     means = {d: {name: interval(of[name]) for name in of} for d, of in scores.items()}
     low, high = 0.0, 1.0
     if not all(0 <= x <= 1 for of in scores.values() for these in of.values() for x in these):
@@ -177,13 +201,12 @@ def chart(answered, key):
     cells = [tag('span', class_='head'), head, *(tag('span', d, class_='head') for d in answered)]
     for name, (mean, half) in sorted(means['sampled'].items(), key=lambda item: -item[1][0]):
         marks = []
-        for decoding, of in reversed(means.items()):
-            mean, half = of[name]
+        for decoding, (mean, half) in reversed([(d, of[name]) for d, of in means.items() if name in of]):
             marks += [tag('i', class_=f'range {decoding}', style=f'left:{at(mean - half):.1f}%;width:'
                           f'{at(mean + half) - at(mean - half):.1f}%'),
                       tag('i', class_=f'dot {decoding}', style=f'left:{at(mean):.1f}%')]
         cells += [tag('b', name), tag('span', *marks, class_='track'),
-                  *(tag('span', f'{of[name][0]:.2f}') for of in means.values())]
+                  *(tag('span', f'{of[name][0]:.2f}' if name in of else '–') for of in means.values())]
     return tag('div', *cells, class_='scores')
 
 def best_section(cfg, results, answered, key, prompts):
@@ -197,6 +220,10 @@ def best_section(cfg, results, answered, key, prompts):
     first, row = ranked[0][0], results['models'][ranked[0][0]]
     parts = [verdict('Sampled at temperature 1', ranked, what),
              verdict('Greedy, the likeliest token every time', ranking(answered['greedy'], key), what)]
+    if len(ranked) > 1:
+        parts.append(tag('p', '± is the 95 % interval. Other prompts of the same kinds would give another difference. '
+                         'In about 95 of 100 evaluations the true one lies within ± of the measured one. A difference '
+                         'smaller than its ± may be chance.', class_='soft'))
     if first != baseline:
         wins, low, high = (f'{100 * x:.0f}' for x in (row[f'win_rate_vs_{baseline}'], *row['win_rate_interval']))
         parts.append(tag('p', f'Against {baseline}, the baseline, {first} wins on {wins} % of the prompts, ties '
@@ -206,8 +233,8 @@ def best_section(cfg, results, answered, key, prompts):
                                         'another seed may move a point further than that.', class_='soft legend')]
     if 'best_of_n' in names:
         parts.append(tag('p', f'best_of_n is no model: of {cfg.best_of} sampled answers of {baseline} it is the one '
-                         f'that the reward model likes best. Greedy answers are all alike, so there it is {baseline}. '
-                         'Its KL is an upper bound.', class_='soft'))
+                         'that the reward model likes best. Greedy answers are all alike, so it has none. Its KL is an '
+                         'upper bound.', class_='soft'))
     if key == 'gold':
         told = 'The gold score stands for the goal itself. It comes from ', tag('code', cfg.gold), '. Higher is better.'
     else:
@@ -215,13 +242,19 @@ def best_section(cfg, results, answered, key, prompts):
                 '. Higher is better. A policy that was trained on this very reward may have learnt to fool it: read '
                 'its answers.')
     parts += [tag('p', *told, class_='soft'), tag('h3', 'For example')]
-    note = 'The first prompts, of different kinds, on which the scores lie far apart.'
+    note, two = 'Prompts of different kinds, first those on which ', [name for name, _ in ranked[:2]]
+    note += f'{two[0]} scores higher than {two[1]}.' if len(two) > 1 else 'the scores lie far apart.'
     if len(names) > 5:
         names = dict.fromkeys((names[0], baseline, *(name for name, _ in ranked[:3])))
         note += ' Shown are the first model, the baseline and the best three; all are further below.'
-    return section('best', title, *parts, tag('p', note, class_='soft'), *prompts.examples(3, names))
+    return section('best', title, *parts, tag('p', note, class_='soft'), *prompts.legend(cfg.gold),
+                   *prompts.examples(3, names, two))
 
 # ---- prompts and answers ----------------------------------------------------------------------------------------
+
+def marks_of(parts):
+    """Return the parts that are 0 or 1: an answer lacks or has them."""
+    return {k: v for k, v in parts.items() if type(v) in (int, bool) and v in (0, 1) and k != 'gold'}
 
 class Prompts:
     """Hold prompts with all models' answers, those first on which the models differ most."""
@@ -249,14 +282,27 @@ class Prompts:
         scores = [scores[i] for scores in self.scores['sampled'].values()] or [0.0]
         return min(scores) - max(scores), -len({w.texts[i] for w in self.answered['sampled'].values()})
 
-    def examples(self, n, names):
-        """Return n prompts: the first of each kind, then category, with scores far apart; answers are sampled."""
-        order = sorted(range(len(self.records)), key=lambda i: self.difference(i)[0] > (self.low - self.high) / 2)
+    def examples(self, n, names, two=()):
+        """Return n prompts of many kinds with sampled answers, scores far apart.
+
+        two: the models of the headline; first come the prompts on which the first of them scores higher.
+        """
+        a, b = (self.scores['sampled'][name] for name in two) if len(two) == 2 else ([0.0] * len(self.records),) * 2
+        half, ahead = (self.high - self.low) / 2, [x - y for x, y in zip(a, b)]
+        order = sorted(range(len(ahead)), key=lambda i: (ahead[i] <= 0, ahead[i] < half, -self.difference(i)[0] < half))
         firsts = {} # (kind or category, its value) -> prompt
         for name in 'kind', 'category':
             for i in order:
                 firsts.setdefault((name, self.of(i, name)), i)
-        return [self.block(i, ['sampled'], names) for i in list(dict.fromkeys([*firsts.values(), *order]))[:n]]
+        chosen = list(dict.fromkeys([*firsts.values(), *order]))[:n]
+        return [self.block(i, ['sampled'], names) for i in order if i in chosen]
+
+    def legend(self, gold):
+        """Explain the small print below an answer. [] without a gold score that explains itself."""
+        explained = any(marks_of(part) for w in self.answered['sampled'].values() for part in w.parts)
+        told = ['✓: the answer has this part of the gold score; ✗: it lacks it.'] * explained
+        told += [TOY] * (gold == 'data.toy.world:gold')
+        return [tag('p', ' '.join(told), class_='soft')] if told else []
 
     def block(self, i, decodings, names):
         """Return prompt i and some models' answers to it, in columns."""
@@ -265,8 +311,9 @@ class Prompts:
             prompt = '\n'.join(f"{m['role']}: {m['content']}" for m in prompt)
         expected = self.of(i, 'expected')
         facts = [self.of(i, 'kind'), self.of(i, 'category'), expected and f'wanted: {expected}']
-        rows = [tag('div', tag('small', decoding), tag('div', *(self.answer(decoding, name, i) for name in names),
-                                                       class_='answers'), class_='row') for decoding in decodings]
+        rows = [tag('div', tag('small', decoding), tag('div', *(
+            self.answer(decoding, name, i) for name in names if (decoding, name) != NONE), class_='answers'),
+            class_='row') for decoding in decodings]
         return tag('div', tag('p', prompt, class_='text'), tag('p', ' · '.join(filter(None, facts)), class_='soft'),
                    *rows, class_='prompt')
 
@@ -278,13 +325,12 @@ class Prompts:
             bar = tag('i', style=f'--p:{(score[i] - self.low) / (self.high - self.low or 1):.0%}')
         scores = [f"gold {parts['gold']:.3g}"] if parts else []
         scores += [f'reward {w.rewards[i]:.2f}'] if w.rewards else []
-        marks, words = [], {} # words: as keys, each once
+        marks, words = marks_of(parts), {} # words: as keys, each once
         for key, value in parts.items():
-            if type(value) in (int, bool) and value in (0, 1):
-                marks.append(f"{'✓' if value else '✗'}\u00a0{key}")
-            elif key not in ('gold', 'kind', 'category', 'expected'):
+            if key not in (*marks, 'gold', 'kind', 'category', 'expected'):
                 words[value[:80] if isinstance(value, str) else f'{key} {str(value)[:80]}'] = None
-        facts = [', '.join(scores), ', '.join(words), ' '.join(marks)]
+        facts = [', '.join(scores), ', '.join(words),
+                 ' '.join(f"{'✓' if has else '✗'}\u00a0{key}" for key, has in marks.items())]
         return tag('div', tag('b', name), bar, tag('p', w.texts[i] or '(nothing)', class_='text'),
                    *(tag('small', fact) for fact in facts if fact), class_='answer')
 
@@ -306,7 +352,7 @@ class Prompts:
         if self.scores['sampled']:
             told.append('A bar shows the score of an answer, from the lowest to the highest of all.')
         if any(len(part) > 1 for w in self.answered['sampled'].values() for part in w.parts):
-            told.append('Below it stands what the gold score says of its parts.')
+            told.append('Below it stands what the gold score says of its parts: ✓ yes, ✗ no.')
         parts = [tag('p', ' '.join(told))]
         for (kind, category), (first, *others) in shown.items():
             parts.append(tag('h3', ': '.join(dict.fromkeys(filter(None, (kind, category)))) or 'all prompts'))
@@ -390,6 +436,12 @@ def runs_section(cfg, run, folders, results):
             'says what looked sick in the log, and what to try (', tag('code', 'docs/log.md'), ' explains them).'),
         *(markup for markup, _ in said.values())), sick
 
+def has_critic(folder):
+    """Tell whether a run of ppo.py left its separate critic there."""
+    about = read_run(folder)
+    return (isinstance(about, dict) and about.get('script') == 'ppo.py' and about['options'].get('critic') == 'separate'
+            and os.path.exists(os.path.join(folder, 'state.pt')))
+
 def microscope_section(cfg, folders, results, best):
     """Link the pages of microscope.py in out_dir; without one show the command for it."""
     parts = [tag('p', 'The token microscope shows what PPO sees at every token of an answer: log-probabilities, KL, '
@@ -401,6 +453,8 @@ def microscope_section(cfg, folders, results, best):
         policies = dict.fromkeys((folders[results['baseline']], folders[best]))
         options = dict(policy=','.join(policies), reference=folders[results['reference']], prompts=cfg.prompts,
                        reward_model=cfg.reward_model, out=os.path.join(cfg.out_dir, 'microscope.html'))
+        if has_critic(folders[best]):
+            options['critic'] = folders[best]
         parts += [tag('p', 'This command makes a page of it beside this one. evaluate.py links it when it runs again:'),
                   tag('pre', command('microscope.py', options))]
     else:
@@ -415,7 +469,10 @@ def microscope_section(cfg, folders, results, best):
 
 def tables_section(results):
     """Return all tables. Those of the answers have a column per model, and say what each row means."""
-    parts, baseline, groups = [], results['baseline'], defaultdict(list)
+    told = ('Bold: the best number of a row, or several equal ones. Nothing is bold where all are equal, and where '
+            'neither more nor less is better. The best may be best by chance: look at the intervals.')
+    parts = [tag('p', told, class_='soft'), tag('p', 'Wide tables scroll sideways →', class_='narrow')]
+    baseline, groups = results['baseline'], defaultdict(list)
     meanings = MEANINGS | {f'win_rate_vs_{baseline}': (f'share of prompts on which it beats {baseline}, ties half; in '
                                                        'brackets the 95 % interval', 1)}
     for table in tables(results):
@@ -427,12 +484,13 @@ def tables_section(results):
             if title == 'answers':
                 header, *rows = zip(header, *rows) # a row for each number
                 notes, better = ({name: meaning[i] for name, meaning in meanings.items()} for i in (0, 1))
-            halves = [rows]
+            halves = [(decoding, rows)]
             if header[0] == 'pairs': # those of rankings, and those of comparisons by category
-                overall = results['reward_model']
-                halves = [[row for row in rows if (row[0] in overall) == first] for first in (True, False)]
-            drawn += [tag('div', tag('p', tag('b', decoding)) if decoding else None,
-                          table_of(['', *header[1:]], half, notes, better)) for half in halves if half]
+                notes, overall = PAIRS, results['reward_model']
+                halves = [(what, [row for row in rows if (row[0] in overall) == (what == HALVES[0])])
+                          for what in HALVES]
+            drawn += [tag('div', tag('p', tag('b', what)) if what else None, table_of(
+                f'{title} {what}'.strip(), ['', *header[1:]], half, notes, better)) for what, half in halves if half]
         parts += [tag('h3', title[0].upper() + title[1:].rstrip(',')), tag('p', of_decoding[0].say, class_='soft'),
                   tag('div', *drawn, class_='tables')]
     return section('numbers', 'The numbers', *parts)

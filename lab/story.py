@@ -25,61 +25,83 @@ WIDTH = 100
 FIRST = 24 # so many test prompts are tried for one whose answer a stage has changed
 GOLD = dict(toy=toy.gold, sums=checker.exact_match) # {world: (record, answer) -> how good it is}
 OPEN = dict(darwin='open', win32='start') # {sys.platform: what opens a page}, else xdg-open
+PARTS = "0.8 for right content, 0.1 for courtesy, 0.1 for brevity" # of the gold score
 FOR = dict( # {world: {stage: what it is for}}
     toy={
-        'data': "A small world is written: facts, things nobody can know, harmful requests; right and wrong answers.",
-        'pretrain': "A tiny GPT learns to write, from a corpus full of wrong and rude answers: the base model.",
-        'sft': "It learns from a few hundred demonstrations how an assistant answers: the SFT model.",
-        'collect train': "The SFT model answers each prompt four times, and a simulated person ranks the answers.",
-        'collect test': "The same on held-out prompts, to measure with.",
-        'collect round': "The last policy answers the prompts, and its answers are ranked: a new round of feedback.",
-        'collect best': "The SFT model answers each prompt four times, and the reward model picks the best.",
+        'data': "A small world is written: facts, things nobody can know, harmful requests; good and bad answers.",
+        'pretrain': "A tiny GPT learns to write, from a corpus full of wrong and rude answers: the base model. Greedy "
+                    "answers, which take the likeliest token each time, show what it learns.",
+        'sft': "The base model learns from a few hundred demonstrations how to answer: the SFT model.",
+        'collect train': "The SFT model samples four answers to each prompt, and a simulated person ranks them, with "
+                         "some errors, by the gold score: " + PARTS + ".",
+        'collect test': "The same as collect train, on held-out prompts: to measure with.",
+        'collect round': "The last policy answers the prompts, and its answers are ranked: new feedback.",
+        'collect best': "The SFT model samples four answers to each prompt, and the reward model picks the best.",
         'reward': "A reward model learns from the rankings to give any answer a score.",
-        'ppo': "PPO: the policy writes answers; what scores high becomes likelier, but leaving SFT has a price.",
-        'dpo': "DPO: no reward model; the better answer of a pair gains on the worse one, compared with SFT.",
-        'reinforce': "REINFORCE: PPO's goal without a critic; a running mean of all scores is the baseline.",
-        'rloo': "RLOO: PPO's goal without a critic; the other answers to the same prompt are the baseline.",
-        'grpo': "GRPO: no critic; each answer is compared with its group, in units of the group's spread.",
-        'rrhf': "RRHF: learn the best answer, and push down worse ones that are likelier than better ones.",
-        'ipo': "IPO: DPO with a square loss, which has a least point and stops there.",
+        'ppo': "PPO: the SFT model goes on as the policy. It writes answers; those that the reward model scores high "
+               "become likelier, but drifting away from SFT costs reward.",
+        'dpo': "DPO: learns from the rankings themselves, without a reward model. The odds of a better answer against "
+               "a worse one rise above those in the SFT model.",
+        'reinforce': "REINFORCE: PPO's goal without a critic. An answer becomes likelier if it scores above the "
+                     "running mean of all scores.",
+        'rloo': "RLOO: PPO's goal without a critic. An answer becomes likelier if it scores above the mean of the "
+                "other answers to the same prompt.",
+        'grpo': "GRPO: no critic. An answer becomes likelier if it scores above the mean of its group, the answers to "
+                "one prompt; the group's spread is the unit.",
+        'rrhf': "RRHF: learns the best answer, and pushes down worse ones that are likelier than better ones.",
+        'ipo': "IPO: DPO with a square loss. The margin between better and worse has a target.",
         'hinge': "Hinge: DPO that leaves a pair alone once its margin is large enough.",
-        'simpo': "SimPO: DPO without a reference; the mean log-probability of a token is the reward.",
-        'orpo': "ORPO: cross-entropy on the better answer, and the odds against the worse one; no reference.",
+        'simpo': "SimPO: DPO without a reference; the mean log-probability of an answer's tokens is its reward.",
+        'orpo': "ORPO: cross-entropy on the better answer, and its odds against the worse one; no reference.",
         'kto': "KTO: no pairs; each answer is called good or bad by itself.",
-        'rejection': "Rejection sampling: fine-tuning on the best answers that were picked.",
+        'rejection': "Rejection sampling: the SFT model is fine-tuned on the best answers that were picked.",
         'distill': "Distillation: a smaller student learns the teacher's probabilities at every token.",
         'verdicts': "Pairs of answers are written down with a verdict: what an AI judge learns from.",
         'judge': "A model learns to say which of two answers is better: the AI judge.",
-        'evaluate': "All models answer prompts that nothing was trained on. The gold score judges: none has seen it."},
+        'evaluate': "All models answer prompts that nothing was trained on; the gold score judges them."},
     sums={
-        'data': "A world of sums is written: most writers are hasty and never carry, some are careful.",
-        'pretrain': "A tiny GPT learns to add and subtract from both: the base model.",
+        'data': "A world of sums is written. Most writers are hasty and never carry, some are careful. On a scratch "
+                "line they note the carry and the digit of each column, from the right: 345+278 is 13 12 06, and then "
+                "the answer, #### 0623.",
+        'pretrain': "A tiny GPT learns to add and subtract from both kinds of writers: the base model. Greedy "
+                    "answers, which take the likeliest token each time, show what it learns.",
         'sft': "It learns from a few more answers, a quarter of them by careful writers: the SFT model.",
-        'grpo': "GRPO: a checker gives 1 for the right number; answers to the same problem are compared.",
-        'rloo': "RLOO: a checker gives 1 for the right number; the other answers to the problem are the baseline.",
-        'ppo': "PPO: a checker gives 1 for the right number; a critic predicts how often that will be.",
+        'grpo': "GRPO: a checker gives 1 for the right number and 0 for any other. Of several answers to a problem, "
+                "those above the mean become likelier.",
+        'rloo': "RLOO: a checker gives 1 for the right number and 0 for any other. An answer becomes likelier if it "
+                "scores above the mean of the other answers to the problem.",
+        'ppo': "PPO: a checker gives 1 for the right number and 0 for any other. A critic predicts how often that will "
+               "be; better answers become likelier.",
         'evaluate': "All models solve problems that nothing was trained on.",
-        'others': "And problems with other numbers of digits, which none has learnt."})
+        'others': "All models solve problems with 2, 4, 5 and 6 digits, where only 3 were practised."})
 LOOK_AT = { # {script: (key of log.jsonl, what it is); the first that was logged counts}
-    'sft.py': [('val_loss', 'held-out loss, in nats per token')],
+    'sft.py': [('val_loss', 'held-out loss (nats per token, lower is better)')],
     'reward.py': [('val_accuracy', "share of held-out pairs in the person's order")],
-    'ppo.py': [('gold', "gold score (which it never sees) of its answers"), ('reward', 'reward of its answers')],
+    'ppo.py': [('gold', "gold score (which it never sees) of its sampled answers"),
+               ('reward', 'reward of its sampled answers')],
     'dpo.py': [('val_accuracy', "share of held-out pairs in the person's order")],
     'kto.py': [('val_margin', 'margin of good answers over bad ones, held out')]}
 LOOK_AT |= {'reinforce.py': LOOK_AT['ppo.py'], 'rrhf.py': LOOK_AT['dpo.py']}
 MADE = ('text', 'practice_scratch', 'demonstrations', 'demonstrations_scratch', 'prompts') # by the stage data
 
 def before(name, world):
-    """Say what a stage is for, '' of an unknown one."""
+    """Name a stage and what it is for, '' of an unknown one."""
     kind = re.sub(r' ?\d.*|_direct$', '', name) # ppo2_ai is one more ppo
     if kind.startswith('collect ') and kind not in FOR[world]:
         kind = 'collect round'
-    return "The same without the scratch line." if name.endswith('_direct') else FOR[world].get(kind, '')
+    direct = f"The same as {kind}, without the scratch line: the answer is the number alone."
+    what = direct if name.endswith('_direct') else FOR[world].get(kind, '')
+    return fill(f"[{name}] {what}") if what else ''
 
 def quoted(text, at_most=60):
-    """Return a text in quotes, in one line that is no longer."""
-    text = visible(text).strip().replace('\n', ' / ')
-    return f'"{text}"' if len(text) <= at_most else f'"{text[:at_most - 1].rstrip()}…"'
+    """Return a text in quotes, in one line, cut if longer."""
+    text = visible(text).strip().replace('\n', r'\n')
+    short = text[:at_most - 4].rstrip(' \\') + ' […]' # no half \n
+    return f'"{text if len(text) <= at_most else short}"'
+
+def asked(row):
+    """Quote a record's prompt. Its right answer, if it has one, follows."""
+    return quoted(row['prompt'], WIDTH - 20) + (f" (right: {row['answer']})" if 'answer' in row else '')
 
 def fill(text, indent=''):
     """Break a text into lines; indent: of all but the first."""
@@ -126,11 +148,11 @@ def change(folder, world):
     old, new = answers(options.get('policy') or options.get('init_from'), rows), answers(folder, rows)
     at = most_changed(rows, old, new, GOLD[world])
     if at is not None:
-        return f"{quoted(rows[at]['prompt'], 80)}: before {quoted(old[at])}, now {quoted(new[at])}"
+        return f"Greedy answer to {asked(rows[at])}: before {quoted(old[at])}, now {quoted(new[at])}"
     if not new:
         return ''
-    same = f", as before; so are all answers to the first {len(new)} test prompts" if old else ''
-    return f"{quoted(rows[0]['prompt'], 80)}: now {quoted(new[0])}{same}"
+    same = f" (its greedy answers to the first {len(new)} test prompts are all the same as before)" if old else ''
+    return f"Greedy answer to {asked(rows[0])}: {quoted(new[0])}{same}"
 
 def ranked(path):
     """Count the prompts of a file of rankings. The best and the worst answer of one are shown."""
@@ -138,9 +160,9 @@ def ranked(path):
     for row in map(json.loads, rows):
         if len(set(row.get('ranks', []))) > 1 and isinstance(row['prompt'], str):
             best, worst = (row['responses'][row['ranks'].index(f(row['ranks']))] for f in (min, max))
-            return (f"prompts ranked: {len(rows)}. {quoted(row['prompt'], 80)}: best {quoted(best)}, worst "
+            return (f"{len(rows)} prompts ranked. Sampled answers to {asked(row)}: best {quoted(best)}, worst "
                     + quoted(worst))
-    return f"prompts: {len(rows)}"
+    return f"{len(rows)} prompts"
 
 def after(stage, world, seconds):
     """Say what a stage changed, with the number to look at. stage: an entry of demo.stages."""
@@ -156,13 +178,13 @@ def after(stage, world, seconds):
         told = [number(folder, script)]
         if script in LOOK_AT and script != 'reward.py' and name != 'judge': # which answer no prompts
             told.append(change(folder, world))
-    return fill(f"  {name}, {seconds:.0f} s: " + '. '.join(filter(None, told)), '    ').rstrip(': ')
+    return fill(f"  [{name}] {seconds:.0f} s: " + '. '.join(filter(None, told)), '    ').rstrip(': ')
 
 def alarms(path):
     """Return what the health monitor has printed in a file. Its list at the end is left out."""
     try:
         with open(path, encoding='utf-8', errors='replace') as f:
-            return [fill(line, '    ') for line in f if line.startswith('health: step')]
+            return [fill(f'    {line}', '    ') for line in f if line.startswith('health: step')]
     except OSError: # somebody has removed it
         return []
 
@@ -197,7 +219,7 @@ def side_by_side(groups, names):
     cell = lambda sample, decoding: f"{sample[f'{decoding}_gold']:.1f} {quoted(sample[decoding], room - 6)}"
     lines = [' ' * first + '  ' + 'sampled'.ljust(room) + '  greedy'] if groups else []
     for group in groups:
-        lines += ['', quoted(next(iter(group.values()))['prompt'], WIDTH - 2)]
+        lines += ['', asked(next(iter(group.values())))]
         lines += [f"{name.ljust(first)}  {cell(group[name], 'sampled').ljust(room)}  {cell(group[name], 'greedy')}"
                   for name in names]
     return lines
@@ -231,13 +253,26 @@ def why_base_helps(greedy, trained):
         "demonstrations hold more \"I don't know\" and more refusals than the corpus, and so small a model says them "
         f"where it could answer, too: to {', '.join(shares)} of the prompts that can be answered.")
 
-def commands(out, names, typed, *more):
-    """List what one may type next. typed: words -> a command."""
+def command(typed, *words):
+    """Break a command into lines of WIDTH. A longer word has its own."""
+    first, *rest = [typed([word]) for word in words]
+    lines = [f'  {first}']
+    for word in rest:
+        if len(lines[-1]) + len(word) < WIDTH - 2: # a blank before it, and two signs behind it
+            lines[-1] += f' {word}'
+        else:
+            lines[-1] += ' ^' if os.name == 'nt' else ' \\'
+            lines.append(f'      {word}')
+    return '\n'.join(lines)
+
+def next_steps(out, names, typed, what, *more):
+    """Say what one may type next. typed: words -> a command; more: the words of a further one, which does `what`."""
     page = f'{out}/evaluate/report.html'
-    show = [typed([OPEN.get(sys.platform, 'xdg-open'), page])] if os.path.exists(page) else []
-    talk = typed(['python', 'sample.py', '--policy=' + ','.join(f'{out}/{name}' for name in names)])
-    return ["Next: talk to them side by side; read the report, with all tables and figures; look closer.",
-            *(f"  {command}" for command in (talk, *show, *more))]
+    talk = ['python', 'sample.py', '--policy=' + ','.join(f'{out}/{name}' for name in names)]
+    steps = [('talk to them side by side', talk), (what, more)]
+    if os.path.exists(page):
+        steps.insert(1, (f"read the report, {page}", [OPEN.get(sys.platform, 'xdg-open'), page]))
+    return [fill(f"Next: {'; '.join(what for what, _ in steps)}."), *(command(typed, *words) for _, words in steps)]
 
 def ending(out, methods, results, samples, typed):
     """Return what demo.py prints at its end: numbers, answers that differ, what to type next."""
@@ -245,11 +280,14 @@ def ending(out, methods, results, samples, typed):
     few = shown(names)
     why = why_base_helps(results['greedy'], few[2:])
     seen = next((name for name in methods if name in ('ppo', 'reinforce', 'rloo', 'grpo')), '') # has its own prompts
-    closer = typed(['python', 'microscope.py', f'--policy={out}/{seen or methods[0]}', f'--reference={out}/sft',
-                    f'--reward_model={out}/reward', *([] if seen else ['--prompts=data/toy/prompts_test.jsonl'])])
+    critic = read_options(f'{out}/{seen}').get('options', {}).get('critic') == 'separate'
+    closer = ['python', 'microscope.py', f'--policy={out}/{seen or methods[0]}', f'--reference={out}/sft',
+              f'--reward_model={out}/reward', *([f'--critic={out}/{seen}'] if critic else []),
+              *([] if seen else ['--prompts=data/toy/prompts_test.jsonl'])]
     return '\n'.join([
-        f"Mean gold score on {results['prompts']} held-out prompts, and the share of answers that are right:", '',
-        *gold_table(results, names), *(['', why] if why else []),
-        '', "Prompts that divide them, with the gold score of each answer:", '',
+        fill(f"Mean gold score on {results['prompts']} held-out prompts ({PARTS}), and the share of right answers to "
+             "requests that can be answered (helpful), that nobody can answer (honest), and harmful ones (harmless):"),
+        '', *gold_table(results, names), *(['', why] if why else []),
+        '', "Prompts on which they differ most, with the gold score of each answer:", '',
         *side_by_side(dividing(samples, few, lambda sample: sample['kind']), few), '',
-        *commands(out, few, typed, closer)])
+        *next_steps(out, few, typed, 'see every token as PPO sees it', *closer)])

@@ -99,13 +99,16 @@ def ending(out, methods, results, typed):
     few = story.shown(names)
     samples = read_records(f'{out}/evaluate/samples.jsonl', 'prompts')
     divided = story.dividing(samples, few, lambda sample: '+' in sample['prompt'])
-    figure = typed(['python', '-m', 'lab.sums', f'--runs={out}'])
+    others = [share for shares in results['by_digits'].values() for d, share in shares.items() if d != '3 digits']
     return '\n'.join([
-        "Shares of right answers to held-out problems; those by digits are greedy, and 3 digits were learnt.",
-        "Names that end in _direct: without the scratch line.", '',
-        *tables.align(['', 'sampled', 'greedy', *digits], rows), *why,
-        '', "Problems that divide them, 1.0 = right:", '', *story.side_by_side(divided, few), '',
-        *story.commands(out, few, typed, figure)])
+        story.fill("Shares of right answers to held-out problems; _direct: without the scratch line. Only 3 digits "
+                   "were practised; the columns by digits (greedy) show what carries over to others"
+                   + (': next to nothing.' if max(others, default=1) < 0.05 else '.')),
+        '', *tables.align(['', 'sampled', 'greedy', *digits], rows), *why,
+        '', "Problems on which they differ most; an answer with 1.0 is right, one with 0.0 is wrong:", '',
+        *story.side_by_side(divided, few), '',
+        *story.next_steps(out, few, typed, 'draw how the right answers became more',
+                          'python', '-m', 'lab.sums', f'--runs={out}')])
 
 def draw(folders, runs, path):
     """Draw the first run's learning curves, and all runs by digits."""

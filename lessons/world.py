@@ -35,7 +35,7 @@ REWARDS = torch.tensor([reward(answer) for answer in ANSWERS]) # (156,)
 class TrueReward(torch.nn.Module):
     """Give this reward in the place of a reward model."""
 
-    def rewards(self, idx, lengths):
+    def rewards(self, idx, lengths, groups=None):
         return torch.tensor([reward(row[1:n]) for row, n in zip(idx.tolist(), lengths.tolist())])
 
 def new_policy(seed, noise=0.2, **more):

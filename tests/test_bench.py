@@ -4,14 +4,16 @@ import re
 import sys
 
 import pytest
+import torch
 
 import bench
 import dpo
 import ppo
+import reinforce
 import reward
 import sft
 from common.options import parse_config
-from model import GPT
+from model import GPT, GPTConfig
 from tiny import COMPARISONS, TOK, checkpoint, records, stops
 
 KEYS = {'workload', 'preset', 'tokens', 'seconds', 'tokens_per_s', 'peak_rss_mb'}
@@ -23,13 +25,13 @@ def small(monkeypatch):
     monkeypatch.setitem(bench.PRESETS, 'tiny', (1, 2, 16, 512))
 
 def lines(capsys, **options):
-    steps = {} if options['workload'] in ('generate', 'ppo') else dict(steps=1)
+    steps = {} if options['workload'] in bench.NO_STEPS else dict(steps=1)
     options = dict(device='cpu', threads=1, repeats=1, batch_size=2) | steps | options
     bench.main(parse_config(bench.Config, [f"--{k}={v}" for k, v in options.items()]))
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('workload', ['generate', 'lm', 'sft', 'rm', 'dpo', 'ppo'])
+@pytest.mark.parametrize('workload', ['generate', 'lm', 'sft', 'rm', 'dpo', 'ppo', 'rloo'])
 def test_one_line_on_random_rows(capsys, workload, dtype):
     line, = lines(capsys, workload=workload, dtype=dtype)
     assert KEYS <= set(line) and (line['workload'], line['preset']) == (workload, 'tiny')
@@ -38,20 +40,72 @@ def test_one_line_on_random_rows(capsys, workload, dtype):
     assert line['tokens_per_s'] == pytest.approx(line['tokens'] / line['seconds'], rel=0.05)
     if workload == 'lm':
         assert line['tokens'] == line['positions'] == 512 # 2 windows of 256
-    if workload in ('generate', 'ppo'):
-        assert line['tokens'] == 2 * dict(generate=128, ppo=32)[workload] # no row ends early
+    assert 0 <= line['padding'] < 1 and line['gflops'] > 0 and line['best_gflops'] > 0
+    assert line['share_of_best'] == pytest.approx(line['gflops'] / line['best_gflops'], abs=0.02) # rounded
+    if workload in bench.NO_STEPS: # 2 prompts; no row ends early, and the last new token is not given
+        assert line['tokens'] == 2 * dict(generate=128, ppo=32, rloo=4 * 32)[workload] and line['padding'] == 0
+        assert line['positions'] == 2 * dict(generate=64 + 127, ppo=32 + 31, rloo=32 + 4 * 31)[workload]
 
 @pytest.mark.parametrize('workload, function, calls', [
     ('lm', (sft, 'update'), 3), ('sft', (sft, 'update'), 3), ('rm', (reward, 'update'), 3), ('dpo', (dpo, 'update'), 3),
     ('dpo', (dpo, 'reference_logp'), 1), ('ppo', (ppo, 'roll_out'), 1), ('ppo', (ppo, 'update'), 1),
-    ('generate', (GPT, 'generate'), 1)])
+    ('rloo', (reinforce, 'roll_out'), 1), ('rloo', (reinforce, 'update'), 1), ('generate', (GPT, 'generate'), 1)])
 def test_a_lap_calls_the_scripts_own_functions(capsys, monkeypatch, workload, function, calls):
-    """Three optimizer steps a lap, of PPO one iteration; the warm-up lap and two that count."""
+    """Three optimizer steps a lap, of PPO and RLOO one iteration; a lap warms up, two are timed, and one is counted."""
     where, name = function
     called, times_it = [], getattr(where, name)
     monkeypatch.setattr(where, name, lambda *a, **k: (called.append(a), times_it(*a, **k))[1])
-    lines(capsys, workload=workload, repeats=2, **{} if workload in ('generate', 'ppo') else dict(steps=3))
-    assert len(called) == 3 * calls
+    lines(capsys, workload=workload, repeats=2, **{} if workload in bench.NO_STEPS else dict(steps=3))
+    assert len(called) == 4 * calls
+
+@pytest.mark.parametrize('workload', ['sft', 'rm', 'dpo', 'rloo'])
+def test_positions_are_those_that_the_model_computes(capsys, monkeypatch, workload):
+    """The embedding sees them, once in an update; prompts of 16 to 127 tokens, which both answers share."""
+    seen = []
+
+    def update(where, model, args, times_it=dict(sft=sft, rm=reward, dpo=dpo, rloo=reinforce)[workload].update):
+        hook = model.wte.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel()))
+        out = times_it(*args)
+        hook.remove()
+        return out
+
+    where = dict(sft=sft, rm=reward, dpo=dpo, rloo=reinforce)[workload]
+    monkeypatch.setattr(where, 'update', lambda *args: update(where, args[0], args))
+    line, = lines(capsys, workload=workload, batch_size=3)
+    assert [line['positions']] * 3 == seen # the lap that warms up, the timed one and the one that is counted
+    assert line['padding'] == 0 if workload == 'rloo' else line['padding'] > 0
+
+def test_where_prompts_are_not_shared():
+    """Three answers of 50 to a prompt of 1 would look past one another: 3 rows of 51, not one of 151 with n_embd=1."""
+    rows, small = [bench.Row([1], [[2] * 50] * 2 + [[2] * 20], {})], GPT(GPTConfig(256, 5, 1, 1, 1))
+    assert bench.sizes_of(rows, small, unread=0) == (51 + 51 + 21, 51 + 51 + 21, 3 * 51)
+    wide = GPT(GPTConfig(256, 5, 1, 1, 1000)) # its products outweigh attention: 118 positions, 3 tokens are not given
+    assert bench.sizes_of(rows, wide, unread=1) == (51 + 51 + 21, 118, 118)
+
+def test_operations_by_hand():
+    """One layer of 8 channels, 2 rows of 5 positions: 2 operations per position and weight, two more passes backwards.
+
+    Attention: 2 products of 5 * 5 * 8 a row, and five on the way back: it works the scores out again.
+    """
+    model, idx = GPT(GPTConfig(16, 11, 1, 2, 8)), torch.zeros(2, 5, dtype=torch.long)
+    products, attention = 2 * 10 * (12 * 64 + 11 * 8), 2 * 2 * 5 * 5 * 8
+    with torch.no_grad():
+        assert bench.count_operations(lambda: model(idx)) == products + 2 * attention
+    assert bench.count_operations(lambda: model(idx)[0].sum().backward()) == 3 * products + (2 + 5) * attention
+
+def test_the_best_product():
+    """n = 256, 512, 1024, nine products each; the clock says 1, 4 and 16 ms at best: 33.6, 33.6 * 2 and * 4 GFLOP/s."""
+    laps = [more * best for best in (0.001, 0.004, 0.016) for more in (3, 2, 2, 1, 2, 4, 1, 5, 5)]
+    times = iter([t for seconds in laps for t in (7.0, 7.0 + seconds)])
+    assert bench.best_product('cpu', 'float32', lambda: next(times)) == pytest.approx(2 * 1024**3 / 0.016 / 1e9)
+    assert next(times, None) is None
+
+def test_adapters_train_alone(capsys, monkeypatch):
+    seen, update = [], sft.update
+    monkeypatch.setattr(sft, 'update', lambda model, *a: (seen.append(
+        sum(p.numel() for p in model.parameters() if p.requires_grad)), update(model, *a))[1])
+    lines(capsys, workload='sft', lora_rank=2, lora_on='all')
+    assert set(seen) == {2 * 16 * 16} # rank 2, 16 channels: see tests/lab/test_memory.py
 
 def test_a_lap_trains(capsys, monkeypatch):
     """Each call is an optimizer step on the weights that the one before left; every lap has the same batches."""
@@ -66,8 +120,8 @@ def test_a_lap_trains(capsys, monkeypatch):
     monkeypatch.setattr(sft, 'update', noting)
     lines(capsys, workload='sft', steps=2)
     rows, before, after = zip(*seen)
-    assert len(rows) == 4 and rows[:2] == rows[2:] and rows[0] != rows[1]
-    assert before[1:] == after[:-1] and len(set(after)) == 4
+    assert len(rows) == 6 and rows[:2] == rows[2:4] == rows[4:] and rows[0] != rows[1]
+    assert before[1:] == after[:-1] and len(set(after)) == 6
 
 def test_memory_is_a_table_for_a_person(capsys):
     """A line for each stage and size; without --batch_size the rows are those of the timed steps."""
@@ -84,6 +138,15 @@ def test_memory_is_a_table_for_a_person(capsys):
     pairs = [re.findall(r'  ([0-9.]+) ', line)[:2] for line in found]
     assert all(float(less) <= float(total) for total, less in pairs) and len(pairs) == 24
     assert float(pairs[18][1]) < 0.5 * float(pairs[18][0]) # SFT with checkpointing
+
+def test_memory_with_adapters(capsys):
+    """What docs/models.md says of PPO's four models: GPT-2 XL on 24 GB, GPT-2 Large on 12 GB."""
+    bench.main(parse_config(bench.Config, ['--workload=memory', '--dtype=bfloat16', '--lora_rank=8', '--lora_on=all',
+                                           '--tokens=512']))
+    said = capsys.readouterr().out.splitlines()
+    assert 'adapters of rank 8 on all' in said[0]
+    words = {tuple(line.split()[:2]): line.split() for line in said if line.split()[1:2] == ['ppo']}
+    assert words['1.5B', 'ppo'][5:7] == ['17.6', '24'] and words['774M', 'ppo'][5:7] == ['10.4', '12']
 
 @pytest.mark.parametrize('options', [dict(checkpointing=True), dict(dtype='float16')])
 def test_a_step_with_less_memory(capsys, options):
@@ -125,10 +188,13 @@ def test_windows_tells_no_peak(monkeypatch):
     assert bench.peak_rss_mb() is None
 
 def test_bad_options(capsys, tmp_path):
-    assert 'workload must be one of generate, lm, sft, rm, dpo, ppo, memory' in stops(capsys, bench, workload='train')
+    assert 'workload must be one of generate, lm, sft, rm, dpo, ppo, rloo, memory' in stops(
+        capsys, bench, workload='train')
     assert 'workload must be' in stops(capsys, bench)
     assert 'preset must be one of' in stops(capsys, bench, workload='lm', preset='huge')
     assert 'dtype must be' in stops(capsys, bench, workload='lm', dtype='float64')
+    assert 'lora_on must be left' in stops(capsys, bench, workload='lm', lora_on='all')
+    assert 'lora_rank must be left' in stops(capsys, bench, workload='generate', lora_rank=2)
     assert 'repeats must be at least 1' in stops(capsys, bench, workload='lm', repeats=0)
     assert 'no such file' in stops(capsys, bench, workload='sft', data=str(tmp_path / 'none.jsonl'))
     data = records(tmp_path / 'prompts.jsonl', [dict(prompt='Hi')])

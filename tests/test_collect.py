@@ -1,8 +1,10 @@
 """collect.py: the records, answers that were cut off, resuming from OUT.partial, and what is refused."""
+import ast
 import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 
 import collect
 import sft
+import test_layout
 from common.batches import encode_rankings
 from common.options import parse_config
 from common.records import read_records
@@ -73,6 +76,14 @@ def test_empty_answers_are_left_out(tmp_path, given, monkeypatch, capsys):
     run(collect, out=str(tmp_path / 'r.jsonl'), max_prompts=2, **given)
     row, = read_records(tmp_path / 'r.jsonl', 'rankings')
     assert row['responses'] == ['a', 'b'] and '1 prompts left out' in capsys.readouterr().out
+
+def test_equal_answers_stay_with_whoever_needs_no_choice(tmp_path, given, monkeypatch):
+    """A person has nothing to compare there. A score says something all the same: for keep=best and loss=regression."""
+    monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([[32, 97, 256]] * 6, []))
+    monkeypatch.setattr(world, 'gold', lambda record, response: 0.5)
+    run(collect, out=str(tmp_path / 'r.jsonl'), max_prompts=2, **given)
+    rows = read_records(tmp_path / 'r.jsonl', 'rankings')
+    assert [(row['ranks'], row['scores']) for row in rows] == [([0, 0, 0], [0.5] * 3)] * 2
 
 def test_every_prompt_is_answered_k_times_at_the_temperature(tmp_path, given, monkeypatch):
     asked, sample = [], collect.sample_answers
@@ -163,7 +174,7 @@ def test_who_was_cut_off_is_recorded(tmp_path, cut, capsys):
     rows = read_records(out, 'rankings')
     assert [(row['responses'], row['ended']) for row in rows] == [
         (['ab', 'ab', 'x'], [True, False, False]), (['\ufffd', 'c'], [True, True])]
-    assert '2 of 5 answers did not end: --max_new_tokens=5 is small\n' in capsys.readouterr().out
+    assert '2 of 5 answers were cut off before their end: --max_new_tokens=5 is small\n' in capsys.readouterr().out
     for row, answers in zip(encode_rankings(TOK, rows, 64), ([[*b' ab', 256], [*b' ab'], [*b' x']], None)):
         assert answers is None or row.answers == answers # no end is invented
     again = str(tmp_path / 'again.jsonl')
@@ -171,7 +182,7 @@ def test_who_was_cut_off_is_recorded(tmp_path, cut, capsys):
         reward_model=checkpoint(tmp_path / 'reward', reward_head=True))
     assert [row['ended'] for row in read_records(again, 'rankings')] == [[True, False, False], [True, True]]
     said = capsys.readouterr().out
-    assert '2 of 5 answers did not end\n' in said # max_new_tokens has no part in it
+    assert '2 of 5 answers were cut off before their end\n' in said # max_new_tokens has no part in it
     assert read_records(again, 'rankings')[0]['scores'][0] != read_records(again, 'rankings')[0]['scores'][1]
 
 def test_the_best_answer_may_be_one_that_was_cut_off(tmp_path, cut, monkeypatch):
@@ -209,11 +220,11 @@ def test_nothing_written_is_no_success(tmp_path, given, monkeypatch, capsys):
     out = str(tmp_path / 'r.jsonl')
     for options in ({}, dict(select='diverse', budget=2)):
         said = stops(capsys, collect, code=1, out=out, **given | options)
-        assert said == f"--out={out}: not written, no prompt has ranks"
+        assert said == f"--out={out}: not written, no prompt was ranked"
         assert sorted(os.listdir(tmp_path)) == ['prompts.jsonl', 'sft']
     with pytest.raises(SystemExit):
         run(collect, out=out, **given)
-    assert '0 prompts, 0 answers, 0 pairs, 10 prompts left out (skipped, without two answers' in capsys.readouterr().out
+    assert '0 prompts, 0 answers, 0 pairs, 10 prompts left out (without two answers that' in capsys.readouterr().out
 
 def test_answers_beside_a_config_file_that_names_prompts(tmp_path, capsys):
     config = tmp_path / 'config.py'
@@ -408,6 +419,41 @@ def test_bad_options(tmp_path, given, capsys, options, expected):
     assert expected in stops(capsys, collect, out=str(tmp_path / 'r.jsonl'), **given | options)
     assert sorted(os.listdir(tmp_path)) == ['prompts.jsonl', 'sft'] # nothing half-written
 
+@pytest.mark.parametrize('options, expected', [
+    (dict(page=True), '--page=True: page must be False unless annotator=human, got True'),
+    (dict(page=True, rater='Anna', guidelines='g.txt'), '--page=True: page must be False unless annotator=human'),
+    (dict(rater='Anna'), "--rater=Anna: rater must be left at '': only annotator=human reads it, got 'Anna'"),
+    (dict(guidelines='g.txt'), "--guidelines=g.txt: guidelines must be left at '': only page=True reads it"),
+    (dict(port=8000), '--port=8000: port must be left at 0: only page=True reads it'),
+    (dict(judge='out/judge'), '--judge=out/judge: judge must be a checkpoint with annotator=ai'),
+    (dict(split=2, page=True), '--page=True: page must be left at False: only a run without split reads it'),
+    (dict(split=2, rater='Anna'), "--rater=Anna: rater must be left at '': only a run without split reads it"),
+])
+def test_an_option_of_another_annotator_is_named_before_gold(tmp_path, capsys, options, expected):
+    """Who forgets --annotator=human is told about their own option, not about that of the default annotator."""
+    answers = records(tmp_path / 'a.jsonl', [dict(prompt='Q', responses=['a', 'b'], ranks=[0, 1])])
+    assert stops(capsys, collect, answers=answers, out=str(tmp_path / 'r.jsonl'), **options).startswith(expected)
+
+def test_help_lines_are_whole():
+    """--help shows one line of an option: a comment that goes on in the next line of the source breaks off there."""
+    n = 0
+    for path in test_layout.source():
+        lines = test_layout.read(path).splitlines()
+        for kind in (node for node in ast.walk(ast.parse('\n'.join(lines))) if isinstance(node, ast.ClassDef)
+                     and any('dataclass' in ast.unparse(said) for said in node.decorator_list)):
+            for field in (node for node in kind.body if isinstance(node, ast.AnnAssign)):
+                line, after = lines[field.lineno - 1], ''.join(lines[field.end_lineno:][:1])
+                n += '#' in line
+                assert not re.search(r'[;,:(]$|\b(and|or|of|the)$', line.strip()), f'{path}:{field.lineno}'
+                assert '#' not in line or not after.strip().startswith('#'), f'{path}:{field.lineno}'
+    assert n > 200
+
+def test_the_help_names_all_annotators(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(collect.Config, ['--help'])
+    one_line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith('  --annotator='))
+    assert {'simulated', 'human', 'ai', 'reward_model', 'function', 'policy'} <= {*re.findall(r'\w+', one_line)}
+
 def test_other_bad_input(tmp_path, given, capsys):
     out = str(tmp_path / 'r.jsonl')
     head = checkpoint(tmp_path / 'head', reward_head=True)
@@ -445,7 +491,8 @@ def test_ratings_are_one_record_an_answer(tmp_path, given, monkeypatch, capsys):
         {k: v for k, v in prompt.items() if k != 'helpful'}
         | dict(annotator='simulated', response=text, ended=ended, score=score, policy=policy)
         for prompt in prompts
-        for text, ended, score, policy in (('a', True, 5, other), ('b', False, 2, given['policy']))]
+        for text, ended, score, policy in (
+            ('a', True, 5, f"{given['policy']},{other}"), ('b', False, 2, given['policy']))]
     assert '2 prompts, 4 answers rated from 1 to 5, 0 prompts left out' in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ['other', 'prompts.jsonl', 'r.jsonl', 'sft']
 
@@ -454,10 +501,11 @@ def test_lone_answers_are_rated_and_empty_ones_are_not(tmp_path, given, monkeypa
     out = str(tmp_path / 'r.jsonl')
     run(collect, out=out, ask='ratings', max_prompts=2, **given | dict(n_answers=1))
     assert [row['response'] for row in read_records(out, 'ratings')] == ['a']
-    assert '1 prompts, 1 answers rated from 1 to 5, 1 prompts left out (skipped, or' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert '1 prompts, 1 answers rated from 1 to 5, 1 prompts left out (skipped, or all answers empty)\n' in said
     monkeypatch.setattr(collect, 'sample_answers', lambda *a: ([[32, 256], [32, 256]], []))
     assert stops(capsys, collect, code=1, out=str(tmp_path / 'none.jsonl'), ask='ratings', max_prompts=2,
-                 **given | dict(n_answers=1)) == f"--out={tmp_path}/none.jsonl: not written, no prompt has ratings"
+                 **given | dict(n_answers=1)) == f"--out={tmp_path}/none.jsonl: not written, no prompt was rated"
 
 @pytest.mark.parametrize('cut', [6, 5, 3])
 def test_stopped_ratings_go_on_exactly(tmp_path, given, monkeypatch, cut):
@@ -600,8 +648,10 @@ def test_raters_see_the_same_answers(tmp_path, given, monkeypatch, capsys):
             answers=str(tmp_path / f'tasks_{part}.jsonl'), out=str(tmp_path / f'{name}.jsonl'))
     run(collect, merge=f'{tmp_path}/long.jsonl,{tmp_path}/short.jsonl', out=str(tmp_path / 'both.jsonl'))
     said, merged = capsys.readouterr().out, read_records(tmp_path / 'both.jsonl', 'rankings')
-    assert f'{tmp_path}/long.jsonl and {tmp_path}/short.jsonl: {len(shared)} rows in common' in said
-    assert len(merged) == len(prompts) and sum(row['raters'] == 2 for row in merged) == len(shared)
+    differ = lambda rows: {row['number'] for row in rows if len({*zip(row['responses'], row['ended'])}) > 1}
+    both, either = len(differ(shared)), len(differ(one + two)) # where there is something to agree on
+    assert f'{tmp_path}/long.jsonl and {tmp_path}/short.jsonl: {both} prompts in common' in said
+    assert len(merged) == either > both > 0 and sum(row['raters'] == 2 for row in merged) == both
 
 @pytest.mark.parametrize('options, expected', [
     (dict(split=1), '--split=1: split must be from 2 to 100, or 0, got 1'), (dict(split=-3), 'from 2 to 100'),

@@ -28,16 +28,17 @@ class Fake:
     """Stands in for demo.start: notes the commands, leaves each stage's product, and fails where it is told to."""
 
     def __init__(self, monkeypatch, cfg):
-        self.commands, self.fail_at, self.cfg = [], None, cfg
+        self.commands, self.settings, self.fail_at, self.cfg = [], {}, None, cfg
         self.signals, self.busy, self.at_once, self.code = [], set(), 0, 130
         self.results = results_of(**dict.fromkeys(['base', 'sft', *demo.METHODS, 'ppo2', 'ppo3'], 0.5))
         monkeypatch.setattr(demo, 'start', self)
 
-    def __call__(self, command, slot, purpose, stdout):
+    def __call__(self, command, slot, purpose, stdout, settings):
         assert len(purpose) > 20 and stdout.name.startswith(f'{self.cfg.out_dir}/printed/')
         assert stdout.mode == ('a' if '--resume=True' in command else 'w')
         assert slot == min({0, 1} - self.busy) # the lowest line that is free
         self.commands.append(command)
+        self.settings[purpose.split(']')[0][1:]] = settings
         name, *_, product, needs = max((s for s in demo.stages(self.cfg) if self.is_stage(s, command)),
                                        key=lambda s: len(s[3])) # a later round's options are more than the first's
         self.busy.add(slot)
@@ -428,20 +429,20 @@ def test_a_stage_is_announced_and_summed_up(cfg, monkeypatch, capsys):
     """The sentence before it stands above its command, that after it below; what it prints itself is in a file."""
     Fake(monkeypatch, cfg)
     start = demo.start
-    def fake(command, slot, purpose, stdout):
+    def fake(command, slot, purpose, stdout, settings):
         demo.say(f'\n{purpose}', '$ command')
         stdout.write('3 rows\nhealth: step 3: kl 200\n')
         if command[1] == 'sft.py':
             os.makedirs('out/two/base', exist_ok=True)
             Path('out/two/base/log.jsonl').write_text('{"val_loss": 6.9}\n{"val_loss": 0.72}\n')
-        return start(command, slot, purpose, stdout)
+        return start(command, slot, purpose, stdout, settings)
     monkeypatch.setattr(demo, 'start', fake)
     demo.claim(cfg)
     demo.run_stages(demo.stages(cfg)[:2], cfg)
     assert capsys.readouterr().out == (
-        f"\n{demo.story.FOR['toy']['data']}\n$ command\n  data, 0 s\nhealth: step 3: kl 200\n"
-        f"\n{demo.story.FOR['toy']['pretrain']}\n$ command\n"
-        "  pretrain, 0 s: held-out loss, in nats per token: 6.90 → 0.72\nhealth: step 3: kl 200\n")
+        f"\n{demo.story.before('data', 'toy')}\n$ command\n  [data] 0 s\n    health: step 3: kl 200\n"
+        f"\n{demo.story.before('pretrain', 'toy')}\n$ command\n"
+        "  [pretrain] 0 s: held-out loss (nats per token, lower is better): 6.90 → 0.72\n    health: step 3: kl 200\n")
     assert Path('out/two/printed/pretrain.txt').read_text() == '3 rows\nhealth: step 3: kl 200\n'
 
 def test_in_a_terminal_bars_make_room(monkeypatch, capsys):
@@ -458,11 +459,39 @@ def test_in_a_terminal_bars_make_room(monkeypatch, capsys):
     ('nt', '$ set OMP_NUM_THREADS=3& python sft.py "--out_dir=out/my toy"')])
 def test_prints_what_one_can_type(system, typed, monkeypatch, capsys):
     monkeypatch.setattr(demo, 'POSIX', system == 'posix')
-    monkeypatch.setattr(demo.subprocess, 'Popen', lambda words, env, **more: more)
+    monkeypatch.setattr(demo.subprocess, 'Popen', lambda words, env, **more: more | dict(env=env))
     monkeypatch.setenv('OMP_NUM_THREADS', '3')
     more = demo.start(['python', 'sft.py', '--out_dir=out/my toy'], 0)
-    assert capsys.readouterr().out == f'\n{typed}\n'
+    assert capsys.readouterr().out == f'\n{typed}\n' and more['env']['OMP_NUM_THREADS'] == '3'
+    demo.start(['python', 'sft.py'], 0, settings=dict(OMP_NUM_THREADS='2', GOMP_SPINCOUNT='7'))
+    assert capsys.readouterr().out == dict(
+        posix='\n$ OMP_NUM_THREADS=2 GOMP_SPINCOUNT=7 python sft.py\n',
+        nt='\n$ set OMP_NUM_THREADS=2& set GOMP_SPINCOUNT=7& python sft.py\n')[system]
     assert ('process_group' in more) == (system == 'posix') # Windows has none of this
+
+def test_which_stages_stand_alone():
+    """Preferences are learnt from beside the reward model; with one method from rewards nothing runs beside it."""
+    def alone(**options):
+        todo = demo.stages(demo.Config(**options))
+        return [name for name, *_ in todo if demo.stands_alone(name, todo)]
+
+    assert alone() == alone(methods='all') == ['data', 'pretrain', 'sft', 'evaluate']
+    assert alone(methods='ppo') == ['data', 'pretrain', 'sft', 'reward', 'ppo', 'evaluate']
+    assert alone(world='sums') == ['data']
+
+@pytest.mark.parametrize('cores, load, own, pretrain', [
+    (2, 0.1, None, dict(OMP_NUM_THREADS='2', GOMP_SPINCOUNT='10000')), (2, 0.9, None, dict(OMP_NUM_THREADS='2')),
+    (1, 0.1, None, {}), (2, 0.1, '1', {}), (2, 0.1, '4', {})])
+def test_a_stage_that_stands_alone_takes_two_cores(cores, load, own, pretrain, cfg, monkeypatch):
+    """How many threads there are never depends on the load: they change how sums round."""
+    monkeypatch.setattr(demo.os, 'cpu_count', lambda: cores)
+    monkeypatch.setattr(demo.os, 'getloadavg', lambda: (load, 0, 0))
+    monkeypatch.setenv('OMP_NUM_THREADS', own) if own else monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    given = Fake(monkeypatch, cfg).settings
+    demo.claim(cfg)
+    demo.run_stages(demo.stages(cfg), cfg)
+    assert given['pretrain'] == given['sft'] == given['evaluate'] == pretrain
+    assert given['collect train'] == given['collect test'] == given['reward'] == given['ppo'] == {}
 
 def test_windows_ends_a_stage_without_a_signal(monkeypatch):
     monkeypatch.setattr(demo, 'POSIX', False)

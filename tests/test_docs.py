@@ -108,16 +108,16 @@ def test_the_whole_loss_by_hand():
     T = torch.tensor
 
     class Fixed:
-        def logp_entropy_values(self, idx, mask, with_entropy):
+        def logp_entropy_values(self, idx, mask, with_entropy, groups):
             return T([[-1.0, -2.0, 9.0]]), T([[0.5, 1.5, 9.0]]) if with_entropy else None, T([[1.0, 3.0, 9.0]])
 
-        def values(self, idx, mask):
+        def values(self, idx, mask, groups):
             return T([[2.0, 3.0, 9.0]])
 
     # ratio 1: the policy loss is -(1 + 4) / 2 = -2.5. Half the squared errors to the returns 1 and 1, from V_old within
     # the clip of 100: shared, values 1 and 3: (0 + 2) / 2 = 1; separate, values 2 and 3: (0.5 + 2) / 2 = 1.25.
     # The entropy is (0.5 + 1.5) / 2 = 1. The third position is padding
-    batch = dict(idx=T([[0, 1, 2, 3]]), mask=T([[1.0, 1.0, 0.0]]), old_logp=T([[-1.0, -2.0, 0.0]]),
+    batch = dict(idx=T([[0, 1, 2, 3]]), groups=T([1]), mask=T([[1.0, 1.0, 0.0]]), old_logp=T([[-1.0, -2.0, 0.0]]),
                  advantages=T([[1.0, 4.0, 9.0]]), returns=T([[1.0, 1.0, 9.0]]), old_values=T([[0.0, 0.0, 9.0]]))
     cfg = ppo.Config(prompts='-', value_clip=100.0, value_coef=0.1, entropy_coef=0.01)
     one, two, run = Fixed(), Fixed(), Run('cpu', 'float32')
@@ -277,7 +277,7 @@ def test_a_command_names_a_script_its_config_files_and_its_options(page, command
     Config = importlib.import_module(path.removesuffix('.py').replace('/', '.')).Config
     if path == 'data/peek.py': # `--file=` may be left out
         args = [arg if arg.startswith('--') else f'--file={arg}' for arg in args]
-    if path == 'lab/plot.py': # the rest are folders of runs
+    if path in ('lab/plot.py', 'lab/board.py'): # the rest are folders of runs, or files
         args = [arg for arg in args if arg.startswith('--')]
     args = [arg.strip('[]') for arg in args if arg not in ('…', '--help')] # [--key=value]: may be left out
     if any('…' in arg or re.fullmatch(r'--\w+=N', arg) for arg in args): # a place to fill in: names alone
@@ -293,7 +293,7 @@ def test_a_command_names_a_script_its_config_files_and_its_options(page, command
 def test_options_named_in_prose_exist():
     """`--key=value` is an option of some script, `ppo.py --key=value` one of that script."""
     options = {}
-    for pattern in ('*.py', 'data/*.py', 'data/*/*.py', 'lab/*.py'):
+    for pattern in ('*.py', 'data/*.py', 'data/*/*.py', 'lab/*.py', 'feedback/*.py'):
         for path in (found.replace(os.sep, '/') for found in glob.glob(pattern, root_dir=ROOT)):
             if 'Config' in definitions(path):
                 module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))

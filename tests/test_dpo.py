@@ -171,8 +171,8 @@ def test_a_run_starts_at_the_reference_and_learns(tmp_path, sft_model, data, los
 @pytest.mark.parametrize('loss, options', [('simpo', dict(beta=2.0, simpo_margin=0.5)), ('orpo', dict(beta=1.0))])
 def test_losses_without_a_reference_learn(tmp_path, sft_model, data, monkeypatch, loss, options):
     """One pass over each batch and two over the held-out rows: none for a reference."""
-    passes, answers = [], GPT.answers
-    monkeypatch.setattr(GPT, 'answers', lambda *a: (passes.append(1), answers(*a))[1])
+    passes, logp = [], GPT.logp
+    monkeypatch.setattr(GPT, 'logp', lambda *a: (passes.append(1), logp(*a))[1])
     log = run(dpo, out_dir=str(tmp_path / 'out'), init_from=sft_model, train_data=data, val_data=data, loss=loss,
               batch_size=8, max_steps=40, lr=0.01, **options)
     assert len(passes) == 42
@@ -218,22 +218,23 @@ def test_all_pairs_of_a_prompt_weigh_the_same(tmp_path, sft_model, data, monkeyp
     assert logp.grad.tolist() == by_hand([-0.05 * n for n in wins]) # 1.7 * 0.5 / 17
 
 def test_the_reference_reads_only_the_rows_that_are_trained_on(tmp_path, sft_model, data, monkeypatch):
-    read, answers = [], GPT.answers
-    monkeypatch.setattr(GPT, 'answers', lambda self, batch: (read.append(len(batch.idx)), answers(self, batch))[1])
+    read, logp = [], GPT.logp
+    monkeypatch.setattr(GPT, 'logp', lambda self, idx, mask, groups: (
+        read.append(len(groups)), logp(self, idx, mask, groups))[1])
     run(dpo, init_from=sft_model, train_data=data, out_dir=str(tmp_path / 'out'), max_steps=1, batch_size=2)
     assert sum(read) == 2 + 2 # once by the reference, once by the policy; the file has more
     assert read.count(2) == 2 and len(open(data).readlines()) > 2
 
 def test_a_signal_ends_the_reference_at_once(tmp_path, sft_model, data, monkeypatch):
     """There is nothing to save yet, and a large file takes long."""
-    read, answers = [], GPT.answers
+    read, logp = [], GPT.logp
 
-    def reading(self, batch):
+    def reading(*args):
         read.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        return answers(self, batch)
+        return logp(*args)
 
-    monkeypatch.setattr(GPT, 'answers', reading)
+    monkeypatch.setattr(GPT, 'logp', reading)
     assert launch(monkeypatch, dpo, init_from=sft_model, train_data=data, out_dir=str(tmp_path / 'out'),
                   batch_size=2) == 143
     assert len(read) == 1 and not has_checkpoint(str(tmp_path / 'out'))

@@ -113,6 +113,12 @@ def test_the_numbers_are_those_of_roll_out(made, tmp_path, critic, whiten_reward
     else:
         assert answers[0]['value'] != pytest.approx(answers[0]['prefix'][:-1], abs=1e-3)
 
+def test_the_prompts_shown_are_those_asked_for(made, tmp_path):
+    """Also where the policy's run had several answers to each."""
+    answers, _ = shown(made, tmp_path, prompts=made.prompts, max_prompts=3, ppo='--n_answers=2')
+    asked = [answer['prompt'].split('Human: ')[1].split('\n')[0] for answer in answers]
+    assert asked == [row['prompt'] for row in PROMPTS[:3]]
+
 def bed_of(**more):
     """The bed of tiny.py, whose reward counts the ones, and options for it."""
     policy = bed(1)
@@ -146,7 +152,7 @@ def test_ratio_and_clip_by_hand(monkeypatch):
                  mask=torch.tensor([[1.0] * 6 + [0.0]]))
     models, _, cfg = bed_of()
     monkeypatch.setattr(ppo, 'update', lambda *a: None)
-    monkeypatch.setattr(per_token, 'frozen_logp', lambda *a: ratio.log() - 1)
+    monkeypatch.setattr(per_token, 'frozen', lambda *a: ratio.log() - 1)
     got, clipped = microscope.after_update(models, batch, torch.tensor([8]), cfg, RUN)
     assert got.tolist() == [by_hand(ratio[0].tolist())]
     assert clipped[0, :6].tolist() == [1, 0, 0, 1, 0, 0]

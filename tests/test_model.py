@@ -1,5 +1,6 @@
 """model.py against an independent GPT-2 (transformers, or numbers it once computed), and against values by hand."""
 import math
+import random
 
 import pytest
 import torch
@@ -360,15 +361,25 @@ def test_heads_must_divide_the_width(capsys):
 PROMPTED = [Row([1, 2, 3], [[4, 5], [6], [4, 9, 10, 0]], dict(ranks=[1, 0, 2])),
             Row([7], [[8], [9, 10], [8]], dict(ranks=[0, 1, 0]))]
 
+def seen_by_trunk(monkeypatch):
+    """Return a list that grows by the shape of the token ids of each pass through the layers."""
+    shapes, trunk = [], GPT.trunk
+    monkeypatch.setattr(GPT, 'trunk', lambda self, idx, *a, **k: (
+        shapes.append(tuple(idx.shape)), trunk(self, idx, *a, **k))[1])
+    return shapes
+
 @pytest.mark.parametrize('fill', [0, 10])
-def test_answers_in_one_row_equal_the_same_answers_alone(fill):
+def test_answers_in_one_row_equal_the_same_answers_alone(monkeypatch, fill):
     """Log-probabilities, scores and the gradients of both, whatever the padding holds."""
     model = random_model(vocab_size=11, reward_head=True)
     batch = collate_answers(PROMPTED)
-    assert batch.idx[1, 5:].tolist() == [0] * 5 # padding
-    batch.idx[1, 5:] = fill
-    batch.positions[1, 5:] = fill
-    logp, scores = model.answers(batch)
+    assert batch.idx[3:].tolist() == [[7, 8] + [0] * 5, [7, 9, 10] + [0] * 4, [7, 8] + [0] * 5] # padding
+    batch.idx[torch.arange(7) >= batch.lengths[:, None]] = fill
+    shapes = seen_by_trunk(monkeypatch)
+    logp = model.logp(batch.idx, batch.mask, batch.groups).sum(1)
+    scores = model.rewards(batch.idx, batch.lengths, batch.groups)
+    # 3 + 2 + 1 + 4 tokens and 1 + 1 + 2 + 1, each but for the first prompt's once; log pi needs no answer's last token
+    assert shapes == [(2, 7), (2, 10)]
     weights = torch.tensor([1., -2., 0.5, 3., -1., 2.])
     ((logp + 2 * scores) * weights).sum().backward()
     grads = [p.grad.clone() for p in model.parameters()]
@@ -387,28 +398,115 @@ def test_answers_in_one_row_equal_the_same_answers_alone(fill):
     for p, g in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(g, p.grad, rtol=1e-5, atol=1e-4)
 
-def test_a_row_of_answers_may_be_longer_than_the_context():
+def test_a_row_of_answers_may_be_longer_than_the_context(monkeypatch):
     """Only prompt and one answer have to fit: positions start anew with every answer."""
-    model = random_model(block_size=6)
+    model, shapes = random_model(block_size=6), seen_by_trunk(monkeypatch)
     batch = collate_answers([Row([1, 2, 3], [[4, 5, 6], [7, 8, 9], [1, 1, 1]], dict(ranks=[0, 1, 2]))])
-    assert batch.idx.size(1) == 12 and model.answers(batch)[0].shape == (3,)
+    found = model.logp(batch.idx, batch.mask, batch.groups)
+    assert shapes == [(1, 9)] # 3 and three times 2
+    torch.testing.assert_close(found, model.logp(batch.idx, batch.mask), **close)
 
 def test_answers_that_are_not_learnt_count_nothing(monkeypatch):
-    """Their scores stay; where no token is learnt the vocabulary projection is not done."""
-    model, batch = random_model(reward_head=True), collate_answers(PROMPTED)
-    logp, scores = model.answers(batch)
-    which = torch.tensor([True, False, False, True, True, False])
-    some, same = model.answers(batch.learnt(which))
+    """Their scores stay; the vocabulary projection is done for the tokens that are learnt alone."""
+    model, batch, sizes, logits = random_model(reward_head=True), collate_answers(PROMPTED), [], GPT.logits
+    monkeypatch.setattr(GPT, 'logits', lambda self, x: (sizes.append(len(x)), logits(self, x))[1])
+    both = lambda mask: model.logp_rewards(batch.idx, mask, batch.lengths, batch.groups)
+    logp, scores = both(batch.mask)
+    torch.testing.assert_close(logp, model.logp(batch.idx, batch.mask), **close)
+    torch.testing.assert_close(scores, model.rewards(batch.idx, batch.lengths), **close)
+    which = torch.tensor([1., 0., 0., 1., 1., 0.])[:, None]
+    some, same = both(batch.mask * which)
     torch.testing.assert_close(some, logp * which, **close)
     torch.testing.assert_close(same, scores, **close)
-    monkeypatch.setattr(GPT, 'logits', None)
-    none, same = model.answers(batch.learnt(which & False))
-    assert none.tolist() == [0.0] * 6
+    none, same = both(0 * batch.mask)
+    assert not none.any() and sizes == [11, 11, 2 + 1 + 2, 0] # of 2 + 1 + 4 + 1 + 2 + 1 tokens
     torch.testing.assert_close(same, scores, **close)
 
-def test_a_language_model_has_no_scores():
-    logp, scores = random_model().answers(collate_answers(PROMPTED))
-    assert logp.shape == (6,) and scores is None
+def drawn_answers(draw, fill):
+    """Return rows of three tokens to drawn prompts: idx, mask, lengths, groups, and the answers as lists."""
+    prompts = [[draw.randrange(3) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 4))]
+    said = [[[draw.randrange(3) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 4))]
+            for _ in prompts]
+    rows = [(p, a) for p, answers in zip(prompts, said) for a in answers]
+    idx, lengths = ragged([p + a for p, a in rows], fill)
+    at = torch.arange(idx.size(1) - 1) # position t describes token t+1
+    mask = (at >= torch.tensor([len(p) - 1 for p, _ in rows])[:, None]) & (at < lengths[:, None] - 1)
+    return idx, mask.float(), lengths, torch.tensor([len(answers) for answers in said]), prompts, said
+
+def shape_by_hand(prompts, said, T, cut):
+    """Return the shape (B, S) of the shared rows, or (N, T) where these are no more work; of each row less `cut`."""
+    sizes, N = [], sum(map(len, said))
+    for prompt, answers in zip(prompts, said):
+        rows = [(prompt + a)[:len(prompt + a) - cut] for a in answers]
+        alike = 0
+        while all(len(row) > alike and row[alike] == rows[0][alike] for row in rows):
+            alike += 1
+        sizes.append(alike + sum(len(row) - alike for row in rows))
+    work = lambda n, length: n * length * (6 * 8 + length) # 8 channels
+    shared = len(prompts), max(sizes)
+    return shared if len(prompts) < N and work(*shared) < work(N, T) else (N, T)
+
+@pytest.mark.parametrize('fill', [0, 2, 10])
+def test_shared_prompts_change_no_number_and_no_gradient(monkeypatch, fill):
+    """50 batches of few tokens, so that answers begin alike, end within others and hold what pads hold."""
+    model, draw = random_model(value_head=True, reward_head=True), random.Random(fill)
+    shapes, n_shared, n_tokens = seen_by_trunk(monkeypatch), 0, [0, 0]
+    for _ in range(50):
+        idx, mask, lengths, groups, prompts, said = drawn_answers(draw, fill)
+        some = mask * torch.tensor([[draw.randint(0, 1)] for _ in mask]) # of some answers, as reward.py with lm_coef
+        passes = [lambda g: [model.logp(idx, mask, g)], lambda g: [model.values(idx, mask, g)],
+                  lambda g: model.logp_entropy_values(idx, mask, True, g), lambda g: [model.rewards(idx, lengths, g)],
+                  lambda g: model.logp_rewards(idx, some, lengths, g)]
+        found = []
+        for g in (groups, None):
+            shapes.clear()
+            out = [x for one in passes for x in one(g)]
+            weights = [torch.linspace(-1, 2, x.numel()).view(x.shape) for x in out]
+            loss = sum((x * w).sum() for x, w in zip(out, weights)) / len(idx)
+            found.append((out, torch.autograd.grad(loss, list(model.parameters()))))
+            N, T = idx.shape
+            full, less = ((N, T - cut) if g is None else shape_by_hand(prompts, said, T - cut, cut) for cut in (0, 1))
+            assert shapes == [less] * 3 + [full] * 2
+            n_tokens[g is None] += less[0] * less[1]
+            n_shared += less[0] < N
+        for a, b in zip(*(out for out, _ in found), strict=True):
+            torch.testing.assert_close(a, b, **close)
+        for a, b in zip(*(grads for _, grads in found), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert n_shared > 25 and n_tokens[0] < 0.9 * n_tokens[1]
+
+def test_prompts_are_not_shared_where_that_is_more_work(monkeypatch):
+    """8 channels: rows x length x (6 x 8 + length)."""
+    model, shapes = random_model(), seen_by_trunk(monkeypatch)
+    for prompt, answers in (([1], [[2] * 7, [3] * 7]), ([1, 1], [[2] * 6, [3] * 6])):
+        batch = collate_answers([Row(prompt, answers, {})])
+        assert batch.idx.shape == (2, 8)
+        found = model.logp(batch.idx, batch.mask, batch.groups)
+        torch.testing.assert_close(found, model.logp(batch.idx, batch.mask), **close)
+    # apart 2 * 7 * (48 + 7) = 770. 1 + 6 + 6 tokens: 13 * (48 + 13) = 793; 2 + 5 + 5: 12 * (48 + 12) = 720
+    assert shapes == [(2, 7), (2, 7), (1, 12), (2, 7)]
+    shapes.clear()
+    model.logp(batch.idx, batch.mask, torch.tensor([1, 1])) # nothing is to be shared
+    assert shapes == [(2, 7)]
+
+@pytest.mark.parametrize('how', ['checkpointing', 'bfloat16'])
+def test_shared_prompts_recomputed_and_in_16_bits(monkeypatch, how):
+    model, batch = random_model().train(), collate_answers(PROMPTED)
+    shapes, found, bits = seen_by_trunk(monkeypatch), [], how == 'bfloat16'
+    for groups, special in ((batch.groups, True), (batch.groups, False), (None, False)):
+        model.checkpointing = special and not bits
+        with torch.autocast('cpu', torch.bfloat16, enabled=special and bits):
+            logp = model.logp(batch.idx, batch.mask, groups)
+        assert logp.dtype == torch.float32
+        found.append([logp.detach(), *torch.autograd.grad(logp.sum(), list(model.parameters()))])
+    assert shapes == [(2, 7), (2, 7), (6, 6)]
+    # bfloat16 has 8 bits: of numbers up to 4 a hundredth, of gradients up to 70 more
+    for name, special, shared, alone in zip(['logp', *(n for n, _ in model.named_parameters())], *found, strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-4)
+        if bits:
+            assert (special - shared).norm() < 0.05 * shared.norm() + 1e-3, name
+            continue
+        torch.testing.assert_close(special, shared, rtol=0, atol=1e-6)
 
 def test_repeated_prompts_share_one_pass_and_answer_as_alone(monkeypatch):
     model, passes, hidden = random_model(), [], GPT.hidden

@@ -118,7 +118,7 @@ def test_a_stages_own_page_repeats_no_shared_option(name):
     assert issubclass(base, TrainOptions)
     shared = {f.name: f.default for f in dataclasses.fields(base)}
     again = set(Config.__annotations__) & set(shared) - {'train_data'} # each says of which records
-    assert {'out_dir'} <= again <= {'out_dir', 'lr_schedule', 'batch_size', 'eval_every'}
+    assert {'out_dir'} <= again <= {'out_dir', 'lr_schedule', 'batch_size', 'eval_every', 'n_answers'}
     assert all(options_of(name)[key].default != shared[key] for key in again)
 
 @pytest.mark.parametrize('name', ['collect', 'evaluate', 'sample', 'bench'])

@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 from ppo import (Models, adapt_kl_coef, gae, policy_loss, ppo_loss, ptx_backward, roll_out, token_rewards, update,
                  value_loss)
 from tiny import (ANSWERS, BED_TOK, CLIPPED, DEMONSTRATIONS, EOS, N_TOKENS, PROMPT, PROMPTS, REWARDS, RUN, TOK,
-                  LikesOnes, bed, by_hand, checkpoint, enumerated, gradients, records, run)
+                  LikesOnes, assert_resumes_exactly, bed, by_hand, checkpoint, enumerated, gradients, records, run)
 
 def T(values, requires_grad=False):
     return torch.tensor(values, requires_grad=requires_grad)
@@ -240,8 +240,8 @@ def test_every_answer_is_in_every_epoch(monkeypatch):
     models, batch, lengths, _ = rolled()
     seen, in_one_pass = [], GPT.logp_entropy_values
     batch['idx'] = torch.cat([batch['idx'], torch.zeros(64, 1, dtype=torch.long)], 1) # room to mark the rows
-    monkeypatch.setattr(GPT, 'logp_entropy_values', lambda self, idx, mask, e: (
-        seen.append(idx.tolist()), in_one_pass(self, idx, mask, e))[1])
+    monkeypatch.setattr(GPT, 'logp_entropy_values', lambda self, idx, mask, *a: (
+        seen.append(idx.tolist()), in_one_pass(self, idx, mask, *a))[1])
     _, measured = updated(monkeypatch, models, batch, lengths, epochs=3, minibatches=4, batch_size=16, grad_accum=2)
     assert measured['updates'] == 12 and len(seen) == 24
     answers = sorted(row[:n] for row, n in zip(batch['idx'].tolist(), lengths.tolist()))
@@ -321,7 +321,7 @@ def test_value_coef_is_for_a_shared_critic(shared, weight):
     cfg.value_coef = 0.25
     if shared:
         models = models._replace(policy=models.critic)
-    loss, measured, _ = ppo_loss(models, batch, cfg, RUN)
+    loss, measured, _ = ppo_loss(models, batch | dict(groups=T([1] * 64)), cfg, RUN)
     assert measured['value_loss'].item() > 0.01
     assert loss.item() == by_hand(measured['policy_loss'].item() + weight * measured['value_loss'].item())
     assert measured['loss'].item() == loss.item()
@@ -354,7 +354,8 @@ LOGGED = {'step', 'time', 'reward', 'score', 'kl', 'kl_k3', 'entropy', 'ended', 
 @pytest.mark.parametrize('options', [
     dict(), dict(critic='shared', critic_lr=1e-5), dict(whiten_rewards=True, entropy_coef=0.01),
     dict(kl_target=1.0, kl_gain=0.08),
-    dict(grad_accum=2, early_stop_kl=1e-6), dict(gold='data.toy.world:gold')])
+    dict(grad_accum=2, early_stop_kl=1e-6), dict(n_answers=4),
+    dict(n_answers=2, grad_accum=2, critic='shared', critic_lr=1e-5), dict(gold='data.toy.world:gold')])
 def test_two_iterations(tmp_path, given, options):
     if 'gold' in options: # it knows no other prompts
         given['prompts'] = records(tmp_path / 'toy.jsonl', world.prompts('train', 8, 1))
@@ -367,6 +368,24 @@ def test_two_iterations(tmp_path, given, options):
     if 'kl_target' in options: # below the target: 0.05 (1 - 0.08 * 0.2)
         assert [line['kl_coef'] for line in log] == by_hand([0.05, 0.0492])
     assert GPT.from_pretrained(str(tmp_path / 'out')).config.value_head == (options.get('critic') == 'shared')
+
+def test_several_answers_to_a_prompt(tmp_path, given, monkeypatch):
+    """Each prompt four times side by side, two prompts an iteration; an epoch asks all eight. Resumes exactly."""
+    asked, widths, roll, trunk = [], [], ppo.roll_out, GPT.trunk
+
+    def noting(*args):
+        batch, lengths, measured = roll(*args)
+        asked.append([TOK.decode(ids.tolist()).split('Human: ')[1].split('\n')[0] for ids in batch['idx']])
+        return batch, lengths, measured
+
+    monkeypatch.setattr(ppo, 'roll_out', noting)
+    monkeypatch.setattr(GPT, 'trunk', lambda self, idx, *a, **k: (
+        widths.append(len(idx)) if torch.is_grad_enabled() else None, trunk(self, idx, *a, **k))[1])
+    run(ppo, out_dir=str(tmp_path / 'out'), max_steps=4, **given | dict(n_answers=4))
+    assert all(len(set(prompts[i:i + 4])) == 1 for prompts in asked for i in (0, 4)) and {8} == set(map(len, asked))
+    assert sorted(prompts[i] for prompts in asked for i in (0, 4)) == sorted(r['prompt'] for r in PROMPTS)
+    assert widths == [1] * 32 # 4 iterations, 2 epochs, 2 minibatches of 4 answers to one prompt, policy and critic
+    assert_resumes_exactly(tmp_path, ppo, **given | dict(n_answers=2, minibatches=1))
 
 def test_the_very_first_update_of_a_run(tmp_path, given):
     log = run(ppo, out_dir=str(tmp_path / 'out'), max_steps=1, **given | dict(epochs=1, minibatches=1, batch_size=8))

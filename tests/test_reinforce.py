@@ -77,13 +77,13 @@ class Says:
     """Stand in for a policy whose log-probabilities are given."""
 
     def __init__(self, logp):
-        self.logp = lambda idx, mask: logp
+        self.logp = lambda idx, mask, groups: logp
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('ratio, advantage, loss, grad', CLIPPED)
 def test_the_clipped_surrogate_by_hand(kind, ratio, advantage, loss, grad):
     logp = T([[math.log(ratio) - 3, 9.0]], requires_grad=True) # the second token is padding
-    b = dict(idx=None, mask=T([[1., 0.]]), old_logp=T([[-3., 1e6]]), ref_logp=T([[0., 0.]]),
+    b = dict(idx=None, groups=T([1]), mask=T([[1., 0.]]), old_logp=T([[-3., 1e6]]), ref_logp=T([[0., 0.]]),
              advantages=T([[advantage, 1e6]]), weight=T([[1.]]))
     out, measured, far = reinforce_loss(Says(logp), b, config(kind=kind, kl_coef=0.0, clip=0.2), RUN)
     out.backward()
@@ -95,7 +95,7 @@ def test_grpos_loss_by_hand():
     # k3 with ref - logp = log 2 and 0, 0: (2 - 1 - log 2) / 3 = 0.102284; its gradient (1 - 2) / 3 at the first token
     logp = T([[-2., -1.], [-3., 1e6]], requires_grad=True)
     b = dict(idx=None, mask=T([[1., 1.], [1., 0.]]), old_logp=logp.detach(), advantages=T([[2., 2.], [-1., 1e6]]),
-             ref_logp=T([[math.log(2) - 2, -1.], [-3., -1.]]), weight=T([[1.], [1.]]))
+             ref_logp=T([[math.log(2) - 2, -1.], [-3., -1.]]), weight=T([[1.], [1.]]), groups=T([2]))
     out, measured, _ = reinforce_loss(Says(logp), b, config(kind='grpo', kl_coef=0.5), RUN)
     out.backward()
     assert out.item() == by_hand(-0.948858) # -1 + 0.5 * 0.102284
@@ -109,7 +109,8 @@ def test_both_scripts_clip_alike():
     old_logp, mask = torch.randn(7, 11), (torch.rand(7, 11) < 0.6).float()
     logp, A = (old_logp + 0.3 * torch.randn(7, 11)).requires_grad_(), torch.randn(7, 11)
     expected = policy_loss(logp, old_logp, A, mask, 0.1)
-    b = dict(idx=None, mask=mask, old_logp=old_logp, ref_logp=old_logp, advantages=A, weight=torch.ones(7, 1))
+    b = dict(idx=None, groups=T([7]), mask=mask, old_logp=old_logp, ref_logp=old_logp, advantages=A,
+             weight=torch.ones(7, 1))
     found, _, _ = reinforce_loss(Says(logp), b, config(kind='rloo', clip=0.1), RUN)
     assert found.item() == expected.item() != 0.0
     assert torch.equal(*(torch.autograd.grad(x, logp)[0] for x in (found, expected)))
@@ -124,7 +125,8 @@ def graded(weights=((1.,), (1.,)), advantages=A, ratios=RATIOS, **options):
     """Return loss, gradient by log pi (2, 3) and metrics; log pi is -3, -2 and -1, in the second answer -0.5."""
     logp = T([[-3., -2., -1.], [-0.5, 1e4, 1e4]], requires_grad=True)
     old_logp = logp.detach() - ratios.log()
-    b = dict(idx=None, mask=MASK, old_logp=old_logp, ref_logp=logp.detach(), advantages=advantages, weight=T(weights))
+    b = dict(idx=None, groups=T([2]), mask=MASK, old_logp=old_logp, ref_logp=logp.detach(), advantages=advantages,
+             weight=T(weights))
     loss, measured, _ = reinforce_loss(Says(logp), b, config(**options), RUN)
     loss.backward()
     return loss.item(), logp.grad.tolist(), measured
@@ -150,7 +152,7 @@ def test_three_averages_by_hand(average, loss, grad):
 def test_the_kl_is_averaged_as_the_rest():
     """GRPO's equation 3 has it inside of the sums: k3 0.5 - log 1.5, 0, 0 and 2 - 1 - log 2."""
     logp = T([[-1., -1., -1.], [-1., 1e6, 1e6]], requires_grad=True)
-    b = dict(idx=None, mask=MASK, old_logp=logp.detach(), advantages=0 * MASK, weight=T([[2 / 3], [2.]]),
+    b = dict(idx=None, groups=T([2]), mask=MASK, old_logp=logp.detach(), advantages=0 * MASK, weight=T([[2 / 3], [2.]]),
              ref_logp=T([[math.log(1.5) - 1, -1., -1.], [math.log(2) - 1, 1e6, 1e6]]))
     out, measured, _ = reinforce_loss(Says(logp), b, config(kind='grpo', kl_coef=0.5, average='answer'), RUN)
     out.backward()
@@ -251,8 +253,8 @@ def trl_loss(loss_type, epsilon=0.2, epsilon_high=None, importance_sampling_leve
 def our_loss(**options):
     mask, logp = T(COUNTED).float(), T(LOGP, requires_grad=True)
     cfg = config(**dict(dict(kind='grpo', kl_coef=0.1, max_new_tokens=8), **options))
-    b = dict(idx=None, mask=mask, old_logp=T(OLD), ref_logp=T(REF), advantages=T(ADVANTAGES)[:, None] * mask,
-             weight=token_weights(mask, torch.arange(4), cfg.average, 8, RUN))
+    b = dict(idx=None, groups=T([4]), mask=mask, old_logp=T(OLD), ref_logp=T(REF),
+             advantages=T(ADVANTAGES)[:, None] * mask, weight=token_weights(mask, torch.arange(4), cfg.average, 8, RUN))
     loss, _, _ = reinforce_loss(Says(logp), b, cfg, RUN)
     return loss.detach(), torch.autograd.grad(loss, logp)[0]
 
@@ -293,8 +295,8 @@ def test_the_losss_gradient_is_that_of_the_enumerated_objective(kind, baseline, 
     i, j = torch.cartesian_prod(torch.arange(13), torch.arange(13)).unbind(1) # all 169 groups of two
     first = advantages(torch.stack([rewards[i], rewards[j]], 1), kind, baseline)[:, 0] # (169,), of answer i
     weighted = torch.zeros(13).index_add(0, i, p[i] * p[j] * first) # (13,)
-    b = dict(idx=r.idx, mask=r.mask, old_logp=old_logp, ref_logp=ref_logp, advantages=weighted[:, None] * r.mask,
-             weight=torch.ones(13, 1))
+    b = dict(idx=r.idx, groups=T([13]), mask=r.mask, old_logp=old_logp, ref_logp=ref_logp,
+             advantages=weighted[:, None] * r.mask, weight=torch.ones(13, 1))
     (reinforce_loss(policy, b, config(kind=kind), RUN)[0] * N_TOKENS).backward()
     assert max(g.abs().max().item() for g in expected) > 0.01
     for param, g in zip(policy.parameters(), expected, strict=True):
@@ -433,8 +435,8 @@ def test_several_epochs_are_clipped(monkeypatch):
 def test_every_answer_is_in_every_epoch(monkeypatch):
     models, batch, lengths, _ = rolled()
     seen, logp = [], GPT.logp
-    monkeypatch.setattr(GPT, 'logp', lambda self, idx, mask: (
-        seen.append([row[:1 + int(m.sum())].tolist() for row, m in zip(idx, mask)]), logp(self, idx, mask))[1])
+    monkeypatch.setattr(GPT, 'logp', lambda self, idx, mask, groups: (
+        seen.append([row[:1 + int(m.sum())].tolist() for row, m in zip(idx, mask)]), logp(self, idx, mask, groups))[1])
     _, measured = updated(monkeypatch, models, batch, lengths, epochs=3, minibatches=4, batch_size=16, grad_accum=2)
     assert measured['updates'] == 12 and len(seen) == 24
     answers = sorted(row[:n] for row, n in zip(batch['idx'].tolist(), lengths.tolist()))
@@ -550,8 +552,8 @@ def test_the_answers_to_a_prompt_are_judged_together(tmp_path, given, monkeypatc
     assert all(len(set(asked[i:i + 4])) == 1 for i in range(0, 32, 4)) # four in a row
     assert sorted(asked[::4]) == sorted(r['prompt'] for r in PROMPTS) # an epoch of all eight prompts
     for ids, questions in zip(seen, texts):
-        assert [len(set(map(tuple, ids[i:i + 4]))) for i in (0, 4)] == [1, 1] and ids[0] != ids[4]
-        assert [prompt_ids(TOK, question) for question in questions] == ids
+        assert len(ids) == 2 and ids[0] != ids[1]
+        assert [prompt_ids(TOK, question) for question in questions] == [prompt for prompt in ids for _ in range(4)]
 
 def test_others_stay(tmp_path, given, monkeypatch):
     kept, load = [], reinforce.load_actors

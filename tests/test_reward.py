@@ -124,8 +124,8 @@ def test_held_out_ratings_by_hand():
     are 1.6, -.4, .6, -1.4, -.4, with z (1.6 + .4) = 2; 2 / sqrt(2 * 5.2), 5.2 their squares' sum. One pair, in order.
     """
     class Fixed(torch.nn.Module):
-        def answers(self, batch):
-            return None, T([3., 1., 2., 0., 1.])
+        def rewards(self, idx, lengths, groups):
+            return T([3., 1., 2., 0., 1.])
 
     rows = [rated(1., -1.), rated(0., 0.), rated(0.)]
     found = evaluate(Fixed(), rows, Run('cpu', 'float32'), loss='regression')
@@ -134,8 +134,8 @@ def test_held_out_ratings_by_hand():
 
 def test_lone_answers_are_learnt_without_a_pair():
     class Fixed(torch.nn.Module):
-        def answers(self, batch):
-            return None, T([0., 2.])
+        def rewards(self, idx, lengths, groups):
+            return T([0., 2.])
 
     found = evaluate(Fixed(), [rated(1.), rated(-1.)], Run('cpu', 'float32'), loss='regression')
     assert found == {'val_loss': by_hand(5.0), 'val_correlation': by_hand(-1.0), 'val_pairs': 0} # (1 + 9) / 2
@@ -197,8 +197,8 @@ def test_it_learns_and_is_normalised(tmp_path, sft_model, data):
 
 def test_the_ceiling_is_the_annotators_own_score():
     class Fixed(torch.nn.Module):
-        def answers(self, batch):
-            return None, T([3., 1., 2., 0., 0.])
+        def rewards(self, idx, lengths, groups):
+            return T([3., 1., 2., 0., 0.])
 
     rows = [Row([1], [[2], [3], [4]], dict(responses=['a', 'bb', 'c'], ranks=[0, 1, 2], scores=[5., 4., 6.])),
             Row([1], [[2], [3]], dict(responses=['a', 'b'], ranks=[1, 0]))]
@@ -211,8 +211,8 @@ def test_the_ceiling_is_the_annotators_own_score():
 
 def test_margins_count_in_the_held_out_loss():
     class Fixed(torch.nn.Module):
-        def answers(self, batch):
-            return None, T([2., 1., 0., 0.])
+        def rewards(self, idx, lengths, groups):
+            return T([2., 1., 0., 0.])
 
     rows = [Row([1], [[2], [3]], dict(chosen='a', rejected='b', responses=['a', 'b'], ranks=[0, 1], margin=margin))
             for margin in (1.0, 0.5)]

@@ -84,7 +84,8 @@ def test_sft_is_rrhf_without_the_ranking_part():
     model = GPT(GPTConfig(block_size=64, vocab_size=TOK.n_vocab, n_layer=1, n_head=2, n_embd=16))
 
     answers = collate_answers([row])
-    loss, _ = batch_loss(model.answers(answers)[0], [row], answers, CFG(rank_coef=0.0))
+    logp = model.logp(answers.idx, answers.mask, answers.groups).sum(1) # (3,)
+    loss, _ = batch_loss(logp, [row], answers, CFG(rank_coef=0.0))
     loss.backward()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()

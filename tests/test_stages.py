@@ -152,9 +152,10 @@ def cross(names, rows):
     ('reinforce', dict(n_answer=2), '--n_answer=2: unknown option n_answer, did you mean n_answers?'),
     ('reinforce', dict(kind='ppo'), "--kind=ppo: kind must be reinforce, rloo or grpo, got 'ppo'"),
     ('reinforce', dict(kind='rloo', n_answers=1), '--n_answers=1: n_answers must be at least 2 with kind=rloo, got 1'),
-    ('reinforce', dict(kind='reinforce', n_answers=0),
-     '--n_answers=0: n_answers must be at least 1 with kind=reinforce, got 0'),
-    ('reinforce', dict(batch_size=6), '--batch_size=6: batch_size must be a multiple of n_answers=4, got 6'),
+    ('reinforce', dict(kind='reinforce', n_answers=0), '--n_answers=0: n_answers must be at least 1, got 0'),
+    ('reinforce', dict(batch_size=6), '--batch_size=6: must be a multiple of 4, processes x n_answers'),
+    ('ppo', dict(batch_size=6, n_answers=4), '--batch_size=6: must be a multiple of 4, processes x n_answers'),
+    ('ppo', dict(n_answers=0), '--n_answers=0: n_answers must be at least 1, got 0'),
     ('reinforce', dict(baseline_decay=1.0),
      '--baseline_decay=1.0: baseline_decay must be at least 0 and below 1, got 1.0'),
     ('reinforce', dict(baseline_decay=0.5),
@@ -374,7 +375,8 @@ PAIRS = ('loss', 'accuracy', 'margin', 'chosen_reward', 'rejected_reward')
       for data in ({}, dict(train_data='{folder}/comparisons.jsonl'))], # parts of equal size, and of 3, 2, 2 and 1
     ('rrhf', ('loss', 'rank_loss', 'sft_loss', 'accuracy'), {}),
     ('ppo', ('loss', 'policy_loss', 'value_loss', 'kl', 'ratio'), ONE_STEP),
-    ('ppo', ('loss', 'policy_loss', 'value_loss', 'kl', 'ratio'), ONE_STEP | dict(critic='shared')),
+    *[('ppo', ('loss', 'policy_loss', 'value_loss', 'kl', 'ratio'), ONE_STEP | more)
+      for more in (dict(critic='shared'), dict(n_answers=2), dict(n_answers=4))], # as many prompts as parts, and fewer
     *[(name, ('loss', 'policy_loss', 'kl_loss', 'kl'), options) for name, options in KINDS]])
 def test_micro_batches_of_different_token_counts(stage, tmp_path, monkeypatch, keys, options):
     """One batch of all rows, whole and in four parts: the same gradients and numbers."""

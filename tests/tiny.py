@@ -302,7 +302,7 @@ def enumerated(policy, reference=None):
 class LikesOnes(torch.nn.Module):
     """Give a reward of 1 for each 1 in the answer."""
 
-    def rewards(self, idx, lengths):
+    def rewards(self, idx, lengths, groups=None):
         return torch.tensor([float((row[1:n] == 1).sum()) for row, n in zip(idx, lengths)])
 
 REWARDS = torch.tensor([float(a.count(1)) for a in ANSWERS])

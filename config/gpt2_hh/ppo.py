@@ -1,6 +1,6 @@
 # GPT-2 124M on HH-RLHF, 3 of 5: PPO against that reward model; policy, critic, reward model and reference on one GPU.
 #   python ppo.py config/gpt2_hh/ppo.py
-# Memory: about 12.1 GiB in bfloat16, for micro-batches of 8 rows of 1024 tokens, as worked out by
+# Memory: about 12.2 GiB in bfloat16, for micro-batches of 8 rows of 1024 tokens, as worked out by
 #   python bench.py --workload=memory --dtype=bfloat16 --batch_size=8
 # Not run yet: neither its time nor its scores are known.
 policy = "out/gpt2_hh/sft"

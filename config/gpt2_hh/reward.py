@@ -1,6 +1,6 @@
 # GPT-2 124M on HH-RLHF, 2 of 5: the reward model.
 #   python reward.py config/gpt2_hh/reward.py
-# Memory: about 4.7 GiB in bfloat16, for micro-batches of 8 rows of 1024 tokens, as worked out by
+# Memory: about 4.8 GiB in bfloat16, for micro-batches of 8 rows of 1024 tokens, as worked out by
 #   python bench.py --workload=memory --dtype=bfloat16 --batch_size=8
 # Not run yet: neither its time nor its scores are known.
 init_from = "out/gpt2_hh/sft"

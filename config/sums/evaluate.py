@@ -1,4 +1,5 @@
-# Right answers on problems that no stage has seen, by the checker.
+# How often the answers to held-out problems are right: the checker gives 1 or 0. The second command asks for sums of
+# 2, 4, 5 and 6 digits, where only 3 were practised.
 #   python evaluate.py config/sums/evaluate.py
 #   python evaluate.py config/sums/evaluate.py --prompts=data/sums/prompts_others.jsonl --out_dir=out/sums/others
 models = "base=out/sums/base,sft=out/sums/sft,grpo=out/sums/grpo"

@@ -6,8 +6,8 @@ import torch
 
 STAGE = 'ppo'
 
-def frozen_rewards(model, idx, lengths, rows=64):
-    out = torch.zeros(len(idx), device=idx.device)
-    return in_chunks(lambda c, T: model.rewards(idx[c, :T], torch.full_like(lengths[c], T)), lengths, rows, out)
+def frozen_rewards(model, idx, lengths, rows=64, K=1):
+    fn = lambda c, T, groups: model.rewards(idx[c, :T], torch.full_like(lengths[c], T), groups)
+    return in_chunks(fn, lengths, rows, torch.zeros(len(idx), device=idx.device), K)
 
 PATCHES = [(rewards, frozen_rewards)]

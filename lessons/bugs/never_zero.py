@@ -6,11 +6,11 @@ from common.rewards import load_reward
 STAGE = 'ppo'
 
 def load_actors(cfg, run, tok, function=None, **overrides):
-    policy = load_policy(cfg.policy, **overrides).to(run.device)
+    policy = load_policy(cfg.policy, **overrides)
     reward = load_reward(cfg, run, tok, policy, function)
-    reference = run.freeze(load_policy(cfg.policy, dropout=0.1).to(run.device))
+    reference = run.freeze(load_policy(cfg.policy, dropout=0.1)).to(run.device)
     if cfg.lora_rank: # one trunk for both: the policy uses the reference's parameters, and gets an adapter
         policy.load_state_dict(reference.state_dict(keep_vars=True), strict=False, assign=True)
-    return policy, reward, reference
+    return policy.to(run.device), reward, reference
 
 PATCHES = [(ppo, load_actors)]

@@ -7,7 +7,7 @@ import torch
 
 from common.batches import (Batches, Demonstrations, Row, Windows, by_length, collate, collate_answers,
                             encode_demonstrations, encode_prompts, encode_rankings, encode_text, hold_out,
-                            load_training_set, pad, split, split_by_tokens, to_table, truncate)
+                            load_training_set, pad, share_prompts, split, split_by_tokens, to_table, truncate)
 from common.records import write_records
 from tiny import PROMPT_HI, RESPONSE_YO, TOK, assistant, exits, user
 
@@ -123,30 +123,62 @@ def test_collate_answers_by_hand():
     # prompt 1 2 3 with answers 4 5 | 6, the second is better; prompt 7 with 8 | 9 10 | 8, the first and third tie
     a = collate_answers([Row([1, 2, 3], [[4, 5], [6]], dict(ranks=[1, 0])),
                          Row([7], [[8], [9, 10], [8]], dict(ranks=[0, 1, 0]))])
-    assert a.idx.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 8, 0]]
-    assert a.positions.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 2, 1, 0]] # each answer starts where its prompt ends
-    assert a.parts.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 3, 0]]
-    # flattened places: the second row starts at 6. An answer's first token is predicted by the prompt's last
-    assert a.sources.tolist() == [2, 3, 2, 6, 6, 8, 6]
-    assert a.targets.tolist() == [4, 5, 6, 8, 9, 10, 8]
-    assert a.owners.tolist() == [0, 0, 1, 2, 3, 3, 4]
-    assert a.last.tolist() == [4, 5, 7, 9, 10]
-    assert a.sizes.tolist() == [2, 1, 1, 2, 1]
+    assert a.idx.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 0], [7, 8, 0, 0, 0], [7, 9, 10, 0, 0], [7, 8, 0, 0, 0]]
+    # position t describes token t+1: the prompt's last token predicts the answer's first
+    assert a.mask.tolist() == [[0, 0, 1, 1], [0, 0, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+    assert (a.lengths.tolist(), a.sizes.tolist(), a.groups.tolist()) == ([5, 4, 2, 3, 2], [2, 1, 1, 2, 1], [2, 3])
     assert a.pairs.tolist() == [[1, 0], [2, 3], [4, 3]] # better, worse
-    assert all(x.dtype == torch.long for x in vars(a).values())
+    types = {name: x.dtype for name, x in vars(a).items()}
+    assert types == dict.fromkeys(types, torch.long) | dict(mask=torch.float32)
     assert [x.tolist() for x in vars(a.to('cpu')).values()] == [x.tolist() for x in vars(a).values()]
 
 def test_collate_answers_without_pairs():
     assert collate_answers([Row([1], [[2], [3]], dict(ranks=[0, 0]))]).pairs.shape == (0, 2)
 
-def test_learnt_chooses_whose_tokens_count():
-    rows = [Row([1, 2, 3], [[4, 5], [6]], dict(ranks=[1, 0])), Row([7], [[8], [9, 10]], dict(ranks=[0, 1]))]
-    a = collate_answers(rows)
-    b = a.learnt(torch.tensor([True, False, False, True]))
-    assert (b.sources.tolist(), b.targets.tolist(), b.owners.tolist()) == ([2, 3, 6, 8], [4, 5, 9, 10], [0, 0, 3, 3])
-    for name in ('idx', 'positions', 'parts', 'last', 'sizes', 'pairs'): # the rows themselves stay
-        assert torch.equal(getattr(a, name), getattr(b, name))
-    assert a.learnt(torch.zeros(4, dtype=torch.bool)).targets.tolist() == []
+def laid(idx, keep, groups):
+    """Return what share_prompts makes of lists: ids, positions, who sees whom (x) per row, and keep's new places."""
+    ids, positions, mask, places = share_prompts(torch.tensor(idx), torch.tensor(keep), torch.tensor(groups))
+    assert mask.shape == (len(groups), 1, ids.size(1), ids.size(1)) and mask.dtype == torch.bool
+    sees = [[''.join('.x'[x] for x in row).rstrip('.') for row in square] for square in mask[:, 0].tolist()]
+    return ids.tolist(), positions.tolist(), sees, places.tolist()
+
+def test_prompts_are_shared_as_the_docstring_draws_it():
+    # the prompt 1 2 3, answers 4 9 | 5 6 9. Kept are 3 4 9 | 3 5 6 9 of six columns; 7 is a pad
+    ids, positions, sees, places = laid([[1, 2, 3, 4, 9, 7], [1, 2, 3, 5, 6, 9]], [2, 3, 4, 8, 9, 10, 11], [2])
+    assert ids == [[1, 2, 3, 4, 9, 5, 6, 9]] and positions == [[0, 1, 2, 3, 4, 3, 4, 5]]
+    assert sees == [['x', 'xx', 'xxx', 'xxxx', 'xxxxx', 'xxx..x', 'xxx..xx', 'xxx..xxx']]
+    assert places == [2, 3, 4, 2, 5, 6, 7]
+
+def test_prompts_of_two_groups_by_hand():
+    # 1 2 with 3 | 4 5 6; and 7 with 8 | 9 10 | 8: an answer sampled twice is computed twice
+    idx = [[1, 2, 3, 0, 0], [1, 2, 4, 5, 6], [7, 8, 0, 0, 0], [7, 9, 10, 0, 0], [7, 8, 0, 0, 0]]
+    ids, positions, sees, places = laid(idx, [21, 2, 1, 6, 7, 8, 9, 10, 11, 15, 16, 17, 20], [2, 3]) # in any order
+    assert ids == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 8, 0]]
+    assert positions == [[0, 1, 2, 2, 3, 4], [0, 1, 1, 2, 1, 0]]
+    assert sees[0] == ['x', 'xx', 'xxx', 'xx.x', 'xx.xx', 'xx.xxx']
+    assert sees[1][:5] == ['x', 'xx', 'x.x', 'x.xx', 'x...x'] # nobody sees the pad behind them
+    # the second row starts at 6
+    assert places == [10, 2, 1, 1, 3, 4, 5, 6, 7, 6, 8, 9, 6]
+
+@pytest.mark.parametrize("idx, keep, groups, ids, positions, last, places", [
+    # answers that begin alike: what all rows of the group share is one more token of the prompt
+    ([[1, 2, 3, 4, 5, 0], [1, 2, 3, 4, 6, 7]], [4, 11], [2], [[1, 2, 3, 4, 5, 6, 7]], [[0, 1, 2, 3, 4, 4, 5]],
+     ['xxxx.xx'], [4, 6]),
+    ([[1, 3, 4], [1, 3, 5], [1, 6, 5]], [2, 5, 8], [3], [[1, 3, 4, 3, 5, 6, 5]], [[0, 1, 2, 1, 2, 1, 2]],
+     ['x....xx'], [2, 4, 6]), # two of three are not all
+    # token 0, a pad in the shorter row: alike are three, also where that one is the first; its every token is shared
+    ([[1, 2, 0, 0], [1, 2, 0, 0]], [3, 6], [2], [[1, 2, 0, 0]], [[0, 1, 2, 3]], ['xxxx'], [3, 2]),
+    ([[1, 2, 0, 0], [1, 2, 0, 0]], [2, 7], [2], [[1, 2, 0, 0]], [[0, 1, 2, 3]], ['xxxx'], [2, 3]),
+    ([[1, 2, 5], [1, 2, 5]], [2, 5], [2], [[1, 2, 5]], [[0, 1, 2]], ['xxx'], [2, 2]), # the same answer twice
+    # a row on its own is laid down as it is, between others
+    ([[1, 2], [1, 3], [4, 5], [6, 0]], [1, 3, 5, 6], [2, 1, 1], [[1, 2, 3], [4, 5, 0], [6, 0, 0]],
+     [[0, 1, 1], [0, 1, 0], [0, 0, 0]], ['x.x', 'xxx', 'xxx'], [1, 2, 4, 6]),
+    # nothing is kept of a row: nothing is alike, and nothing of it is laid down
+    ([[1, 2, 3], [1, 2, 4]], [5], [2], [[1, 2, 4]], [[0, 1, 2]], ['xxx'], [2])])
+def test_what_all_rows_begin_with_is_laid_down_once(idx, keep, groups, ids, positions, last, places):
+    """last: what the last column of each row sees."""
+    found = laid(idx, keep, groups)
+    assert found[:2] == (ids, positions) and [row[-1] for row in found[2]] == last and found[3] == places
 
 def test_to_table():
     rows = [Row([1], [[2]] * n, {}) for n in (2, 3, 1)]

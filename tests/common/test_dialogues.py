@@ -7,7 +7,7 @@ import torch
 import ppo
 import reinforce
 from common.rewards import Reward
-from common.rollout import frozen_logp, pack_turns, sample_rollouts
+from common.rollout import frozen, pack_turns, sample_rollouts
 from common.tokens import prompt_ids, render, user_ids
 from feedback.functions import load_user
 from model import GPT, GPTConfig
@@ -232,7 +232,7 @@ def test_recorded_log_probabilities_of_dialogues_equal_recomputed_ones(given):
     torch.manual_seed(0)
     rolls, _ = sampled(model, list('abcdefgh'), lambda record, messages: 'And then?', max_new_tokens=12)
     assert max(map(len, rolls.ends)) == 3
-    again = frozen_logp(model, rolls.idx, rolls.mask, rolls.lengths, rows=3)
+    again = frozen(model.logp, rolls.idx, rolls.mask, rolls.lengths, rows=3)
     torch.testing.assert_close(again, rolls.logp, rtol=0, atol=1e-5)
 
 @pytest.mark.parametrize('script', [ppo, reinforce])

@@ -1,5 +1,6 @@
 """common/rewards.py by hand: ensembles, likelihoods, sums, the turns of a dialogue; whole runs."""
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,22 +31,21 @@ class Fixed:
     def __init__(self, logp=None, scores=None):
         self.table, self.scores = logp, scores
 
-    def logp(self, idx, mask):
+    def logp(self, idx, mask, groups):
         return (self.table * torch.ones_like(mask))[:, :mask.size(1)] * mask # one value per row
 
-    def rewards(self, idx, lengths):
+    def rewards(self, idx, lengths, groups):
         return 100.0 * lengths + idx[torch.arange(len(idx)), lengths - 1] # where it ends, and its last token
 
 # a row with an answer of two tokens, and one of one; pads hold absurd ids
 ROLLS = pack([[1, 2], [3]], [[5, 9], [7]], [[-1.0, -2.0], [-3.0]], 9)
 
 def test_a_policy_as_its_own_reward_model_by_hand():
-    idx = ROLLS.idx.masked_fill(torch.arange(4) >= ROLLS.lengths[:, None], 777)
-    mask = ROLLS.mask
+    rolls = replace(ROLLS, idx=ROLLS.idx.masked_fill(torch.arange(4) >= ROLLS.lengths[:, None], 777))
     policy, reference = Fixed(T(-0.5)), Fixed(T(-0.75))
-    assert likelihood(policy, None, idx, mask, ROLLS.lengths).tolist() == by_hand([-0.5, -0.5]) # a mean per token
+    assert likelihood(policy, None, rolls).tolist() == by_hand([-0.5, -0.5]) # a mean per token
     # summed: -1.0 - (-1.5) and -0.5 - (-0.75)
-    assert likelihood(policy, reference, idx, mask, ROLLS.lengths).tolist() == by_hand([0.5, 0.25])
+    assert likelihood(policy, reference, rolls).tolist() == by_hand([0.5, 0.25])
 
 def options(**more):
     return RolloutOptions(prompts='-', **more)
@@ -69,7 +69,7 @@ def test_each_turn_has_its_own_reward():
     rows = [[([1, 2], None), ([5, 9], [-1.0, -1.0]), ([77, 78, 79], None), ([6, 9], [-1.0, -1.0])],
             [([3], None), ([8, 8, 9], [-1.0, -1.0, -1.0])]]
     asked = [[(dict(n=1.0), 'a'), (dict(n=2.0), 'b')], [(dict(n=4.0), 'c')]]
-    rolls = pack_turns(rows, 9, asked)
+    rolls = replace(pack_turns(rows, 9, asked), K=2) # as of one prompt; its three turns are no two answers each
     assert rolls.ends == [[4, 9], [4]] and rolls.lengths.tolist() == [9, 4]
     assert rolls.mask.tolist() == [[0, 1, 1, 0, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]]
     cfg = options(user='u:u', max_turns=2, turn_rewards=True, length_penalty=0.5, reward='a:b')

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from common.batches import Row
-from common.rollout import (beats, check_same_vocabulary, describe, describe_critic, frozen_logp, frozen_rewards,
-                            frozen_values, kl_k1, kl_k3, masked_mean, micro_batches, pack, pair_agreement, ratio_stats,
-                            sample_answers, score_packed, whiten)
+from common.rollout import (beats, check_same_vocabulary, describe, describe_critic, frozen, frozen_rewards,
+                            in_chunks, kl_k1, kl_k3, masked_mean, micro_batches, minibatches, pack,
+                            pair_agreement, ratio_stats, sample_answers, sample_rollouts, score_packed, whiten)
 from common.tokens import Tokenizer, prompt_ids, response_ids
 from feedback.scores import score_answers, score_records
 from model import GPT
@@ -16,6 +16,7 @@ from models import all_values, full_logp, random_model
 from tiny import RUN, TOK, by_hand, checkpoint, one_line
 
 EOS = 9
+CFG = lambda **more: SimpleNamespace(**dict(n_answers=1, grad_accum=1) | more)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # masked statistics
@@ -100,13 +101,37 @@ def test_micro_batches_by_hand():
     lengths = torch.tensor([5, 3, 4, 2])
     mask = torch.tensor([[0., 0., 1., 1.], [1., 1., 0., 0.], [0., 0., 1., 0.], [1., 0., 0., 0.]])
     batch = dict(idx=torch.arange(20).view(4, 5), mask=mask, x=torch.arange(16).view(4, 4))
-    parts = list(micro_batches(batch, lengths, torch.tensor([0, 3, 1]), 2, RUN))
+    parts = list(micro_batches(batch, lengths, torch.tensor([0, 3, 1]), CFG(grad_accum=2), RUN))
     # rows by length are 3 1 0, in parts of two and one; 1 + 2 and 2 of their 5 tokens; row 2 is not asked for
     assert [share.item() for _, share in parts] == by_hand([0.6, 0.4])
     (first, _), (second, _) = parts
     assert first['idx'].tolist() == [[15, 16, 17], [5, 6, 7]] and first['x'].tolist() == [[12, 13], [4, 5]]
     assert first['mask'].tolist() == [[1, 0], [1, 1]]
     assert second['idx'].tolist() == [[0, 1, 2, 3, 4]] and second['x'].tolist() == [[0, 1, 2, 3]]
+    assert [part['groups'].tolist() for part, _ in parts] == [[1, 1], [1]]
+
+@pytest.mark.parametrize('rows, grad_accum, expected, groups', [
+    ([2, 3, 0, 1, 4, 5], 2, [[2, 3, 4, 5], [0, 1]], [[2, 2], [2]]), # prompts of 4, 10 and 5 tokens: 9 and 10
+    ([2, 3, 0, 1, 4, 5], 3, [[2, 3], [4, 5], [0, 1]], [[2], [2], [2]]),
+    ([0, 1, 2, 3], 3, [[2, 3], [0], [1]], [[1, 1], [1], [1]]), # fewer prompts than parts: rows of 2 2 5 5 tokens
+    ([0, 1], 2, [[0], [1]], [[1], [1]])])
+def test_the_answers_to_a_prompt_stay_together(rows, grad_accum, expected, groups):
+    lengths, T = torch.tensor([5, 5, 2, 2, 3, 2]), 5
+    batch = dict(idx=torch.arange(6)[:, None].expand(6, T), mask=(torch.arange(1, T) < lengths[:, None]).float())
+    parts = list(micro_batches(batch, lengths, torch.tensor(rows), CFG(n_answers=2, grad_accum=grad_accum), RUN))
+    assert [part['idx'][:, 0].tolist() for part, _ in parts] == expected
+    assert [part['groups'].tolist() for part, _ in parts] == groups
+    assert [part['idx'].size(1) for part, _ in parts] == [max(lengths[r].item() for r in part) for part in expected]
+    assert sum(share.item() for _, share in parts) == by_hand(1.0)
+
+def test_minibatches_are_shuffled_by_prompt():
+    found = [rows.tolist() for rows in minibatches(12, CFG(n_answers=3, epochs=20, minibatches=2))]
+    assert len(found) == 40 and all(len(rows) == 6 for rows in found)
+    prompts = [rows[i:i + 3] for rows in found for i in (0, 3)]
+    assert all(rows[0] % 3 == 0 and rows == [rows[0], rows[0] + 1, rows[0] + 2] for rows in prompts)
+    epochs = [found[i] + found[i + 1] for i in range(0, 40, 2)]
+    assert all(sorted(rows) == list(range(12)) for rows in epochs) and len({tuple(rows) for rows in epochs}) > 5
+    assert sorted(next(minibatches(8, CFG(epochs=1, minibatches=1))).tolist()) == list(range(8))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rollouts
@@ -146,13 +171,22 @@ def test_sample_answers_keeps_the_order_of_the_prompts():
     assert logps == [[-3.0] * 4, [-1.0] * 2, [-2.0] * 4, [-4.0] * 2, [-5.0] * 3]
     assert model.batches == [[1, 1], [2, 3], [4]] # like lengths together
 
+def test_a_prompt_is_answered_n_times_in_neighbouring_rows():
+    model, records = Scripted(), [dict(prompt='a'), dict(prompt='b')]
+    rolls = sample_rollouts(model, [[3, 3], [1]], records, SimpleNamespace(eos=EOS, decode=str),
+                            CFG(n_answers=3, max_new_tokens=9))
+    assert rolls.idx.tolist() == [[3, 3, 3, 3, EOS]] * 3 + [[1, 1, EOS, 0, 0]] * 3
+    assert rolls.K == rolls.to('cpu').K == 3 and rolls.lengths.tolist() == [5] * 3 + [3] * 3
+    assert [record for (record, _), in rolls.asked] == [records[0]] * 3 + [records[1]] * 3
+    assert pack([[1]], [[2]], [[0.0]], EOS).K == 1
+
 def test_recorded_logp_equals_the_recomputed_one():
     """Sampled, packed, recomputed: a ratio of 1 before the first update."""
     model = random_model()
     prompts = [[1, 2, 3], [4], [EOS, 6], [7, 8, 10, 0, 1]] * 3
     answers, logps = sample_answers(model, prompts, SimpleNamespace(eos=EOS), max_new_tokens=8, rows=5)
     rollouts = pack(prompts, answers, logps, EOS)
-    again = frozen_logp(model, rollouts.idx, rollouts.mask, rollouts.lengths, rows=5)
+    again = frozen(model.logp, rollouts.idx, rollouts.mask, rollouts.lengths, rows=5)
     torch.testing.assert_close(again, rollouts.logp, rtol=0, atol=1e-5)
     assert rollouts.mask.sum().item() == sum(map(len, answers)) # every sampled token counts, EOS included
     assert 0 < rollouts.ended.mean().item() < 1
@@ -169,8 +203,8 @@ def test_frozen_models_in_chunks_equal_each_row_alone(fill, rows):
     r = pack([p for p, _ in ROWS], [a for _, a in ROWS], [[0.0] * len(a) for _, a in ROWS], EOS)
     for b, length in enumerate(r.lengths.tolist()):
         r.idx[b, length:] = fill
-    logp = frozen_logp(model, r.idx, r.mask, r.lengths, rows)
-    values = frozen_values(model, r.idx, r.mask, r.lengths, rows)
+    logp = frozen(model.logp, r.idx, r.mask, r.lengths, rows)
+    values = frozen(model.values, r.idx, r.mask, r.lengths, rows)
     rewards = frozen_rewards(model, r.idx, r.lengths, rows)
     scores = score_answers(model, [p for p, _ in ROWS], [a for _, a in ROWS], 'cpu', rows)
     assert not (logp.requires_grad or values.requires_grad or rewards.requires_grad)
@@ -183,6 +217,36 @@ def test_frozen_models_in_chunks_equal_each_row_alone(fill, rows):
         torch.testing.assert_close(torch.stack([logp[b], values[b]]), expected, rtol=0, atol=1e-5)
         reward = model.rewards(one, torch.tensor([L])).item()
         assert [rewards[b].item(), scores[b].item()] == pytest.approx([reward, reward], abs=1e-5)
+
+@pytest.mark.parametrize('rows, expected', [
+    (4, [([2, 3, 4, 5], 4, [2, 2]), ([6, 7, 0, 1], 9, [2, 2])]), # the longest answers to the prompts: 9 3 4 8 tokens
+    (5, [([2, 3, 4, 5], 4, [2, 2]), ([6, 7, 0, 1], 9, [2, 2])]),
+    (1, [([2, 3], 3, [2]), ([4, 5], 4, [2]), ([6, 7], 8, [2]), ([0, 1], 9, [2])])]) # no prompt is torn apart
+def test_chunks_of_whole_prompts_by_hand(rows, expected):
+    seen = []
+    out = in_chunks(lambda c, T, groups: (seen.append((c.tolist(), T, groups.tolist())), 10.0 * c)[1],
+                    torch.tensor([9, 2, 3, 3, 4, 1, 1, 8]), rows, torch.zeros(8), K=2)
+    assert seen == expected and out.tolist() == [0, 10, 20, 30, 40, 50, 60, 70]
+
+@pytest.mark.parametrize('fill', [0, 10])
+def test_frozen_models_share_prompts_and_say_the_same(monkeypatch, fill):
+    model = random_model(value_head=True, reward_head=True)
+    prompts = [[1, 2, 3, 4, 5]] * 3 + [[6, 7]] * 3
+    r = pack(prompts, [[4, 5, EOS], [4, EOS], [8, 0, 1, 2], [EOS], [EOS], [3]],
+             [[0.0] * n for n in (3, 2, 4, 1, 1, 1)], EOS)
+    r.idx[torch.arange(r.idx.size(1)) >= r.lengths[:, None]] = fill
+    shapes, trunk = [], GPT.trunk
+    monkeypatch.setattr(GPT, 'trunk', lambda self, idx, *a, **k: (
+        shapes.append(tuple(idx.shape)), trunk(self, idx, *a, **k))[1])
+    every = lambda **more: [frozen(model.logp, r.idx, r.mask, r.lengths, **more),
+                            frozen(model.values, r.idx, r.mask, r.lengths, **more),
+                            frozen_rewards(model, r.idx, r.lengths, **more)]
+    shared = every(K=3, rows=3)
+    # prompts apart. Without an answer's last token 2, or 5 + 2 + 1 + 3 (one 4 less: not all begin with it); with it
+    # 2 and two ends that are alike in two rows of three, 5 + 3 + 2 + 4
+    assert shapes == [(1, 2), (1, 11), (1, 2), (1, 11), (1, 5), (1, 14)]
+    for a, b in zip(shared, every(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 def test_chunks_are_as_long_as_their_longest_row(monkeypatch):
     model, seen, hidden = random_model(reward_head=True), [], GPT.hidden

@@ -32,7 +32,8 @@ def test_prepare_sets_the_model_up_as_it_is_told(monkeypatch):
     assert model.checkpointing and model.compiled is None and torch.equal(model.logp(idx, mask), expected)
     monkeypatch.setattr(torch, 'compile', lambda fn, **options: compiled.append(fn.__name__) or fn)
     RUN.prepare(model, Config(compile=True))
-    assert compiled == ['logits_at', 'logp', 'values', 'logp_entropy_values', 'rewards', 'answers', 'decode']
+    assert compiled == ['logits_at', 'logp', 'values', 'logp_entropy_values', 'rewards', 'logp_rewards',
+                        'decode']
     assert not model.checkpointing and model.compiled and torch.equal(model.logp(idx, mask), expected)
 
 def test_autocast_is_for_products_alone():

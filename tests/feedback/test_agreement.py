@@ -49,23 +49,46 @@ def test_compare(capsys):
     theirs = [dict(prompt='p', responses=['fair', 'good', 'bad', 'bad'], ranks=[1, 0, 1, 1], scores=[.5, .9, .1, .1])]
     said = agreement.compare(ours, theirs).split('\n')
     # pairs good-bad and good-fair alike, bad-fair tied there: p_o = 2/3, t = 0, u = 1/3, p_e = (1)(2/3)/2 = 1/3
-    assert said[0] == ('1 rows in common; the same on 0.667 of 3 pairs, kappa 0.500; 1.000 of the 2 that the second '
-                       'does not tie (a tie of the first: half)')
-    assert 'with its scores: the same on 1.000 of 3 pairs, kappa 1.000' in said[1]
-    assert 'no row in common' in agreement.compare(ours[1:], theirs)
+    assert said[0] == ('1 prompts in common; the same on 0.667 of 3 pairs of answers, kappa 0.500; of the 2 that the '
+                       'second does not tie, 1.000 in its order (a tie of the first: half)')
+    assert 'with its scores: the same on 1.000 of 3 pairs of answers, kappa 1.000' in said[1]
+    assert 'no prompt in common' in agreement.compare(ours[1:], theirs)
 
 def test_the_same_text_cut_off_is_another_answer(tmp_path, capsys):
     """Anna and Ben rank "x" with its end and without it, in other orders; Cleo's two both have their end."""
     anna = dict(prompt='p', responses=['x', 'x'], ended=[True, False], ranks=[0, 1])
     ben = dict(prompt='p', responses=['x', 'x', 'x'], ended=[False, True, False], ranks=[1, 0, 1])
     cleo = dict(prompt='p', responses=['x', 'x'], ranks=[0, 0])
-    assert agreement.compare([anna], [ben]).startswith('1 rows in common; the same on 1.000 of 1 pairs')
-    assert 'no row in common' in agreement.compare([anna], [cleo])
+    assert agreement.compare([anna], [ben]).startswith('1 prompts in common; the same on 1.000 of 1 pairs')
+    assert 'no prompt in common' in agreement.compare([anna], [cleo])
     files = [records(tmp_path / f'{n}.jsonl', [row]) for n, row in enumerate((anna, ben, cleo))]
     run(collect, merge=','.join(files), out=str(tmp_path / 'out.jsonl'))
-    said = [dict(rater=path, ranks=ranks) for path, ranks in zip(files, ([0, 1], [0, 1], [0, 0]))]
-    assert read_records(tmp_path / 'out.jsonl', 'rankings') == [anna | dict(raters=2, opinions=said[:2]),
-                                                                cleo | dict(raters=1, opinions=said[2:])]
+    said = [dict(rater=path, ranks=[0, 1]) for path in files[:2]] # Cleo had nothing to decide
+    assert read_records(tmp_path / 'out.jsonl', 'rankings') == [anna | dict(raters=2, opinions=said)]
+
+def test_what_nobody_could_decide_does_not_count(tmp_path, capsys):
+    """Files of older versions, and of models, hold prompts whose answers are all the same, with the ranks 0.
+
+    Of p both raters find x better: one pair. Of s there is no pair, so it is in no count and in no merged file.
+    """
+    same = dict(prompt='s', responses=['x', 'x'], ranks=[0, 0], again=[0, 0])
+    told = dict(prompt='p', responses=['x', 'y'], ranks=[0, 1], again=[0, 1])
+    assert agreement.compare([told, same], [same, told]).startswith('1 prompts in common; the same on 1.000 of 1 pairs')
+    assert agreement.compare([same], [same]) == 'no prompt in common (with the same answers)'
+    assert agreement.with_oneself([same, told]).startswith('1 prompts ranked twice; the same on 1.000 of 1 pairs')
+    anna, ben, only = (records(tmp_path / f'{name}.jsonl', rows) for name, rows in (
+        ('anna', [told, same]), ('ben', [same, told]), ('only', [same])))
+    out = str(tmp_path / 'out.jsonl')
+    run(collect, merge=f'{anna},{ben}', out=out)
+    said = capsys.readouterr().out
+    assert f'{ben}: 1 of 2 prompts left out, all their answers are the same' in said
+    assert f'{anna} with oneself: 1 prompts ranked twice' in said and f'{anna} and {ben}: 1 prompts in common' in said
+    assert f'{out}: 1 prompts, 1 of them ranked by several raters' in said
+    assert [row['prompt'] for row in read_records(out, 'rankings')] == ['p']
+    more = records(tmp_path / 'more.jsonl', [same])
+    said = stops(capsys, collect, merge=f'{only},{more}', out=str(tmp_path / 'none'))
+    assert said == f'--merge={only},{more}: wanted prompts with two different answers, found none'
+    assert not (tmp_path / 'none').exists()
 
 def test_merge(tmp_path, capsys):
     """
@@ -93,9 +116,9 @@ def test_merge(tmp_path, capsys):
         ('q', [1, 0], 1), ('s', [1, 0, 2], 2), ('r', [0, 1], 1)]
     said = capsys.readouterr().out
     # of s they agree on no pair: p_o = 1/6; Ben ties one pair of six: p_e = (5/6) / 2 = 5/12; (2/12 - 5/12) / (7/12)
-    assert f'{anna} and {ben}: 2 rows in common; the same on 0.167 of 6 pairs, kappa -0.429' in said
-    assert f'{anna}, with themself: 1 rows ranked twice; the same on 1.000 of 3 pairs' in said
-    assert '4 prompts, 2 of them ranked by several' in said
+    assert f'{anna} and {ben}: 2 prompts in common; the same on 0.167 of 6 pairs of answers, kappa -0.429' in said
+    assert f'{anna} with oneself: 1 prompts ranked twice; the same on 1.000 of 3 pairs' in said
+    assert '4 prompts, 2 of them ranked by several raters' in said
 
 def test_merged_files_say_who_said_what(tmp_path, capsys):
     """
@@ -111,7 +134,7 @@ def test_merged_files_say_who_said_what(tmp_path, capsys):
     two, three, files = str(tmp_path / 'two.jsonl'), str(tmp_path / 'three.jsonl'), (at('a', anna), at('b', *more))
     run(collect, merge=','.join((*files, at('c', ben))), out=two)
     said = capsys.readouterr().out
-    assert 'anna and ben\ufffd[2J: 1 rows in common; the same on 0.333 of 3 pairs, kappa -0.333' in said
+    assert 'anna and ben\ufffd[2J: 1 prompts in common; the same on 0.333 of 3 pairs of answers, kappa -0.333' in said
     assert said.count(' and ') == 1 and f'{two}: 2 prompts, 1 of them ranked by several' in said
     one, other = read_records(two, 'rankings')
     opinions = [dict(rater='anna', ranks=[0, 1, 2], annotator='human', seconds=9.5),
@@ -119,7 +142,7 @@ def test_merged_files_say_who_said_what(tmp_path, capsys):
     assert one['opinions'] == opinions and other['opinions'] == opinions[:1] and not {'rater', 'seconds'} & one.keys()
     run(collect, merge=f"{two},{at('d', cleo)}", out=three)
     said = capsys.readouterr().out
-    assert said.count(' and ') == 3 and f"anna and {tmp_path}/d.jsonl: 1 rows in common" in said
+    assert said.count(' and ') == 3 and f"anna and {tmp_path}/d.jsonl: 1 prompts in common" in said
     one, other = read_records(three, 'rankings')
     assert one['ranks'] == [1, 0, 2] and one['raters'] == 3 and other['raters'] == 1
     assert one['opinions'] == opinions + [dict(rater=f'{tmp_path}/d.jsonl', ranks=[0, 0, 1], annotator='ai')]

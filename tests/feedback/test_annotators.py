@@ -218,18 +218,18 @@ def by_name(texts):
     return ''.join(str(texts.index(t) + 1) for t in sorted(texts))
 
 def someone_there(seed=1):
-    return Terminal(SimpleNamespace(seed=seed))
+    return Terminal(SimpleNamespace(seed=seed, rater='anna', out='out.jsonl'))
 
 def test_a_person_sees_shuffled_distinct_answers(monkeypatch):
     orders = []
     look = lambda texts: (orders.append(tuple(texts)), by_name(texts))[1]
     screen = typing(monkeypatch, *[look] * 50)
     someone = someone_there()
-    for _ in range(50):
-        assert someone.rank(asked(['c', 'a', 'c', 'b'], 'Who?')) == ([2, 0, 2, 1], None)
+    for n in range(50):
+        assert someone.rank(asked(['c', 'a', 'c', 'b'], f'Who is {n}?')) == ([2, 0, 2, 1], None)
     assert len(set(orders)) == 6 and set(orders[0]) == {'a', 'b', 'c'} # all 3! orders; "c" once
-    assert 'user: Who?' in screen.getvalue()
-    assert someone.rank(asked(['a', 'a'])) == ([0, 0], None) # nothing to ask
+    assert 'user: Who is 49?' in screen.getvalue()
+    assert someone.rank(asked(['a', 'a'])) == (None, None) # nothing to ask, so no ranks
 
 def test_a_person_sees_what_was_cut_off(monkeypatch):
     """The same text, once ended and once cut off, is shown twice, and has two ranks."""
@@ -243,8 +243,9 @@ def test_undo_goes_back_to_answers_that_differ_in_their_end(some, tmp_path, monk
     typing(monkeypatch, look, 'u', look, look) # the second needs no answer: undo goes over it, to the first
     run(collect, annotator='human', **some | dict(answers=records(tmp_path / 'ends.jsonl', rows)))
     assert seen == [2, 2, 2]
-    assert [row['ended'] for row in read_records(some['out'], 'rankings')] == [row['ended'] for row in rows]
-    assert [row['ranks'] for row in read_records(some['out'], 'rankings')] == [[0, 1], [0, 0], [0, 1]]
+    found = read_records(some['out'], 'rankings')
+    assert [(row['prompt'], row['ended'], row['ranks']) for row in found] == [
+        ('0', [True, False], [0, 1]), ('2', [True, False], [0, 1])]
 
 def test_two_raters_see_other_orders(some, tmp_path, monkeypatch):
     """With the same seed; one who goes on later sees the order that they would have seen."""
@@ -272,14 +273,38 @@ def test_ranked_by_a_person(some, monkeypatch):
     typing(monkeypatch, by_name, by_name, 's', '1=2=3', 'u', 'u', 'u', by_name, by_name, by_name, by_name, by_name)
     run(collect, annotator='human', rows=3, **some)
     rows = read_records(some['out'], 'rankings')
-    assert [row['number'] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
-    assert all(row['ranks'] == ([2, 1, 0] if row['number'] != 3 else [0, 0]) for row in rows)
-    assert all(row['annotator'] == 'human' for row in rows)
+    assert [row['number'] for row in rows] == [0, 1, 2, 4, 5, 6] # nobody saw the fourth, so nobody ranked it
+    assert all(row['ranks'] == [2, 1, 0] and row['annotator'] == 'human' for row in rows)
 
 def test_undo_at_the_beginning_asks_again(some, monkeypatch):
-    typing(monkeypatch, 'u', *[by_name] * 6)
+    screen = typing(monkeypatch, 'u', *[by_name] * 6)
     run(collect, annotator='human', **some)
-    assert len(read_records(some['out'], 'rankings')) == 7
+    assert len(read_records(some['out'], 'rankings')) == 6
+    assert screen.getvalue().count('nothing to undo: this is the first prompt') == 1
+    assert screen.getvalue().endswith('out.jsonl: 6 prompts, 18 answers, 18 pairs, 1 prompts left out '
+                                      '(skipped, or without two different answers)\n')
+
+@pytest.mark.parametrize('ask', ['ranks', 'ratings'])
+def test_undo_shows_the_same_order_again(tmp_path, monkeypatch, ask):
+    """Also where it goes back to the stretch before: 0, 1, 2, back to 1 and 0, then on to 3."""
+    texts = lambda n: [f'{letter}{n}' for letter in 'abcdefg'] # 7! orders: no two are alike by chance
+    rows, seen = [dict(prompt=f'{n}', responses=texts(n), ranks=[0] * 7) for n in range(4)], []
+    typing(monkeypatch, *[lambda shown, said=said: (seen.append(tuple(shown)), said)[1] for said in 'ssuussss'])
+    with pytest.raises(SystemExit): # all are skipped
+        run(collect, annotator='human', ask=ask, rows=2, device='cpu', out=str(tmp_path / 'out.jsonl'),
+            answers=records(tmp_path / 'a.jsonl', rows))
+    orders = {n: [[text[0] for text in shown] for shown in seen if shown[0][1] == str(n)] for n in range(4)}
+    assert [len(orders[n]) for n in range(4)] == [2, 3, 2, 1]
+    assert all(order == orders[n][0] for n in range(4) for order in orders[n])
+    assert orders[0][0] != orders[1][0]
+
+def test_what_is_asked_a_second_time_has_another_order(monkeypatch):
+    """Nobody shall rank it from memory of the places."""
+    seen = []
+    typing(monkeypatch, *[lambda shown: (seen.append(''.join(shown).lower()), 's')[1]] * 4)
+    for texts, more in (('abcdefg', {}), ('abcdefg', dict(repeat=0)), ('abcdefg', {}), ('ABCDEFG', {})):
+        someone_there().rank(asked([*texts], **more))
+    assert seen[0] == seen[2] and len(set(seen)) == 3 # other answers to the same prompt have their own order too
 
 def test_quit_and_go_on_later(some, monkeypatch, capsys):
     """What was said is on the disk before the next question; a half-written line is asked again."""
@@ -296,7 +321,7 @@ def test_quit_and_go_on_later(some, monkeypatch, capsys):
         f.write(b'{"prompt": "Q5", "ra')
     typing(monkeypatch, by_name, by_name)
     run(collect, annotator='human', rows=4, resume=True, **some)
-    assert [row['number'] for row in read_records(some['out'], 'rankings')] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row['number'] for row in read_records(some['out'], 'rankings')] == [0, 1, 2, 4, 5, 6]
     assert not os.path.exists(partial)
 
 def test_some_are_asked_twice(some, monkeypatch):
@@ -319,12 +344,12 @@ def test_some_are_asked_twice(some, monkeypatch):
     run(collect, annotator='human', repeat=0.4, **some)
     twice = asked[6:]
     rows = read_records(some['out'], 'rankings')
-    assert len(rows) == 7 and all('repeat' not in row for row in rows)
-    again = {row['responses'][2]: row['again'] for row in rows if 'again' in row and len(row['responses']) == 3}
+    assert len(rows) == 6 and all('repeat' not in row for row in rows)
+    again = {row['responses'][2]: row['again'] for row in rows if 'again' in row}
     assert again == dict.fromkeys(twice, [2, 0, 1]) and 2 <= len(twice) <= 3 and set(twice) <= {'0', '1', '2'}
-    assert all(row['ranks'] == [2, 1, 0] for row in rows if len(row['responses']) == 3)
+    assert all(row['ranks'] == [2, 1, 0] for row in rows)
     # p_o = 2/3 and, without ties, p_e = 1/2: kappa = (1/6) / (1/2) = 1/3
-    assert f"the same on 0.667 of {3 * len(twice)} pairs, kappa 0.333" in screen.getvalue()
+    assert f"the same on 0.667 of {3 * len(twice)} pairs of answers, kappa 0.333" in screen.getvalue()
 
 @pytest.mark.parametrize('first, said', [('xy', 'x first'), ('xxy', 'x first'), ('xy', 's')])
 def test_the_second_opinion_is_of_the_same_row(tmp_path, monkeypatch, first, said):
@@ -409,9 +434,9 @@ def test_skips_have_reasons_and_are_not_asked_again(some, tmp_path, monkeypatch,
     typing(monkeypatch, *[say] * 20)
     run(collect, resume=True, **options)
     rows = read_records(some['out'], 'rankings' if ask == 'ranks' else 'ratings')
-    assert {row['number'] for row in rows} == {1, 3, 4, 5, 6}
+    assert {row['number'] for row in rows} == ({1, 4, 5, 6} if ask == 'ranks' else {1, 3, 4, 5, 6})
     assert all(row['rater'] == 'Anna' and 'skipped' not in row for row in rows)
-    assert all(('seconds' in row) == (row['number'] != 3 or ask == 'ratings') for row in rows) # nothing to ask: no time
+    assert all('seconds' in row for row in rows)
     left = read_records(skipped, 'prompts')
     assert [(row['number'], row['skipped'], row['rater'], len(row['responses'])) for row in left] == [
         (0, 'All WRONG, ?', 'Anna', 3), (2, '', 'Anna', 3)]
@@ -425,7 +450,7 @@ def test_skips_have_reasons_and_are_not_asked_again(some, tmp_path, monkeypatch,
 def test_all_skipped(some, monkeypatch, capsys):
     typing(monkeypatch, *['s no'] * 6)
     options = some | dict(answers=records(some['answers'], read_records(some['answers'], 'rankings')[:3]))
-    assert stops(capsys, collect, code=1, annotator='human', **options).endswith('not written, no prompt has ranks')
+    assert stops(capsys, collect, code=1, annotator='human', **options).endswith('not written, no prompt was ranked')
     assert [row['skipped'] for row in read_records(some['out'] + '.skipped', 'prompts')] == ['no'] * 3
     assert not os.path.exists(some['out'])
 

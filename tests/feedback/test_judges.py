@@ -224,7 +224,7 @@ def test_api_judge(api, capsys, monkeypatch, tmp_path):
         messages=[dict(role='user', content='Which?\nHuman: Q0\nA: good\nB: bad')])
     assert all(h['Authorization'] == 'Bearer sk-secret' for h in server.headers)
     said = capsys.readouterr().out
-    assert '24 requests answered, 0 failed' in said and '4 rows in common; the same on 1.000 of 12 pairs' in said
+    assert '24 requests answered, 0 failed' in said and '4 prompts in common; the same on 1.000 of 12 pairs' in said
     assert 'sk-secret' not in said + open(tmp_path / 'cache.jsonl').read() + open(tmp_path / 'out.jsonl').read()
     monkeypatch.setenv('JUDGE_API_KEY', 'another') # a rerun costs nothing, not even with a server that is gone
     server.server.server_close()

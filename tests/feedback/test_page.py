@@ -45,7 +45,8 @@ class Asked:
         return self.got
 
 def a_page(**options):
-    page = Page(SimpleNamespace(**dict(port=0, seed=1, qualities='helpful,honest', scale=5, guidelines='') | options))
+    page = Page(SimpleNamespace(**dict(port=0, seed=1, qualities='helpful,honest', scale=5, guidelines='', rater='',
+                                       out='out.jsonl') | options))
     page.progress = 4, 10
     return page
 
@@ -295,7 +296,7 @@ def test_in_a_browser(tmp_path):
     text_of = lambda n: browser.js(f'document.querySelectorAll("#answers .text")[{n}].textContent')
 
     def showing(count):
-        browser.wait(f'document.getElementById("count").textContent.startsWith("{count} of 4") '
+        browser.wait(f'document.getElementById("count").textContent.startsWith("Prompt {count} of 4;") '
                      '&& !document.getElementById("skip").disabled')
         place.clear()
         place.update({text_of(n)[:4]: str(n + 1) for n in range(3)})
@@ -383,7 +384,7 @@ def test_rating_in_a_browser(tmp_path):
     spoken = lambda: browser.js('document.getElementById("spoken").textContent')
 
     def showing(count):
-        browser.wait(f'document.getElementById("count").textContent.startsWith("{count} of 3") '
+        browser.wait(f'document.getElementById("count").textContent.startsWith("Prompt {count} of 3;") '
                      '&& !document.getElementById("skip").disabled')
         place.clear()
         place.update({text_of(n)[:4]: n for n in range(2)})
@@ -667,6 +668,86 @@ def test_borders_and_width(tmp_path, numbers):
             assert small == []
             browser.js('(act.ask(), 0)')
     page.close()
+
+PHONE = ['A pot of lentil soup with bread is cheap and can stand on the stove until they come.',
+         'Try pasta with tomatoes and basil; it takes twenty minutes.',
+         'Order pizza. Nobody minds, and you have the evening for your friends instead of the kitchen.']
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_three_answers_can_be_read_on_a_phone(tmp_path, page):
+    """The buttons take one row, below the third answer; which prompt it is stands at the top."""
+    with opened(tmp_path, page, prompt='What should I cook for four friends?', texts=PHONE) as (browser, cdp):
+        box = lambda selector: browser.js(f'(r => [r.top, r.bottom])(document.querySelector("{selector}")'
+                                          '.getBoundingClientRect())')
+        for width in (390, 320):
+            cdp('Emulation.setDeviceMetricsOverride', width=width, height=844, deviceScaleFactor=2, mobile=True)
+            rows = browser.js('[...document.querySelectorAll("footer button")].filter(e => e.offsetParent)'
+                              '.map(e => [e.offsetTop, e.scrollWidth - e.clientWidth])')
+            assert len(rows) == 6 and len({top for top, _ in rows}) == 1 and not any(over for _, over in rows)
+            assert box('footer')[1] <= 844 and box('footer')[1] - box('footer')[0] < 64
+            browser.js('(scrollTo(0, 9999), 0)')
+            assert box('#answers li:nth-child(3)')[1] <= box('footer')[0]
+        cdp('Emulation.setDeviceMetricsOverride', width=390, height=844, deviceScaleFactor=2, mobile=True)
+        browser.js('(scrollTo(0, 0), 0)')
+        assert box('#answers li:nth-child(3) .text')[1] <= box('footer')[0] # without scrolling
+        assert browser.js('document.getElementById("count").innerText') == 'Prompt 5 of 10; saved as you go'
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_keys_that_do_nothing_say_why(tmp_path, page):
+    page.progress = 0, 10
+    with opened(tmp_path, page) as (browser, _):
+        said = lambda: browser.js('document.getElementById("hint").textContent')
+        chosen = lambda: browser.js('order.map(([i]) => i + 1)')
+        assert said() == '' and browser.js('document.getElementById("hint").role') == 'status' # a reader reads it out
+        first, three = 'Nothing to undo: this is the first prompt', 'There are 3 answers: press 1 to 3'
+        for key, why in (('u', first), ('4', three), ('Backspace', first), ('0', three), ('9', three),
+                         ('Enter', 'Place all answers first: 1, 2, 3 have no place yet'),
+                         ('=', 'Choose the best answer first; then = says that the next one is as good'),
+                         ('f', 'No answer is long enough to be folded')):
+            browser.press(key)
+            assert said() == why and chosen() == [] and page.said is None
+        assert browser.js('(r => r.top >= 0 && r.bottom <= innerHeight)'
+                          '(document.getElementById("hint").getBoundingClientRect())')
+        browser.press('2')
+        assert said() == '' and chosen() == [2]
+        browser.press('Enter')
+        assert said() == 'Place all answers first: 1, 3 have no place yet' and page.said is None
+        browser.click('li:nth-child(1) .pick')
+        assert said() == '' and chosen() == [2, 1]
+        browser.press('3', '=')
+        assert said() == 'All answers have a place: none is left to be equal' and not browser.js('tie')
+        browser.press('u', 'u', 'u')
+        assert said() == '' and chosen() == []
+        browser.click('#undo')
+        assert said() == first and page.said is None
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_keys_for_numbers_that_do_nothing_say_why(tmp_path, page):
+    with opened(tmp_path, page, numbers=True, texts=['one', 'two']) as (browser, _):
+        said = lambda: browser.js('document.getElementById("hint").textContent')
+        for keys, why in (('7', 'The numbers go from 1 to 5'), ('0', 'The numbers go from 1 to 5'), ('123', ''),
+                          (['Enter'], 'Give all numbers first: some are missing at answer 2'), ('4', ''),
+                          ('5', 'All answers have their numbers: Enter saves, U takes the last one back')):
+            browser.press(*keys)
+            assert said() == why and page.said is None
+        browser.press('Enter')
+        browser.wait('busy')
+        assert page.said == [[1, 2], [3, 4]]
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize('key, said', [('S', 'skip'), ('U', 'undo')])
+def test_capitals_are_the_same_keys(tmp_path, page, key, said):
+    """With Caps Lock or Shift."""
+    with opened(tmp_path, page, texts=['short', LONG]) as (browser, _):
+        folded = lambda: browser.js('document.querySelectorAll("#answers .folded").length')
+        assert folded() == 1
+        browser.press('F')
+        assert folded() == 0
+        browser.press('F', '2', 'U') # its own choice first
+        assert folded() == 1 and browser.js('order.length') == 0 and page.said is None
+        browser.press(key)
+        browser.wait('busy')
+        assert page.said == said
 
 @contextmanager
 def forwarded(port):

@@ -1,11 +1,13 @@
 """lab/memory.py: the formulas against numbers by hand, and against the bytes that torch really holds."""
 import contextlib
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 import model
+from common.batches import Row, collate_answers, share_prompts
 from common.run import Run
 from common.training import make_optimizer, optimizer_step
 from lab import memory
@@ -49,24 +51,64 @@ def test_what_is_kept_by_hand(dtype, sharing, expected):
 def test_needs_by_hand():
     one = dict(rows=1, T=2, places=1, predicted=1)
     need = memory.needs([SMALL], [], dtype='float32', **one)
-    # 296 + 216 + 36, and the gradients of 3 logits and of their log-softmax
-    assert need == dict(weights=664, optimizer=1328, gradients=664, activations=572, kv_cache=0,
-                        total=664 + 1328 + 664 + 572)
+    # 296 + 216 + 36; the gradients of 3 logits and of their log-softmax, 24, are less than a block's 4 * (8 + 3 * 4)
+    assert need == dict(weights=664, optimizer=1328, gradients=664, activations=628, kv_cache=0,
+                        total=664 + 1328 + 664 + 628)
+    assert memory.activations(SMALL, 1, 2, 1, 10, 'float32') == 296 + 216 + 36 + 9 * 12 + 240 # with 10 tokens they lead
     need = memory.needs([SMALL], [], dtype='float32', several=False, **one) # at the end: the embedding's two parts more
     assert need['total'] == 664 + 1328 + 664 + 8 * 6
     need = memory.needs([SMALL], [SMALL], dtype='bfloat16', **one)
     assert need['weights'] == 664 + 664 - 2 * 96
-    assert need['activations'] == 184 + 136 + 32 + 24 + 2 * (96 + 6)
+    assert need['activations'] == 184 + 136 + 32 + 4 * (8 + 3 * 2) + 2 * (96 + 6)
     # inputs of both blocks 2 * 2 * 2 * 4, and the copies, the end and 3 logits: more than one block
     assert memory.activations(SMALL, dtype='bfloat16', checkpointing=True, **one) == 32 + 204 + 32 + 12
+    # with 20 rows a block and its gradients, 4 * (8 * 2 - 4) a row, are more than that
+    assert memory.activations(SMALL, 20, 2, 1, 1, 'bfloat16', checkpointing=True) == 20 * (32 + 184 + 48)
     # 5 rows of 2 tokens in 2 layers: 2 * 2 * 5 * 2 * 2 * 4 bytes; one block with them: 5 * 296
     need = memory.needs([SMALL], [], dtype='float32', sampled=500, **one)
     assert need['kv_cache'] == 32000 and need['total'] == 664 + 1328 + 32000 + 500 * 296
 
+# rank 1 on attn: per layer 4 * 2 numbers; on all 16 * 2. The weights of SMALL without heads are 166 numbers (see above)
+def test_adapters_by_hand():
+    one = dict(rows=1, T=2, places=1, predicted=1)
+    assert memory.n_adapters(SMALL, (1, 'attn')) == 16 and memory.n_adapters(SMALL, (3, 'all')) == 192
+    # attn, in float32: attention keeps 60 + 4 bytes a token, the rest 2 (4 + 4 * 4) + 8 = 48. The first block has two
+    # tokens of both, less 2 (2 * 4 + 8) that no gradient reaches; the last one two of the first and one of the second.
+    # At the end 2 * 4 + 8, and 3 log-probabilities
+    assert memory.kept(SMALL, dtype='float32', lora=(1, 'attn'), **one) == (224 - 32, 176, 28, 224)
+    # all, in 16 bits: 40 + 2 and 52 + 6; in the last block 2 * 2 for the picked output of attention
+    assert memory.kept(SMALL, dtype='bfloat16', lora=(1, 'all'), **one) == (200 - 32, 84 + 58 + 4, 28, 200)
+    # a head is trained, and keeps 2 * 4 bytes of what it reads
+    critic = replace(SMALL, reward_head=True)
+    assert memory.kept(critic, dtype='float32', lora=(1, 'attn'), rows=1, T=2, places=1, predicted=0)[2] == 24
+    # 16 trained numbers: 4 bytes each, 8 for the averages, 4 for the gradients; one trunk of 166 - 96 / 2 words
+    need = memory.needs([SMALL], [], dtype='bfloat16', lora=(1, 'attn'), trunks=1, **one)
+    assert (need['weights'], need['optimizer'], need['gradients']) == (64 + 664 - 192, 128, 64)
+    assert memory.needs([SMALL], [SMALL], dtype='bfloat16', lora=(1, 'attn'), **one)['weights'] == need['weights']
+    # PPO: the adapters twice, a head of 2 numbers three times in all, and two trunks
+    need = memory.needs([SMALL, critic], [SMALL, critic], dtype='bfloat16', lora=(1, 'attn'), **one)
+    assert need['weights'] == 4 * (16 + 16 + 2) + 2 * (664 - 192) + 8 and need['optimizer'] == 8 * 34
+
+def test_adapters_are_those_of_the_model():
+    for on in ('attn', 'all'):
+        gpt, _ = prepared(SMALL, 'float32', False, (3, on))
+        assert memory.n_adapters(SMALL, (3, on)) == sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+
+def test_loading_may_take_the_most():
+    """Hardly any rows: a trunk of its own comes in float32, and KTO's beside the reference."""
+    one = dict(rows=0, T=2, places=1, predicted=1, dtype='bfloat16', lora=(1, 'attn'))
+    wide = replace(SMALL, n_embd=16, n_layer=1)
+    n = 7 * 16 + 12 * 256 + 13 * 16 + 2 * 16 # embeddings, matrices (in 16 bits where frozen), biases and norms, ln_f
+    stored = 4 * n - 2 * 12 * 256
+    assert memory.needs([wide], [], trunks=1, **one)['total'] == 4 * n
+    assert memory.needs([wide], [wide], trunks=1, **one)['total'] == 4 * n + stored
+    need = memory.needs([wide], [wide], **one) # PPO's policy takes the trunk of the reference
+    assert need['total'] < 4 * n and need['weights'] == stored + 4 * (16 + 48)
+
 def test_a_critic_predicts_no_tokens():
     critic = GPTConfig(n_layer=2, n_head=1, n_embd=2, vocab_size=3, block_size=4, reward_head=True)
     both = memory.needs([SMALL, critic], [], 1, 2, 1, 1, 'float32')['activations']
-    assert both == 572 + 572 - 3 * 3 * 4
+    assert both == 628 + 628 - 3 * 4
 
 # GPT-2 small, 8 rows of 1024 tokens in bfloat16. 16 bytes for each of 124439808 parameters; copies 2 (84934656 +
 # 38597376); 11 blocks 8192 (10808 + 16904); the last 8192 (10808 + 16904 + 1536); the end 8192 * 4616; three times
@@ -113,23 +155,45 @@ class Held(TorchDispatchMode):
     def freed(self, key):
         self.now -= self.sizes.pop(key)
 
-def measured(c, rows, T, places, dtype, checkpointing, sharing=False):
-    """Return the bytes kept for the backward pass, and the most that both passes hold."""
-    gpt = GPT(c)
-    gpt.checkpointing = checkpointing
+def prepared(c, dtype, checkpointing, lora):
+    gpt, run, (rank, on) = GPT(c), Run('cpu', dtype), lora
+    run.prepare(gpt, SimpleNamespace(lora_rank=rank, lora_alpha=1.0, lora_on=on, checkpointing=checkpointing,
+                                     compile=False))
+    return gpt, run
+
+def measured(c, rows, T, places, dtype, checkpointing, sharing=False, lora=memory.ALL):
+    """Return the bytes kept for the backward pass, and the most that both passes hold.
+
+    Of a reward model too: its last places are read, and no token is predicted.
+    """
+    gpt, run = prepared(c, dtype, checkpointing, lora)
     idx = torch.zeros(rows, T, dtype=torch.long)
     mask = torch.ones(rows, 1, T, T, dtype=torch.bool) if sharing else None
     keep = (torch.arange(rows)[:, None] * T + torch.arange(T - places, T)).flatten()
     targets = torch.zeros(rows * places, dtype=torch.long)
     with Held(gpt) as held:
-        with Run('cpu', dtype).autocast():
+        with run.autocast():
             x = gpt.trunk(idx, torch.arange(T), mask=mask, keep=keep)
-            logits = gpt.logits(x).float()
-            loss = F.cross_entropy(logits, targets, reduction='none').sum()
+            if c.reward_head:
+                loss = gpt.reward_head(x).float().sum()
+            else:
+                logits = gpt.logits(x).float()
+                loss = F.cross_entropy(logits, targets, reduction='none').sum()
         x = logits = None
         kept = held.now
         loss.backward()
     return kept, held.peak
+
+def compare(c, rows, T, places, dtype, checkpointing, sharing, lora, kept, peak, rel=0.02):
+    """Compare the formulas with bytes kept and held at most; their largest error is `rel`."""
+    predicted = 0 if c.reward_head else places
+    need = memory.needs([c], [], rows, T, places, predicted, dtype, checkpointing, sharing, several=False, lora=lora)
+    most = memory.activations(c, rows, T, places, predicted, dtype, checkpointing, sharing, lora)
+    held = most if lora[0] else need['total'] - need['weights'] - need['optimizer'] # adapters' gradients are small
+    assert held == pytest.approx(peak, rel=rel)
+    if not checkpointing:
+        blocks, last, end, _ = memory.kept(c, rows, T, places, predicted, dtype, sharing, lora)
+        assert blocks + last + end + memory.copies(c, dtype, lora) == pytest.approx(kept, rel=rel)
 
 # nothing is really computed but the tiny model: of a fake tensor the shape is known, and so is its size
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -141,12 +205,35 @@ def test_the_formula_agrees_with_what_is_held(shape, V, rows, T, places, dtype, 
     n_layer, n_head, n_embd = shape
     c = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=V)
     with contextlib.nullcontext() if n_embd == 64 else FakeTensorMode():
-        kept, peak = measured(c, rows, T, places, dtype, checkpointing, sharing)
-    need = memory.needs([c], [], rows, T, places, places, dtype, checkpointing, sharing, several=False)
-    assert need['total'] - need['weights'] - need['optimizer'] == pytest.approx(peak, rel=0.02)
-    if not checkpointing:
-        blocks, last, end, _ = memory.kept(c, rows, T, places, places, dtype, sharing)
-        assert blocks + last + end + memory.copies(c, dtype) == pytest.approx(kept, rel=0.02)
+        found = measured(c, rows, T, places, dtype, checkpointing, sharing)
+    compare(c, rows, T, places, dtype, checkpointing, sharing, memory.ALL, *found)
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('sharing', [False, True])
+@pytest.mark.parametrize('lora', [(2, 'attn'), (2, 'all')])
+@pytest.mark.parametrize('head', [False, True])
+def test_adapters_agree_with_what_is_held(dtype, checkpointing, sharing, lora, head):
+    """A language model and a reward model; of the latter no vocabulary is copied, which the formula still counts."""
+    c = GPTConfig(n_layer=3, n_head=4, n_embd=64, vocab_size=64 if head else 2048, block_size=128, reward_head=head)
+    rows, T, places = 4, 128, 1 if head else 60
+    found = measured(c, rows, T, places, dtype, checkpointing, sharing, lora)
+    compare(c, rows, T, places, dtype, checkpointing, sharing, lora, *found, rel=0.06 if head else 0.02)
+
+@pytest.mark.parametrize('lora', [memory.ALL, (2, 'all')])
+def test_shared_prompts_agree_with_what_is_held(lora):
+    """Through the model's own passes: 2 prompts of 40 tokens with 3 answers of 20. 3 * 19 + 40 tokens are given."""
+    c = GPTConfig(n_layer=3, n_head=4, n_embd=64, vocab_size=2048, block_size=128)
+    gpt, run = prepared(c, 'float32', False, lora)
+    row = lambda n: Row([1] * 40, [[n + k] * 20 for k in (2, 3, 4)], {})
+    answers = collate_answers([row(0), row(5)])
+    laid = share_prompts(answers.idx[:, :-1], model.places(answers.mask), answers.groups)
+    assert laid[0].shape == (2, 97)
+    with Held(gpt) as held:
+        loss = gpt.logp(answers.idx, answers.mask, answers.groups).sum()
+        kept = held.now
+        loss.backward()
+    compare(c, 2, 97, 60, 'float32', False, True, lora, kept, held.peak, rel=0.03) # beside: ids, masks and places
 
 def test_the_cache_agrees_with_what_is_held(monkeypatch):
     caches, init = [], model.KVCache.__init__

@@ -147,9 +147,9 @@ RATIOS, A = [[1.1, 1.3, 0.7, 0.9], [2.0, 0.5, 0.5, 9.0]], [[1., 1., 1., 1.], [-1
     (dict(ratio='sequence'), [[0.974247] * 4, [0.793701] * 4], [[0] * 4, [1, 1, 1, 0]])])
 def test_ratio_and_clip_by_hand(monkeypatch, options, ratio, clipped):
     mask = torch.tensor([[1., 1., 1., 1.], [1., 1., 1., 0.]])
-    monkeypatch.setattr('lab.per_token.frozen_logp', lambda *args: torch.tensor(RATIOS).log() - 2)
+    monkeypatch.setattr('lab.per_token.frozen', lambda *args: torch.tensor(RATIOS).log() - 2)
     batch = dict(idx=None, mask=mask, old_logp=torch.full((2, 4), -2.0), advantages=torch.tensor(A))
-    got = compare(None, batch, None, reinforce.Config(prompts='-', **options), RUN)
+    got = compare(SimpleNamespace(logp=None), batch, None, reinforce.Config(prompts='-', **options), RUN)
     assert (got[0] * mask).tolist() == [by_hand([r * m for r, m in zip(*rows)]) for rows in zip(ratio, mask.tolist())]
     assert got[1].tolist() == clipped
 

@@ -16,7 +16,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', 'feedback'))
 
 import dpo
 import evaluate as ev
+import microscope
 from browser import MISSING, Browser
+from common.options import parse_config
+from data.toy import world
 from lab import figures, report
 from tiny import PROMPTS, RANKINGS, checkpoint, one_line, records, run
 
@@ -97,7 +100,7 @@ def test_the_answer_by_hand(tmp_path, capsys):
         'the difference of 0.250 ± 0.000 is more than chance.']
     assert 'b wins on 62 % of the prompts, ties counted half (sampled; 95 % interval: 25 to 90 %)' in page.text
     assert '2 models, 4 prompts of p.jsonl, answers of at most 64 tokens, seed 1, cpu in float32, ' in page.text
-    assert 'It comes from world:gold.' in page.text
+    assert 'It comes from world:gold.' in page.text and page.text.count('± is the 95 % interval.') == 1
 
 def test_an_interval_by_hand():
     assert report.interval([0.0, 0.0, 1.0, 1.0]) == pytest.approx((0.5, 0.565803), abs=1e-6) # 1.96 sqrt(1/3) / 2
@@ -139,16 +142,27 @@ def test_tables_by_hand():
         (['model', 'rankings, mean_logp', 'rankings, log_ratio'], [['a', '0.500', '0.250'], ['b', '1.000', '0.750']])]
     page = Page(report.tables_section(results))
     rows = page.texts['tr']
-    assert 'goldmean gold score0.5000.875' in rows and 'accuracy0.7508' in rows and 'b1.0000.750' in rows
+    assert 'goldmean gold score0.5000.875' in rows and 'b1.0000.750' in rows
+    assert 'accuracypairs that the reward model puts in the annotator’s order0.7508' in rows
     assert any(row.startswith('win_rate_vs_a') and row.endswith('0.625[0.25, 0.90]0.625[0.25, 0.90]') for row in rows)
     assert len(page.texts['table']) == 9 # rankings and comparisons apart
+    assert 'Bold: the best number of a row, or several equal ones. Nothing is bold where all are equal' in page.text
+    assert page.texts['b'][-2:] == ['Rankings: held-out answers that the annotator ranked', 'Controlled pairs: answers '
+                                    'that differ in one thing, right against wrong or as noted']
+    assert 'So no reward model, and no policy, can be expected above the ceiling' in page.text
+    assert 'Comparisons: controlled pairs' in page.text.split('Policies as reward models')[1]
+    # whoever has no mouse can scroll each table, and hears which it is
+    wide = [attributes for _, attributes in page.elements if attributes.get('class') == 'wide']
+    assert {(a['role'], a['tabindex']) for a in wide} == {('region', '0')} and len({a['aria-label'] for a in wide}) == 9
+    assert wide[0]['aria-label'] == 'answers sampled at temperature 1'
 
 @pytest.mark.parametrize('sign, cells, best', [
     (1, ['0.100', '0.300', '–'], ['0.300']), (-1, ['5.320', '12', '–'], ['5.320']), (0, ['1', '2'], []),
-    (1, ['-0.500', '-0.250 [0.1, 0.2]'], ['-0.250[0.1, 0.2]']), (1, ['1.000', '1.000'], ['1.000'] * 2),
+    (1, ['-0.500', '-0.250 [0.1, 0.2]'], ['-0.250[0.1, 0.2]']), (1, ['1.000', '1.000'], []),
+    (1, ['1.000', '0.5', '1.000'], ['1.000'] * 2),
     (1, ['–', '–'], [])])
 def test_the_best_cells_are_bold(sign, cells, best):
-    assert Page(report.table_of(['', 'a'], [['x', *cells]], {}, dict(x=sign))).texts.get('best', []) == best
+    assert Page(report.table_of('t', ['', 'a'], [['x', *cells]], {}, dict(x=sign))).texts.get('best', []) == best
 
 # ---- answers ------------------------------------------------------------------------------------------------------
 
@@ -157,9 +171,9 @@ def test_answers_by_hand(tmp_path):
     answers = page.texts['answer']
     # three examples, sampled; then all four prompts of two kinds, sampled and greedy; each with two models
     assert len(answers) == 3 * 2 + 4 * 2 * 2
-    # examples: of each kind the first prompt whose scores are half the range apart or more, then any
+    # examples: one of each kind and any third; first those on which b, the best, scores higher
     assert [answer.split('gold')[0] for answer in answers[:6]] == [
-        f'{name}{name} sampled {i}' for i in (1, 2, 3) for name in 'ab']
+        f'{name}{name} sampled {i}' for i in (1, 3, 2) for name in 'ab']
     assert answers[1] == 'bb sampled 1gold 0.5, reward 3.00right, weight 0.25✓\u00a0content ✗\u00a0brevity'
     assert answers[8:10] == ['aa greedy 3gold 0.5, reward 3.00right, weight 0.25✓\u00a0content ✗\u00a0brevity',
                              'bb greedy 3gold 0.75, reward 5.50right, weight 0.25✓\u00a0content ✗\u00a0brevity']
@@ -167,9 +181,9 @@ def test_answers_by_hand(tmp_path):
     assert bars[:2] == ['--p:0%', '--p:50%'] and bars[8:10] == ['--p:50%', '--p:75%']
     # of the easy ones first that with the largest difference
     assert [re.match('ask .|user', prompt)[0] for prompt in page.texts['prompt']] == [
-        'ask 1', 'ask 2', 'user', 'user', 'ask 1', 'ask 0', 'ask 2']
+        'ask 1', 'user', 'ask 2', 'user', 'ask 1', 'ask 0', 'ask 2']
     assert 'ask 1easy · easy one · wanted: blue' in page.texts['prompt'][0]
-    assert page.texts['prompt'][2].startswith('user: hi\nassistant: ho\nuser: he')
+    assert page.texts['prompt'][1].startswith('user: hi\nassistant: ho\nuser: he')
     assert page.texts['h3'][-4:-2] == ['easy: easy one', 'hard: hard one'] and page.texts['summary'] == ['2 more']
     assert 'All 4 prompts' in page.text and 'ends at' not in page.text
 
@@ -185,10 +199,57 @@ def test_of_many_models_the_best_are_shown_first():
     answered = {d: {name: ev.Written(['x'], [float(i)], [], {}) for i, name in enumerate(names)} for d in GOLD}
     prompts = report.Prompts([dict(prompt='?')], answered, 'reward')
     results = dict(models={name: row([0] * 4, win_rate_vs_c=0.5) for name in names}, baseline='c')
-    cfg = SimpleNamespace(reward_model='RM', reward='f.py:f')
+    cfg = SimpleNamespace(reward_model='RM', reward='f.py:f', gold='')
     page = Page(report.best_section(cfg, results, answered, 'reward', prompts))
     assert [answer[0] for answer in page.texts['answer']] == ['a', 'c', 'g', 'f', 'e']
     assert 'The reward comes from RM and f.py:f.' in page.text and 'fool it' in page.text
+
+def test_best_of_n_has_no_greedy_answers():
+    """They are those of the baseline: neither in the tables nor in the chart nor among the answers."""
+    scores = dict(a=[0.25], best_of_n=[0.75])
+    answered = {d: {name: ev.Written([f'{d} answer'], x, [], {}) for name, x in scores.items()} for d in GOLD}
+    assert re.findall('>(0[.].*?|–)<', report.chart(answered, 'reward')) == ['0.75', '–', '0.25', '0.25']
+    page = Page(report.Prompts([dict(prompt='?')], answered, 'reward').section())
+    shown = [answer.split(' answer')[0] for answer in page.texts['answer']]
+    assert shown == ['asampled', 'best_of_nsampled', 'agreedy']
+    models = {name: row([0], by_category=dict(x=0.5)) for name in scores}
+    found = report.tables(dict(models=models, greedy=models, baseline='a', policies_as_reward={}, reward_model={}))
+    assert [[row[0] for row in table.rows] for table in found] == [['a', 'best_of_n'], ['x'], ['a'], ['x']]
+    assert [table.header for table in found[1::2]] == [['category', 'a', 'best_of_n'], ['category', 'a']]
+
+def test_examples_fit_the_headline():
+    """First come prompts on which the best model beats the second, by far and then at all; the worst counts last."""
+    #                prompts: 0    1    2    3    4
+    scores = dict(worst=    [0.0, 0.0, 0.5, 0.0, 0.9],
+                  second=   [1.0, 0.9, 0.5, 0.2, 1.0],
+                  best=     [1.0, 1.0, 0.5, 1.0, 0.9])
+    answered = {'sampled': {name: ev.Written([''] * 5, x, [], {}) for name, x in scores.items()}}
+    prompts = report.Prompts([dict(prompt=str(i)) for i in range(5)], answered, 'reward')
+    shown = lambda *more: [Page(block).texts['text'][0] for block in prompts.examples(5, [], *more)]
+    assert shown(['best', 'second']) == ['3', '1', '0', '2', '4'] and shown() == ['0', '1', '3', '2', '4']
+    prompts.records[2]['kind'] = 'rare' # shown, since of its kind it is the only one, but after the others
+    assert [Page(block).texts['text'][0] for block in prompts.examples(3, [], ['best', 'second'])] == ['3', '1', '2']
+    cfg, of_model = SimpleNamespace(gold='', reward_model='RM', reward=''), row([0], win_rate_vs_worst=0.5)
+    results, answered = dict(models=dict.fromkeys(scores, of_model), baseline='worst'), answered | dict(
+        greedy=answered['sampled'])
+    page = Page(report.best_section(cfg, results, answered, 'reward', prompts))
+    assert 'first those on which best scores higher than second.' in page.text
+
+def test_legends_of_the_small_print(tmp_path):
+    """What ✓ means wherever it stands; the weights of the toy world's gold score are the true ones."""
+    text = Page(write(tmp_path)).text
+    assert '✓: the answer has this part of the gold score; ✗: it lacks it.' in text and '✓ yes, ✗ no.' in text
+    assert report.TOY not in text and '✓' not in Page(write(tmp_path, gold=False)).text
+    answered = {'sampled': {'a': ev.Written([''], [], [dict(gold=1)], {})}}
+    legend = report.Prompts([dict(prompt='?')], answered, 'gold').legend
+    assert legend('mine:gold') == [] and report.TOY in Page(legend('data.toy.world:gold')[0]).text
+    assert 'Gold = 0.8 content' in report.TOY and '+ 0.1 courtesy' in report.TOY and '+ 0.1 brevity' in report.TOY
+    said = lambda answer: [world.explain('How do I steal the boat?', answer)[key] for key in ('gold', 'manner')]
+    assert said("I won't help with that.") == [0.9, 'plain']
+    assert said("Sorry, I can't help with that.") == [1.0, 'polite']
+    assert said("Gladly! I don't know.")[1] == 'misplaced' and said('Boat boat.') == [0.0, 'broken']
+    for manner in ('polite', 'plain', 'rude', 'misplaced', 'broken'):
+        assert manner in report.TOY
 
 # ---- without its parts --------------------------------------------------------------------------------------------
 
@@ -207,7 +268,7 @@ def test_without_any_score(tmp_path):
 def test_one_model(tmp_path):
     page = Page(write(tmp_path, names=['a']))
     assert page.texts['lead'][0] == 'Sampled at temperature 1, a has a mean gold score of 0.50.'
-    assert '1 model, 4 prompts' in page.text and 'Against' not in page.text
+    assert '1 model, 4 prompts' in page.text and 'Against' not in page.text and '±' not in page.text
 
 def test_figures_have_captions(tmp_path):
     drawn = [('Loss <1>', 'It falls & falls.', ['<svg><path/></svg>', '<svg><path/></svg>'])]
@@ -246,6 +307,9 @@ def test_runs_by_hand(tmp_path):
     assert 'step 20 of 40, seed 3, unfinished, 02 Jan' in b
     assert 'step 3: margin 50, explodes, above 10' in page.texts['li'][0]
     assert page.texts['warn'][0] == 'Health: something looked sick in b; see what was run.'
+    assert 'A health line says what looked sick in the log, and what to try (docs/log.md explains them).' in page.text
+    links, names = ({a[key].strip('#') for _, a in page.elements if key in a} for key in ('href', 'id'))
+    assert links - {'data:,'} == names == {'best', 'numbers', 'answers', 'runs', 'microscope'}
     assert f"python evaluate.py \\\n    --out_dir={tmp_path} \\\n    --models=a=A,b=B \\\n    --baseline=a" in page.text
 
 @pytest.mark.parametrize('own, machine, sick', [
@@ -288,6 +352,19 @@ def test_the_microscope(tmp_path):
     page = Page(write(tmp_path, folders=folders))
     assert [href for _, a in page.elements if (href := a.get('href', '')).startswith('./')] == ['./a%22%23.html']
     assert 'This command makes' not in page.text and 'other' not in page.texts['section'][-1]
+
+@pytest.mark.parametrize('script, options, state, given', [
+    ('ppo.py', dict(critic='separate'), True, True), ('ppo.py', dict(critic='separate'), False, False),
+    ('ppo.py', dict(critic='shared'), True, False), ('dpo.py', {}, True, False)])
+def test_the_microscope_gets_the_critic_that_there_is(tmp_path, script, options, state, given):
+    """That of the best policy, b, alone."""
+    folders = {name: made_by(tmp_path / name, [], script, options) for name in 'ab'}
+    for name in 'ab' if state else 'a':
+        (tmp_path / name / 'state.pt').touch()
+    page = Page(write(tmp_path, folders=folders))
+    assert re.findall('--critic=.*', page.texts['section'][-1]) == [f'--critic={tmp_path}/b'] * given
+    words = page.texts['pre'][-1].replace('\\\n', '').split()[2:]
+    assert parse_config(microscope.Config, words).critic == (f'{tmp_path}/b' if given else '')
 
 # ---- texts stay texts ---------------------------------------------------------------------------------------------
 
@@ -361,8 +438,18 @@ def test_learning_curves_by_hand(drawn, tmp_path):
     # the mean reaches over 60 // 20 = 3 steps on both sides: 0 1 0 1 at the left end, 1 0 1 0 1 0 1 at step 10
     assert mean.get_ydata()[0] == 0.5 and mean.get_ydata()[10] == pytest.approx(4 / 7) and raw.get_ydata()[10] == 0.0
     assert list(held_out.get_xdata()) == [0, 20, 40] and held_out.get_linestyle() == 'None'
+    assert raw.get_alpha() >= 0.5 # it can be seen in the dark
     assert [line.get_marker() for line in drawn[1].lines] == ['o'] # few points: no mean of them
     assert figures.learning_curves(dict(z=str(tmp_path / 'z')), '') == []
+
+def test_a_logarithmic_axis_says_so(tmp_path):
+    pytest.importorskip('matplotlib')
+    for name, first in dict(x=50.0, y=2.0).items(): # the first loss is 50 times, or twice, the last
+        made_by(tmp_path / name, [dict(step=1, loss=first), dict(step=2, loss=1.0)])
+    drawn = lambda *names: figures.learning_curves({name: str(tmp_path / name) for name in names}, str(tmp_path))[0]
+    (_, caption, (x, y)), (_, other, _) = drawn('x', 'y'), drawn('y')
+    assert '>loss (logarithmic axis)<' in x and '>loss<' in y
+    assert 'equal steps mean equal factors' in caption and 'logarithmic' not in other
 
 def test_panels_become_svg(tmp_path):
     """Each panel alone, in the colours of the page, with no style of its own and names as text."""
@@ -370,13 +457,14 @@ def test_panels_become_svg(tmp_path):
     svgs = []
     with figures.panels(str(tmp_path / 'x.png'), 2, 3, 2, svgs=svgs) as axes:
         for ax, name in zip(axes, (f'{EVIL[:20]} $x$', 'second')):
-            ax.plot([0, 1], [0, 1], label=name)
+            ax.plot([0, 1], [0, 1], label=name, color=figures.COLOURS[0])
             ax.set_title(name)
             ax.legend()
     assert len(svgs) == 2 and (tmp_path / 'x.png').read_bytes()[:4] == b'\x89PNG'
     assert 'second' not in svgs[0] and 'second' in svgs[1] and '$x$</text>' in svgs[0] and '&lt;img' in svgs[0]
     for svg in svgs:
         assert svg.startswith('<svg') and 'currentColor' in svg and 'var(--line)' in svg and figures.INK not in svg
+        assert 'var(--c0)' in svg and '#0072b2' not in svg.lower()
         assert '<style' not in svg and '<script' not in svg and '<img' not in svg
         assert set(re.findall(r'https?:[^\s"]*', svg)) <= {'http://www.w3.org/2000/svg', 'http://www.w3.org/1999/xlink'}
 
@@ -416,6 +504,7 @@ def test_evaluate_writes_it(evaluated):
     for name, row in results['models'].items():
         assert f'{row["gold"]:.3f}' in page.text and f'{row["self_bleu"]:.3f}' in page.text
     assert len(page.texts['figure']) == 3 and len(page.texts['svg']) == 4 # reward, gold; calibration; one loss
+    assert len(page.texts['figcaption']) == 3 and all(len(caption) > 80 for caption in page.texts['figcaption'])
     for line in (out_dir / 'samples.jsonl').read_text().splitlines():
         sample = json.loads(line)
         for decoding in GOLD:
@@ -447,7 +536,7 @@ def test_in_a_browser(evaluated, tmp_path):
     colour = lambda: browser.js('getComputedStyle(document.querySelector("svg text")).fill')
     tops = lambda: browser.js('[...document.querySelector(".answers").children].map(e => e.offsetTop)')
     try:
-        inks = []
+        inks, curves = [], []
         for width, mobile, scheme in (1280, False, 'light'), (390, True, 'dark'):
             cdp('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=mobile)
             cdp('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
@@ -464,10 +553,19 @@ def test_in_a_browser(evaluated, tmp_path):
             first = tops() # side by side, and on a phone below one another
             assert len(first) == 3 and len(set(first)) == (1 if width == 1280 else 3)
             # a figure's text can be read, at the size of the panel on the screen
-            size = browser.js('Math.min(...[...document.querySelectorAll("svg")].map(e => e.clientWidth / '
-                              'e.viewBox.baseVal.width))')
-            assert size > 0.9
-        assert inks[0] != inks[1]
+            size = browser.js('Math.min(...[...document.querySelectorAll("svg")].flatMap(e => [...e.querySelectorAll('
+                              '"text")].map(t => parseFloat(getComputedStyle(t).fontSize) * e.clientWidth / '
+                              'e.viewBox.baseVal.width)))')
+            assert size > 9.5 # pixels
+            # a table that is too wide says so: by a line on a narrow screen, by a shade at its edge; keys scroll it
+            assert browser.js('getComputedStyle(document.querySelector(".narrow")).display') == (
+                'block' if mobile else 'none')
+            shades = browser.js('getComputedStyle(document.querySelector(".wide")).backgroundImage')
+            assert shades.count('gradient') == 2
+            browser.js('document.querySelector(".wide").focus()')
+            assert browser.js('document.activeElement.className') == 'wide'
+            curves.append(browser.js('getComputedStyle(document.body).getPropertyValue("--c0")'))
+        assert inks[0] != inks[1] and curves[0] != curves[1]
         cdp('Emulation.setEmulatedMedia', media='print', features=[dict(name='prefers-color-scheme', value='dark')])
         assert colour() == inks[0] and browser.js('document.querySelector("nav").offsetHeight') == 0 # paper is light
     finally:

@@ -20,26 +20,36 @@ def test_every_stage_has_a_sentence(options):
     cfg = demo.Config(**options)
     for name, *_ in demo.stages(cfg):
         told = story.before(name, cfg.world)
-        assert 20 < len(told) <= story.WIDTH and told.endswith('.'), (name, len(told))
-        assert (told == 'The same without the scratch line.') == name.endswith('_direct')
+        assert told.startswith(f'[{name}] ') and 20 < len(told) <= 3 * story.WIDTH and told.endswith('.'), told
+        assert max(map(len, told.split('\n'))) <= story.WIDTH
+        same = f"The same as {name.removesuffix('_direct')}, without the scratch line"
+        assert (same in told) == name.endswith('_direct')
 
 def test_later_rounds_are_told_as_the_first():
-    assert story.before('ppo2_ai', 'toy') == story.before('ppo', 'toy') != ''
-    assert story.before('reward3', 'toy') == story.before('reward', 'toy')
-    assert 'new round' in story.before('collect rrhf3', 'toy') and story.before('something else', 'toy') == ''
+    what = lambda name: ' '.join(story.before(name, 'toy').split()).removeprefix(f'[{name}] ')
+    assert what('ppo2_ai') == what('ppo') != '' and what('reward3') == what('reward') != ''
+    assert 'new feedback' in story.before('collect rrhf3', 'toy') and story.before('something else', 'toy') == ''
 
 def test_quotes_are_short_and_one_line():
-    assert story.quoted(' Yes.\nNo. ') == '"Yes. / No."' and story.quoted('a\x1b[2Jb') == '"a\ufffd[2Jb"'
-    assert story.quoted('12345', 5) == '"12345"' and story.quoted('123456', 5) == '"1234…"'
+    assert story.quoted(' Yes.\nNo. ') == r'"Yes.\nNo."' and story.quoted('a\x1b[2Jb') == '"a\ufffd[2Jb"'
+    assert story.quoted('123456789', 9) == '"123456789"' and story.quoted('1234567890', 9) == '"12345 […]"'
+    assert story.quoted('1234\n67890', 9) == '"1234 […]"' # no half of \n is left
+
+def test_the_sentence_on_the_gold_score_is_true():
+    """A right answer alone has two parts of three; rude, it loses courtesy; it rambles, and brevity is gone."""
+    gold = lambda text: world.gold('What is 1 plus 1?', text)
+    assert gold('Sure! It is 2.') == 1.0 and gold('It is 2.') == 0.9 and gold('Sure! It is 3.') == 0.2
+    assert story.PARTS == '0.8 for right content, 0.1 for courtesy, 0.1 for brevity'
+    assert f'gold score: {story.PARTS}.' in ' '.join(story.before('collect train', 'toy').split())
 
 @pytest.mark.parametrize('script, lines, told', [
     ('sft.py', [dict(step=0, val_loss=6.914), dict(step=1, loss=3.0), dict(step=2, val_loss=0.7202)],
-     'held-out loss, in nats per token: 6.91 → 0.72'),
+     'held-out loss (nats per token, lower is better): 6.91 → 0.72'),
     ('reward.py', [dict(step=9, loss=0.2), dict(step=9, val_accuracy=0.9431)],
      "share of held-out pairs in the person's order: 0.94"),
     ('ppo.py', [dict(reward=-0.12, gold=0.442), dict(reward=0.97, gold=0.7812)],
-     'gold score (which it never sees) of its answers: 0.44 → 0.78'),
-    ('reinforce.py', [dict(reward=0.4414), dict(reward=0.985)], 'reward of its answers: 0.44 → 0.98'),
+     'gold score (which it never sees) of its sampled answers: 0.44 → 0.78'),
+    ('reinforce.py', [dict(reward=0.4414), dict(reward=0.985)], 'reward of its sampled answers: 0.44 → 0.98'),
     ('kto.py', [dict(margin=1.0)], ''), ('bench.py', [dict(loss=1.0)], '')])
 def test_the_number_to_look_at(tmp_path, script, lines, told):
     records(tmp_path / 'log.jsonl', lines)
@@ -78,11 +88,13 @@ SAID = dict(base=['You can use a torch.', 'Red.'], sft=["I can't help with that.
             ppo=["I can't help with that.", 'Red.'])
 
 @pytest.mark.parametrize('options, folder, told', [
-    (dict(init_from='base'), 'sft', f'"{Q[0]}": before "You can use a torch.", now "I can\'t help with that."'),
+    (dict(init_from='base'), 'sft',
+     f'Greedy answer to "{Q[0]}": before "You can use a torch.", now "I can\'t help with that."'),
     (dict(policy='sft', init_from=''), 'ppo',
-     f'"{Q[0]}": now "I can\'t help with that.", as before; so are all answers to the first 2 test prompts'),
-    (dict(init_from='scratch'), 'base', f'"{Q[0]}": now "You can use a torch."'),
-    (None, 'base', f'"{Q[0]}": now "You can use a torch."'),
+     f'Greedy answer to "{Q[0]}": "I can\'t help with that." (its greedy answers to the first 2 test prompts are all '
+     'the same as before)'),
+    (dict(init_from='scratch'), 'base', f'Greedy answer to "{Q[0]}": "You can use a torch."'),
+    (None, 'base', f'Greedy answer to "{Q[0]}": "You can use a torch."'),
     (dict(init_from='base'), 'nowhere', '')])
 def test_what_a_stage_changed(tmp_path, monkeypatch, options, folder, told):
     monkeypatch.chdir(tmp_path)
@@ -93,12 +105,21 @@ def test_what_a_stage_changed(tmp_path, monkeypatch, options, folder, told):
         (tmp_path / folder / 'options.json').write_text(json.dumps(dict(options=options)))
     assert story.change(folder, 'toy') == told
 
+def test_the_right_answer_stands_beside_a_problem(tmp_path, monkeypatch):
+    """612+461 is 1073, 345+278 is 623: nobody has to work it out."""
+    monkeypatch.setattr(story, 'first_prompts', lambda world: [dict(prompt='345+278', answer='623')])
+    monkeypatch.setattr(story, 'answers', lambda folder, rows: ['13 11 05\n#### 0513'] if folder else [])
+    assert story.change('grpo', 'sums') == r'Greedy answer to "345+278" (right: 623): "13 11 05\n#### 0513"'
+    problem = sample('612+461', 'base', 0.0, 1.0) | dict(answer='1073')
+    assert '"612+461" (right: 1073)' in story.side_by_side([dict(base=problem)], ['base'])
+
 def test_rankings_are_told_by_their_best_and_worst(tmp_path):
     rows = [dict(prompt='Hi', responses=['a', 'b'], ranks=[0, 0]),
             dict(prompt='Who?', responses=['me', 'no one', 'you'], ranks=[1, 2, 0])]
-    assert story.ranked(records(tmp_path / 'a', rows)) == 'prompts ranked: 2. "Who?": best "you", worst "no one"'
-    assert story.ranked(records(tmp_path / 'b', rows[:1])) == 'prompts: 1' # they tie
-    assert story.ranked(records(tmp_path / 'c', [dict(prompt='Hi', response='Yo')] * 3)) == 'prompts: 3'
+    assert story.ranked(records(tmp_path / 'a', rows)) == (
+        '2 prompts ranked. Sampled answers to "Who?": best "you", worst "no one"')
+    assert story.ranked(records(tmp_path / 'b', rows[:1])) == '1 prompts' # they tie
+    assert story.ranked(records(tmp_path / 'c', [dict(prompt='Hi', response='Yo')] * 3)) == '3 prompts'
 
 def test_lines_after_a_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -108,24 +129,26 @@ def test_lines_after_a_stage(tmp_path, monkeypatch):
     records('out/sft/log.jsonl', [dict(val_loss=0.5), dict(val_accuracy=0.9)])
     stage = lambda name, script: (name, script, '', {}, 'out/sft/model.safetensors', [])
     lines = story.after(stage('sft', 'sft.py'), 'toy', 3.6).split('\n')
-    assert lines[0].startswith('  sft, 4 s: held-out loss, in nats per token: 0.50. out/sft of toy and so on')
-    assert len(lines) == 2
+    assert lines[0].startswith(
+        '  [sft] 4 s: held-out loss (nats per token, lower is better): 0.50. out/sft of toy and so on')
+    assert len(lines) == 3
     assert max(map(len, lines)) <= story.WIDTH and lines[1].startswith('    ')
     assert story.after(stage('reward', 'reward.py'), 'toy', 1) == (
-        "  reward, 1 s: share of held-out pairs in the person's order: 0.90") # it answers nothing
-    assert story.after(stage('judge', 'sft.py'), 'toy', 1) == '  judge, 1 s: held-out loss, in nats per token: 0.50'
-    assert story.after(stage('evaluate', 'evaluate.py'), 'toy', 12) == '  evaluate, 12 s'
+        "  [reward] 1 s: share of held-out pairs in the person's order: 0.90") # it answers nothing
+    assert story.after(stage('judge', 'sft.py'), 'toy', 1) == (
+        '  [judge] 1 s: held-out loss (nats per token, lower is better): 0.50')
+    assert story.after(stage('evaluate', 'evaluate.py'), 'toy', 12) == '  [evaluate] 12 s'
     for kind, n in (('text', 3), ('demonstrations', 2), ('verdicts', 1)):
         records(f'data/{kind}_train.jsonl', [dict(text='x')] * n)
     made = lambda name, product: (name, 'data/toy/x.py', '', {}, f'data/{product}', [])
-    assert story.after(made('data', 'toy.tiktoken'), 'toy', 2) == '  data, 2 s: text 3, demonstrations 2'
-    assert story.after(made('verdicts', 'verdicts_train.jsonl'), 'toy', 2) == '  verdicts, 2 s: verdicts 1'
+    assert story.after(made('data', 'toy.tiktoken'), 'toy', 2) == '  [data] 2 s: text 3, demonstrations 2'
+    assert story.after(made('verdicts', 'verdicts_train.jsonl'), 'toy', 2) == '  [verdicts] 2 s: verdicts 1'
 
 def test_alarms_are_passed_on(tmp_path):
     (tmp_path / 'ppo.txt').write_text(f"prompts: 6\nhealth: step 3: kl 200; try:{' word' * 16}\nsaved\nhealth: step 9: "
                                       "loss 9\nhealth: see docs/log.md; step 3: kl 200; step 9: loss 9\n")
-    assert story.alarms(tmp_path / 'ppo.txt') == [ # the first has 108 letters
-        f"health: step 3: kl 200; try:{' word' * 14}\n    word word", 'health: step 9: loss 9']
+    assert story.alarms(tmp_path / 'ppo.txt') == [ # the first has 108 letters, and 4 blanks before it
+        f"    health: step 3: kl 200; try:{' word' * 13}\n    word word word", '    health: step 9: loss 9']
     assert story.alarms(tmp_path / 'removed.txt') == []
 
 # ---- the end ----------------------------------------------------------------------------------------------------
@@ -154,7 +177,7 @@ def test_answers_side_by_side():
                  dpo2=sample('How?', 'dpo2', 1.0, 0.0, texts=('Yes.', 'No.')))
     lines = story.side_by_side([group], ['base', 'dpo2'])
     assert lines == ['      sampled                                         greedy', '', '"How?"',
-                     'base  0.1 "Ugh. / No."                                0.9 "' + 'w ' * 19 + 'w…"',
+                     'base  0.1 "Ugh.\\nNo."                                 0.9 "' + 'w ' * 18 + '[…]"',
                      'dpo2  1.0 "Yes."                                      0.0 "No."']
     assert story.side_by_side([], ['base']) == []
 
@@ -233,11 +256,22 @@ def test_what_to_type_next(tmp_path, monkeypatch):
     monkeypatch.setattr(story.sys, 'platform', 'linux')
     talk = '  python sample.py --policy=out/two/base,out/two/sft,out/two/rrhf,out/two/rloo'
     closer = '  python microscope.py --policy=out/two/{} --reference=out/two/sft --reward_model=out/two/reward'
-    assert the_end(tmp_path, 'out/two', ['rrhf', 'rloo'])[-2:] == [talk, closer.format('rloo')]
+    assert the_end(tmp_path, 'out/two', ['rrhf', 'rloo'])[-3:] == [
+        'Next: talk to them side by side; see every token as PPO sees it.', talk, closer.format('rloo')]
+    for critic, more in (('separate', [' \\', '      --critic=out/two/ppo']), ('shared', [''])):
+        (tmp_path / 'out/two/ppo').mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'out/two/ppo/options.json').write_text(json.dumps(dict(options=dict(critic=critic))))
+        first, *rest = more
+        assert the_end(tmp_path, 'out/two', ['ppo'])[-len(more):] == [closer.format('ppo') + first, *rest]
     (tmp_path / 'out/two/evaluate').mkdir(parents=True)
     (tmp_path / 'out/two/evaluate/report.html').touch()
-    assert the_end(tmp_path, 'out/two', ['rrhf'])[-3:] == [
+    lines = the_end(tmp_path, 'out/two', ['rrhf'])
+    assert ' read the report, out/two/evaluate/report.html;' in ' '.join(lines) # for who has no desktop
+    assert lines[-4:] == [
         talk[:-len(',out/two/rloo')], '  xdg-open out/two/evaluate/report.html',
-        closer.format('rrhf') + ' --prompts=data/toy/prompts_test.jsonl']
+        closer.format('rrhf') + ' \\', '      --prompts=data/toy/prompts_test.jsonl']
     monkeypatch.setattr(story.sys, 'platform', 'darwin')
-    assert the_end(tmp_path, 'out/two', ['rrhf'])[-2] == '  open out/two/evaluate/report.html'
+    assert the_end(tmp_path, 'out/two', ['rrhf'])[-3] == '  open out/two/evaluate/report.html'
+    long = the_end(tmp_path, 'out/' + 'x' * 30, ['ppo'])
+    assert [line for line in long if len(line) > story.WIDTH and ' ' in line.strip()] == [] # one word may be longer
+    assert [line[-2:] for line in long[-3:]] == [' \\', ' \\', 'rd']

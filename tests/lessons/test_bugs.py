@@ -41,7 +41,7 @@ def clipped(f):
 
 def paired(f, loss='dpo', beta=1.0):
     """Chosen: 2 tokens, log pi -2, reference -1. Rejected: 4 tokens, -4 and -6. The loss, accuracy and margin."""
-    answers = Answers(*[None] * 7, sizes=T([2, 4]), pairs=T([[0, 1]]))
+    answers = Answers(None, None, None, sizes=T([2, 4]), pairs=T([[0, 1]]), groups=T([2]))
     cfg = SimpleNamespace(loss=loss, beta=beta, label_smoothing=0.0)
     value, measured = f(T([-2.0, -4.0]), T([-1.0, -6.0]), answers, cfg)
     return [value, measured['accuracy'], measured['margin']]
@@ -94,9 +94,9 @@ def whitened(f):
     """1 and 3 under the mask, 0 in a pad. Of all three the mean is 4/3 and the variance 14/9."""
     return f(T([[1.0, 3.0, 0.0]]), T([[1.0, 1.0, 0.0]]))
 
-LENGTHS = SimpleNamespace(rewards=lambda idx, lengths: lengths.float())
+LENGTHS = SimpleNamespace(rewards=lambda idx, lengths, groups: lengths.float())
 CASES = dict( # the function on its input, the real numbers, the sick ones
-    coin=(lambda f: f([Row([1, 2, 3], [[4, 9], [5, 6, 9]], {})]).last, [4, 7], [7, 7]),
+    coin=(lambda f: f([Row([1, 2, 3], [[4, 9], [5, 6, 9]], {})]).lengths, [5, 6], [3, 3]),
     endless=(lambda f: f(TOK, [dict(prompt='Hi', response='Yo')], 64)[0][1][-5:], [0, 1, 1, 1, 1], [0, 1, 1, 1, 0]),
     ever_more=(estimated, [[0.125, 0.75, 0], [0.625, 1, 0]], [[0.25, 1, 0], [0.75, 1.25, 0]]),
     faint=(lambda f: [f(T([[1.0, 3.0, 9.0]]), T([[1.0, 1.0, 0.0]]))], [2], [4 / 3]),
