@@ -64,7 +64,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-PRESETS = dict(tiny=(4, 4, 128, 512), small=(6, 6, 384, 50257), gpt2=(12, 12, 768, 50257)) # n_layer, n_head, n_embd, V
+PRESETS = { # n_layer, n_head, n_embd, vocab_size
+    'tiny': (4, 4, 128, 512), 'small': (6, 6, 384, 50257), 'gpt2': (12, 12, 768, 50257),
+    'gpt2-medium': (24, 16, 1024, 50257)}
 LONGEST = 256 # tokens in a row
 DEFAULT_BATCHES = dict(generate=(16, 64), lm=(8,), sft=(8,), rm=(8,), dpo=(8,), ppo=(64,), rloo=(16,),
                        memory=(8,))
@@ -73,7 +75,7 @@ NO_STEPS = 'generate', 'ppo', 'rloo' # workloads whose lap is no number of optim
 @dataclass
 class Config(RunOptions):
     workload: str = '' # generate, lm, sft, rm, dpo, ppo, rloo or memory
-    preset: str = 'tiny' # tiny, small or gpt2: random weights of that shape
+    preset: str = 'tiny' # tiny, small, gpt2 or gpt2-medium: random weights of that shape
     init_from: str = '' # a language model, folder or on the hub, instead of random weights; then its shape counts
     data: str = '' # comparisons; without: random ids
     batch_size: int = 0 # rows, pairs or prompts at a time; 0 = as above, 8 in the training steps

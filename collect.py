@@ -19,6 +19,7 @@ wrote its end, or was cut off by max_new_tokens.
 
 import codecs
 import contextlib
+import itertools
 import os
 import random
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from common.records import (QUALITIES, check, check_record, is_number, is_text, 
                             read_preferences, read_records, to_lines, write_records)
 from common.rollout import sample_answers
 from common.run import default_signals, progress, start, stop
-from common.tokens import load_tokenizer
+from common.tokens import load_tokenizer, prompt_ids
 from common.weights import weight_files
 from feedback import agreement
 from feedback.annotators import (PolicyReward, RewardFunction, RewardModel, SimulatedPerson, Terminal, Undo, answers_of,
@@ -186,7 +187,16 @@ def load_writer(name, cfg, run, records):
     """Load one policy that answers: (name, model, tokenizer, the prompts' ids)."""
     tok = load_tokenizer(name, 'policy')
     model = load_policy(name).to(run.device)
-    return name, model, tok, encode_prompts(tok, records, model.config.block_size - cfg.max_new_tokens)
+    room = model.config.block_size - cfg.max_new_tokens
+    return name, model, tok, encode_prompts(tok, records, room, f"prompts for {name}")
+
+def warn_of_cuts(cfg, writers, records):
+    """Say where people will see prompts whole that a writer does not."""
+    spare = min(model.config.block_size - len(prompt_ids(tok, record['prompt']))
+                for _, model, tok, _ in writers for record in records) # beside the longest prompt
+    if spare < cfg.max_new_tokens:
+        note("a policy reads only the end of a cut prompt, people see all of it: "
+             + (f"--max_new_tokens={spare} cuts none" if spare > 0 else "a smaller --max_new_tokens cuts less"))
 
 def write_answers(cfg, run, writers, records, stretch):
     """Sample K `responses` to each of the records numbered `stretch`; empty ones are left out.
@@ -240,16 +250,21 @@ def deal(cfg, rows):
     The seed draws the shared prompts, and who gets each other one. All files keep the prompts' order. Their `ranks` are
     0: nobody has said anything yet.
     """
-    rankable = [row | dict(ranks=[0] * len(row['responses'])) for row in rows if len(row['responses']) > 1]
+    rankable = [row | dict(ranks=[0] * len(row['responses'])) for row in rows if len({*answers_of(row)}) > 1]
     if len(rankable) < cfg.split:
-        fail(f"--split={cfg.split}: {len(rankable)} prompts have two answers; wanted one or more for each rater")
+        fail(f"--split={cfg.split}: {len(rankable)} prompts have two different answers; wanted one for each "
+             "rater at least")
     order, n = random.Random(cfg.seed).sample(range(len(rankable)), len(rankable)), round(cfg.overlap * len(rankable))
     os.makedirs(os.path.dirname(cfg.out) or '.', exist_ok=True)
     for k, path in enumerate(parts(cfg)):
         mine = sorted(order[:n] + order[n + k::cfg.split])
         write_records(path, [rankable[i] for i in mine])
         print(f"{path}: {len(mine)} prompts, {n} of them for all raters")
-    print(f"{len(rows) - len(rankable)} prompts left out (fewer than two answers that are not empty)")
+    print(f"{len(rows) - len(rankable)} prompts left out (fewer than two different answers that are not empty)")
+    stem, end = os.path.splitext(cfg.out)
+    later = (f"{stem}_{k}{end}" for k in itertools.count(cfg.split + 1))
+    if old := [*itertools.takewhile(os.path.exists, later)]: # their prompts are dealt to others now
+        print(f"of an earlier deal, not to be ranked any more: {', '.join(old)}")
 
 def check_out(cfg):
     """End the program where it would overwrite a file unasked."""
@@ -425,6 +440,8 @@ def main(cfg):
     option = dict(simulated='gold', function='reward').get(cfg.annotator)
     reward = option and load_reward_function(getattr(cfg, option), option, records, cfg.answers or cfg.prompts)
     writers = [] if cfg.answers else [load_writer(name, cfg, run, records) for name in cfg.policy.split(',')]
+    if writers and (cfg.annotator == 'human' or cfg.split):
+        warn_of_cuts(cfg, writers, records)
     ensemble = load_ensemble(cfg, run, writers)
     if cfg.select:
         rows = [row for _, _, rows in stretches(cfg, run, writers, records) for row in rows]

@@ -32,7 +32,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -161,27 +160,24 @@ def read_record(cfg):
     """Return demo.json: {stage: [its command, when it began, when it ended or null]}."""
     path = f'{cfg.out_dir}/demo.json'
     record = read_json(path) if os.path.exists(path) else {}
-    return {k: v for k, v in record.items() if isinstance(v, list) and len(v) == 3} # older ones had two parts
+    is_text, is_time = lambda x: isinstance(x, str), lambda x: type(x) in (int, float)
+    return {name: entry for name, entry in record.items() # older ones had two parts
+            if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], list)
+            and all(map(is_text, entry[0])) and is_time(entry[1]) and (entry[2] is None or is_time(entry[2]))}
 
 def claim(cfg):
-    """Take out_dir for this process and this seed alone, emptied if `fresh`."""
+    """Take out_dir for this process and this seed alone; if `fresh` forget what was done in it."""
     if not os.path.exists('config/toy/pretrain.py'):
         fail(f"{os.getcwd()}: demo.py runs in the repository alone; wanted: cd {Path(__file__).resolve().parent}")
-    if cfg.fresh and os.path.exists(cfg.out_dir) and not os.path.exists(f'{cfg.out_dir}/demo.json'):
-        fail(f"--fresh=True: {cfg.out_dir} would be removed, and has no demo.json: it was not made by demo.py")
     os.makedirs(cfg.out_dir, exist_ok=True)
     lock(f'{cfg.out_dir}/.lock')
-    if cfg.fresh:
-        for path in Path(cfg.out_dir).iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != '.lock':
-                path.unlink()
+    if cfg.fresh: # every stage replaces its own; what else lies there is not the demo's
+        Path(cfg.out_dir, 'demo.json').unlink(missing_ok=True)
     seed = f'--seed={cfg.seed}'
     for word in read_record(cfg).get('pretrain', [[]])[0]:
         if word.startswith('--seed=') and word != seed:
             fail(f"{seed}: {cfg.out_dir} was made with {word}; wanted that, another --out_dir, or --fresh=True, which "
-                 "removes it")
+                 "replaces it")
 
 def end_with(parent):
     """Let the kernel send this child SIGTERM when its parent is gone."""

@@ -37,7 +37,7 @@ from common.run import default_signals, start, stop
 from common.tokens import load_tokenizer
 from common.training import make_optimizer
 from common.weights import open_pretrained
-from lab.per_token import compare, describe_answers, plain, read_samples
+from lab.per_token import COLUMNS, compare, describe_answers, legend, plain, read_samples
 from lab.report import is_page
 
 import torch
@@ -150,9 +150,7 @@ def look(models, prompts, n_shown, tok, cfg, run):
 
 def print_answer(answer, in_colour):
     """Print a table of an answer, a line per token."""
-    names = dict(logp='log pi', ref_logp='log ref', kl='KL', entropy='entropy', reward='reward', value='V',
-                 advantage='A', whitened='A white', returns='return', prefix='RM score', ratio='ratio')
-    names = {key: f' {name:>7}' for key, name in names.items() if key in answer}
+    names = {key: f' {name:>7}' for key, (name, _) in COLUMNS.items() if key in answer}
     print(''.join(names.values()) + '  token')
     for t, (label, whole) in enumerate(map(plain, token) for token in answer['tokens']):
         up = ((answer.get('whitened') or answer['advantage'])[t] or 0) > 0 # None: infinite
@@ -224,8 +222,7 @@ def main(cfg):
         print_answer(answer, in_colour)
     data = json.dumps(dict(settings=texts, answers=answers)).replace('<', '\\u003c') # it ends no script
     write_atomic(cfg.out, HTML.read_text(encoding='utf-8').replace('"DATA"', data))
-    pushed = 'Green: pushed up. Red: pushed down.' if in_colour else '⟦ ⟧: pushed down.'
-    print(f"\n{pushed} *: the clip bites. docs/log.md explains the columns.", *texts, f"wrote {cfg.out}", sep='\n')
+    print('\n' + legend(answers, in_colour), *texts, f"wrote {cfg.out}", sep='\n')
 
 if __name__ == '__main__':
     launch(main, Config)

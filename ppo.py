@@ -10,7 +10,7 @@ reward model, without one as the policy), the reward model, and the reference (t
     python ppo.py config/toy/ppo.py --reward_model= --reward=data.toy.world:gold --out_dir=out/toy/ppo_gold
 
 One iteration:
-    1. roll out: sample answers to a batch of prompts at temperature 1, no top-k or top-p, recording log pi_old
+    1. roll out: sample n_answers answers to each prompt at temperature 1, no top-k or top-p, recording log pi_old
     2. score: the reward r(x, y) (common/rewards.py), less a penalty where an answer does not end
     3. reward per token: the KL penalty -beta * (log pi_old - log pi_ref), plus the score on the last token
     4. advantages by GAE from the critic's values, whitened
@@ -27,8 +27,8 @@ from common.checkpoints import load_checkpoint, load_policy, load_reward_model, 
 from common.options import fail, launch, require, unread
 from common.records import files_of, read_records
 from common.rewards import RolloutOptions, load_actors, mean_gold
-from common.rollout import (describe, describe_critic, frozen, kl_k1, masked_mean, micro_batches,
-                            minibatches, ratio_stats, sample_rollouts, whiten)
+from common.rollout import (describe, describe_critic, frozen, kl_k1, masked_mean, micro_batches, minibatches,
+                            ratio_stats, sample_rollouts, whiten)
 from common.run import start, stop
 from common.tokens import load_tokenizer
 from common.training import Means, check_finite, finish_step, lr_at, make_optimizer, optimizer_step, training_bar

@@ -8,8 +8,8 @@ Several policies answer one after the other. Each has its own tokenizer, hears i
 would say without the others.
 
 Without --prompt this is a conversation: what does not fit the context is forgotten, the oldest turns first. /reset
-forgets all; an empty line, Ctrl-D or Ctrl-C ends. An answer ends with the end-of-text token, before a next "### Human:"
-(some models never learnt to end), after max_new_tokens, or at Ctrl-C.
+forgets all, /help says what one can type; /quit, an empty line, Ctrl-D or Ctrl-C ends. An answer ends with the
+end-of-text token, before a next "### Human:" (some models never learnt to end), after max_new_tokens, or at Ctrl-C.
 """
 
 import codecs
@@ -30,6 +30,8 @@ from feedback.scores import score_answers
 import torch
 
 STOP = SPEAKER['user'].rstrip() # "### Human:"
+HELP = ("/reset forgets what was said; /quit, an empty line or Ctrl-D ends; Ctrl-C ends an answer. Any other line goes "
+        "to the model.")
 
 @dataclass
 class Config(RunOptions):
@@ -89,9 +91,10 @@ def fit(tok, messages, room):
     ids, notice = prompt_ids(tok, messages), ''
     for first in range(2, len(messages), 2):
         if len(ids) > room:
-            ids, notice = prompt_ids(tok, messages[first:]), f"forgot the oldest {first} messages"
+            ids, notice = prompt_ids(tok, messages[first:]), (
+                "the conversation has grown too long: what was said first is forgotten")
     if len(ids) > room:
-        notice = f"read only the last {room} of {len(ids)} tokens"
+        notice = f"your text is too long: only the last {room} of {len(ids)} tokens are read"
     return ids[-room:], notice
 
 # A policy, named by its folder; room: how many tokens its prompt may have, longest: its answer; lead: what is printed
@@ -163,20 +166,25 @@ def main(cfg):
     with contextlib.suppress(ImportError): # Windows
         import readline # input() then edits lines by whole characters
     print(*(f"{voice.folder}: context of {voice.room + voice.longest} tokens;" for voice in voices),
-          "/reset forgets, an empty line or Ctrl-D ends")
+          "/help says what you can type")
     said = {voice: [] for voice in voices} # the messages of each
     try:
         for turn, line in enumerate(iter(lambda: input("\nyou:   ").strip(), '')):
+            if line == '/quit':
+                break
+            if line == '/help':
+                print(HELP)
+                continue
             if line == '/reset':
                 said = {voice: [] for voice in voices}
                 continue
-            for voice, messages in said.items():
+            for messages in said.values():
                 messages.append({'role': 'user', 'content': line})
-                ids, notice = fit(voice.tok, messages, voice.room)
-                if notice:
-                    print(f"({notice}: the context holds {voice.room + voice.longest} tokens, {voice.longest} of them "
-                          "for the answer)")
-                messages.append({'role': 'assistant', 'content': answer(voice, ids, turn)})
+            read = {voice: fit(voice.tok, messages, voice.room) for voice, messages in said.items()}
+            for notice in dict.fromkeys(notice for _, notice in read.values() if notice): # once for all voices
+                print(f"({notice})")
+            for voice, (ids, _) in read.items():
+                said[voice].append({'role': 'assistant', 'content': answer(voice, ids, turn)})
     except EOFError: # Ctrl-D
         print()
     stop(run)

@@ -246,7 +246,7 @@ def read_log(path):
     lines = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding='utf-8', errors='replace') as f:
         for text in f:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError): # the latter of brackets nested too deeply
                 lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict)]
 

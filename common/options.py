@@ -214,8 +214,8 @@ def print_help(cls):
     print('\noptions, as --key=value or as lines of a config file:\n')
     defaults, told = {f.name: f.default for f in dataclasses.fields(cls)}, set()
     for base in (c for c in cls.__mro__ if dataclasses.is_dataclass(c)):
-        if told and base is cls.__base__:
-            print('\nshared with other scripts:\n')
+        if told: # what its docstring says that it holds
+            print(f"\n{base.__doc__.partition('.')[0].removeprefix('Hold the ')}:\n")
         for line in inspect.getsource(base).splitlines():
             name, colon, rest = line.strip().partition(': ')
             if colon and name in base.__annotations__ and name not in told:

@@ -10,7 +10,7 @@ from itertools import chain, combinations
 from statistics import fmean, pstdev, variance
 
 from common.options import fail, note
-from common.records import check_record, read_preferences, write_records
+from common.records import QUALITIES, check_record, first_row, read_preferences, write_records
 from common.rollout import pair_agreement
 from feedback.annotators import answers_of, to_ranks, visible
 
@@ -140,6 +140,10 @@ def merge(files, out):
     A task's new ranks follow the number of other answers that each answer beats (a tie is half; the Borda count).
     `opinions` keeps who said what: of each rater the ranks, in the same order of the answers.
     """
+    for path in files:
+        if 'response' in (row := first_row(path)) and {*QUALITIES} & row.keys():
+            fail(f"{path}: wanted rankings, got ratings, which need no merging; reward.py --train_data=A,B reads "
+                 "several files of them")
     tables, tasks, merged = by_rater(files), {}, [] # tasks: task -> {rater: their row}
     for rater, rows in tables.items():
         if any('again' in row for row in rows.values()):

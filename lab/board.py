@@ -10,6 +10,7 @@ tie is half a win for each. docs/feedback.md explains the tables.
 
 import html
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ def of_rankings(files, cfg):
     rows, where = [row for mine in raters.values() for row in mine.values()], ', '.join(files)
     votes = {title: votes_of(group, where) for title, group in groups_of(rows, cfg.by).items()}
     every, left_out = votes['all']
+    if not every:
+        found = sorted({visible(name) for row in rows for name in row['policies']})
+        fail(f"{where}: wanted different answers of two policies to one prompt, found none; there are answers of "
+             f"{', '.join(found)}")
     if all(v.win == 0.5 for v in every):
         fail(f"{where}: wanted answers of one policy ranked above those of another; all {len(every) // 2} pairs of two "
              "policies tie")
@@ -58,7 +63,8 @@ def of_rankings(files, cfg):
     if baseline not in names:
         fail(f"--baseline={baseline}: wanted one of {', '.join(names)}")
     tables = {title: measure(mine, baseline, cfg.bootstrap, cfg.seed) for title, (mine, _) in votes.items() if mine}
-    said = [f'baseline: {baseline}', 'Elo: mean 1000, with half a win and half a loss more, against an average policy']
+    said = [f'baseline: {baseline}', 'Every policy is given half a win and half a loss more, against an average '
+            'one, so that no Elo is infinite; their mean is 1000']
     said += [f"{name} {'won' if row['win_rate'] else 'lost'} everything: only that half keeps its Elo finite"
              for name, row in tables['all'].items() if row['win_rate'] in (0, 1)]
     said += [f'{n} pairs {why} left out' for why, n in left_out.items()]
@@ -84,7 +90,7 @@ def of_ratings(files, cfg):
 def show(title, table):
     """Print {policy: its numbers}; an interval stands behind its number."""
     def cell(row, key):
-        digits = 0 if key in ('comparisons', 'elo', 'length', 'ratings') else 2
+        digits = 0 if key in ('comparisons', 'elo', 'characters', 'ratings') else 2
         numbers = ['–' if x is None else f'{x:.{digits}f}' for x in (row[key], *row.get(f'{key}_interval', []))]
         return '{} ({}–{})'.format(*numbers) if len(numbers) > 1 else numbers[0]
     keys = [key for key in [*table.values()][0] if not key.endswith('_interval')]
@@ -93,18 +99,26 @@ def show(title, table):
     print('', title, *align(lines[0], lines[1:]), sep='\n')
 
 def draw(table):
-    """Draw each policy's Elo with its interval; return the SVG text."""
-    ends = [x for row in table.values() for x in (row['elo'], *row['elo_interval'])]
-    left, bottom, parts = 30 + 8 * max(map(len, table)), 46 + 28 * len(table), []
-    at = lambda elo: round(left + 400 * (elo - min(ends)) / (max(ends) - min(ends) or 1), 1)
-    for y, (name, row) in zip(count(46, 28), table.items()):
-        (low, high), elo = row['elo_interval'], row['elo']
+    """Draw each policy's Elo with its interval; return the SVG text. A line stands at 1000, the mean."""
+    ends = [1000, *(x for row in table.values() for x in (row['elo'], *row['elo_interval']))]
+    step = next(n for n in (10 ** k * m for k in count(1) for m in (1, 2, 5)) if max(ends) - min(ends) <= 6 * n)
+    below, above = (math.ceil(x / step) for x in (1000 - min(ends), max(ends) - 1000)) # in steps
+    low, high = 1000 - step * below, 1000 + step * max(above, 1)
+    left, bottom, parts = 30 + 8 * max(map(len, table)), 40 + 28 * len(table), []
+    at = lambda elo: round(left + 400 * (elo - low) / (high - low), 1)
+    for tick in range(low, high + 1, step):
+        colour, dashes = ('#5f5d57', 'stroke-dasharray="4 3"') if tick == 1000 else ('#e0ddd4', '')
+        parts.append(f'<path d="M{at(tick)} 30V{bottom}" stroke="{colour}" {dashes}/>'
+                     f'<text x="{at(tick)}" y="{bottom + 18}" text-anchor="middle">{tick}</text>')
+    parts.append(f'<path d="M{left} {bottom}H{left + 400}" stroke="#1d1d1b"/>')
+    for y, (name, row) in zip(count(50, 28), table.items()):
+        (start, end), elo = row['elo_interval'], row['elo']
         parts.append(f'<text x="8" y="{y + 4}">{html.escape(name)}</text><text x="{left + 420}" y="{y + 4}">{elo:.0f}'
-                     f'</text><g stroke="#0072B2" stroke-width="2" fill="#0072B2"><path d="M{at(low)} {y}H{at(high)}"/>'
-                     f'<circle cx="{at(elo)}" cy="{y}" r="3"/></g>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 480}" height="{bottom}" fill="#1d1d1b" '
-            'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
-            f'<text x="8" y="20">Elo, with 95 % intervals</text>{"".join(parts)}</svg>\n')
+                     '</text><g stroke="#0072B2" stroke-width="2" fill="#0072B2">'
+                     f'<path d="M{at(start)} {y}H{at(end)}"/><circle cx="{at(elo)}" cy="{y}" r="3"/></g>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 480}" height="{bottom + 30}" fill="#1d1d1b" '
+            'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/><text x="8" y="20">'
+            f'Elo, with 95 % intervals; dashed: 1000, the mean of all</text>{"".join(parts)}</svg>\n')
 
 def main(cfg, files):
     if not files:

@@ -64,6 +64,19 @@ def to_svg(figure, ax):
         text = text.replace(colour, variable)
     return text[text.index('<svg'):]
 
+def plain_powers(axis):
+    """Label a logarithmic axis 0.1, 1, 10: matplotlib's own labels are maths between $, which STYLE leaves as text."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter): # it knows which ticks get a label
+        def __call__(self, x, pos=None):
+            return f'{x:g}' if super().__call__(x, pos) else ''
+
+    if isinstance(axis.get_major_formatter(), LogFormatter): # no labels of the caller's
+        axis.set_major_formatter(Plain())
+    if isinstance(axis.get_minor_formatter(), LogFormatter):
+        axis.set_minor_formatter(Plain())
+
 @contextmanager
 def panels(path, n, width, height, columns=4, svgs=None):
     """Yield the axes of a figure with n panels. Then write it; the list svgs gets each panel as SVG."""
@@ -74,6 +87,9 @@ def panels(path, n, width, height, columns=4, svgs=None):
         for ax in axes.flat[n:]:
             ax.set_visible(False)
         yield axes.flat[:n]
+        for ax in axes.flat[:n]:
+            plain_powers(ax.xaxis)
+            plain_powers(ax.yaxis)
         figure.tight_layout()
         figure.savefig(path + '.tmp', dpi=130, format='png')
         if svgs is not None:

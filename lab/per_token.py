@@ -18,6 +18,7 @@ Nothing here draws random numbers or leaves gradients: a run with --show is the 
 import json
 import math
 import os
+import textwrap
 
 import torch
 
@@ -28,6 +29,13 @@ from common.tokens import EOS
 
 NEEDED = 'logp', 'ref_logp', 'kl', 'entropy', 'advantage', 'ratio', 'clipped' # lists of k numbers
 OPTIONAL = 'reward', 'value', 'returns', 'whitened'
+COLUMNS = dict( # of the terminal: (name, what it is)
+    logp=('log pi', 'log-probability of the token'), ref_logp=('log ref', "the reference's"),
+    kl=('KL', 'log pi - log ref'), entropy=('entropy', 'how open the choice was'),
+    reward=('reward', '-β KL, plus the score at the end'), value=('V', 'return the critic expects'),
+    advantage=('A', 'how much better than expected'), whitened=('A white', 'A with mean 0, variance 1'),
+    returns=('return', 'A + V'), prefix=('RM score', 'so far (only the last one counts)'),
+    ratio=('ratio', 'new / old probability after an update'))
 
 # ---- texts ------------------------------------------------------------------------------------------------------
 
@@ -58,6 +66,16 @@ def spell(tok, ids):
 def numbers(x):
     """Round a tensor to six digits, as a list, None where infinite."""
     return [float(f'{v:.6g}') if math.isfinite(v) else None for v in x.tolist()]
+
+def legend(answers, in_colour):
+    """Explain the marks and the columns of the terminal's tables."""
+    marks = 'Green: pushed up. Red: pushed down.' if in_colour else '⟦ ⟧: pushed down.'
+    white = ['whitened' in answer for answer in answers]
+    marks += ' The sign of A white decides; that of A may differ.' * any(white)
+    marks += ' Without A white, the sign of A decides.' * (not all(white))
+    told = [f"{name}: {what}" for key, (name, what) in COLUMNS.items() if any(key in answer for answer in answers)]
+    return '\n'.join(textwrap.fill(text, 100, break_on_hyphens=False) for text in (
+        f"{marks} *: the clip bites.", f"{'; '.join(told)}. More: docs/log.md."))
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 

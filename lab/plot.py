@@ -1,11 +1,12 @@
 """Draw the logs of runs side by side, and write the same numbers as a CSV file.
 
-    python lab/plot.py out/toy/ppo out/toy/dpo
-    python lab/plot.py out/toy/ppo out/toy/dpo --keys=reward,margin,loss --out=out/ppo_dpo.png --smooth=5
+    python lab/plot.py out/toy/ppo --keys=reward,gold,kl
+    python lab/plot.py out/toy/ppo out/toy/rloo --out=out/ppo_rloo.png --smooth=5
 
 A run is a folder with a log.jsonl, or a .jsonl file. There is a panel for each key and a line for each run, named by
-its folder. docs/log.md explains the keys. The CSV file lies beside the picture. It has one row for each step, and a
-column for each key of each run, "kl of ppo". Without matplotlib it is all there is.
+its folder. docs/log.md explains the keys. Losses of two methods are not comparable. The CSV file lies beside the
+picture. It has one row for each step, and a column for each key of each run, "kl of ppo". Without matplotlib it is all
+there is.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from common.checkpoints import log_of, read_log
 from common.options import fail, joined, launch, require
-from common.records import write_atomic
+from common.records import is_number, write_atomic
 from lab.figures import COLOURS, panels
 
 STYLES = ('-', '--', ':', '-.') # the next one where the colours are used up
@@ -54,17 +55,16 @@ def names_of(runs):
     return ['/'.join(mine[-next(n for n in range(1, len(mine) + 1) if alone(mine, n)):]) for mine in parts]
 
 def read_curves(run):
-    """Return {key: {step: value}} of a run's log, in its order; the numbers alone."""
+    """Return {key: {step: value}} of a run's log, in its order; the numbers below 1e38 alone."""
     path = run if run.endswith('.jsonl') else log_of(run)
     if not os.path.exists(path):
         near, there = sorted(Path(run).glob('*/log.jsonl')), os.path.exists(run)
         fail(f"{run}: {'has no log.jsonl' if there else 'no such folder or file'}; wanted a run's "
              f"folder{f', such as {near[0].parent}' if near else ''}, or a .jsonl file")
-    number = lambda value: type(value) in (int, float)
     curves = {}
     for line in read_log(path):
-        if number(line.get('step')):
-            for key in (key for key in line if key != 'step' and number(line[key])):
+        if is_number(line.get('step')):
+            for key in (key for key in line if key != 'step' and is_number(line[key])):
                 curves.setdefault(key, {})[line['step']] = line[key]
     if not curves:
         fail(f"{path}: wanted lines with `step` and other numbers, as the training scripts log them")
@@ -133,7 +133,7 @@ def check_out(picture, numbers):
 
 def main(cfg, runs):
     if not runs:
-        fail("wanted the folders of runs, as in python lab/plot.py out/toy/ppo out/toy/dpo")
+        fail("wanted the folders of runs, as in python lab/plot.py out/toy/ppo out/toy/rloo")
     logs = dict(zip(names_of(runs), map(read_curves, runs)))
     keys = choose_keys(cfg.keys, list(logs.values()))
     curves = {key: {name: smoothed(log[key], cfg.smooth) for name, log in logs.items() if key in log} for key in keys}

@@ -14,6 +14,7 @@ import re
 import shlex
 import time
 from collections import defaultdict, namedtuple
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, stdev
 from urllib.parse import quote
@@ -59,10 +60,12 @@ PAIRS = { # row of the reward model's tables: what it is
 }
 HALVES = ('Rankings: held-out answers that the annotator ranked',
           'Controlled pairs: answers that differ in one thing, right against wrong or as noted')
-# What data.toy.world:gold and its `explain` say
+TOY_GOLD = 'data.toy.world:gold' # and what it and its `explain` say
 TOY = ('Gold = 0.8 content (it says the right thing) + 0.1 courtesy (it is polite) + 0.1 brevity (it does not ramble). '
        'The words say what the answer does and in which manner: polite, plain, rude, misplaced (it is glad to say no, '
-       'as in “Gladly! I don’t know.”) or broken (no text that this world knows; its gold score is 0).')
+       'as in “Gladly! I don’t know.”) or broken. Broken, gold 0, is an answer that this world cannot read: each of '
+       'its sentences must be, word for word, one of those in data/toy/world.py, and no sentence may stand twice. “I '
+       'was never told that.” is one of them, “I have never told that.” is not.')
 
 SAY = {
     'answers': 'Sampled: every token is drawn as the model’s probabilities say, so this shows all that it would do. '
@@ -81,8 +84,9 @@ SAY = {
                 'ranked. Comparisons: controlled pairs, two answers that differ in one thing only.',
 }
 
-def show(value):
-    return '–' if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+def show(value, digits=3):
+    """Format a number, or None. It is first rounded as in results.json, so that it looks alike wherever it stands."""
+    return '–' if value is None else f'{round(value, 6):.{digits if abs(value) < 100 else 0}f}'
 
 def tables(results):
     """Return the Tables of results.json's content; first columns name the rows."""
@@ -92,7 +96,7 @@ def tables(results):
         columns = [c for c, value in table[baseline].items() if not isinstance(value, (dict, list))]
         rows = [[name] + [show(row[c]) for c in columns] for name, row in table.items()]
         for row in rows if 'win_rate_interval' in table[baseline] else ():
-            row[-1] += ' [{:.2f}, {:.2f}]'.format(*table[row[0]]['win_rate_interval'])
+            row[-1] += ' [{}, {}]'.format(*(show(x, 2) for x in table[row[0]]['win_rate_interval']))
         found.append(Table('answers', decoding, ['model'] + columns, rows, SAY['answers']))
         if 'answerable' in table[baseline]:
             said = list(table[baseline]['answerable'])
@@ -176,16 +180,27 @@ def ranking(of_decoding, key):
 def scores_of(written, key):
     return [part['gold'] for part in written.parts] if key == 'gold' else written.rewards
 
+def listed(words):
+    """Return 'a, b and c'."""
+    return ' and '.join(filter(None, (', '.join(words[:-1]), words[-1])))
+
 def verdict(start, ranked, what):
-    """Say which model is best, and whether the second is as good."""
+    """Say which model is best, or which ones are level with it."""
     (first, a), *others = ranked
     if not others:
-        return tag('p', f'{start}, ', tag('b', first), f' has a mean {what} of {fmean(a):.2f}.', class_='lead')
-    second, b = others[0]
-    ahead, half = interval([x - y for x, y in zip(a, b)]) # prompt by prompt
-    return tag('p', f'{start}, ', tag('b', first), f' answers best: its mean {what} is {fmean(a):.2f}. Second is ',
-               tag('b', second), f' with {fmean(b):.2f}; the difference of {ahead:.3f} ± {half:.3f} '
-               + ('is more than chance.' if ahead > half and len(a) > 1 else 'may be chance.'), class_='lead')
+        return tag('p', f'{start}, ', tag('b', first), f' has a mean {what} of {show(fmean(a))}.', class_='lead')
+    differences = [interval([x - y for x, y in zip(a, b)]) for _, b in others] # from the first, prompt by prompt
+    level = [*takewhile(lambda difference: difference[0] <= difference[1] or len(a) == 1, differences)]
+    if not level:
+        (second, b), (ahead, half) = others[0], differences[0]
+        return tag('p', f'{start}, ', tag('b', first), f' answers best: its mean {what} is {show(fmean(a))}. Second is '
+                   f'{second} with {show(fmean(b))}; the difference of {show(ahead)} ± {show(half)} is more than '
+                   'chance.', class_='lead')
+    names, means = zip(*((name, show(fmean(scores))) for name, scores in ranked[:len(level) + 1]))
+    far = ', '.join(f'{show(ahead)} ± {show(half)}' for ahead, half in level)
+    told = f'the difference of {far}' if len(level) == 1 else f'their differences from {first}, {far},'
+    return tag('p', f'{start}, ', tag('b', listed(names)), f' are level: their mean {what}s are {listed(means)}; '
+               f'{told} may be chance.', class_='lead')
 
 def chart(answered, key):
     """Draw mean score and 95 % interval of all models, the best first."""
@@ -206,7 +221,7 @@ def chart(answered, key):
                           f'{at(mean + half) - at(mean - half):.1f}%'),
                       tag('i', class_=f'dot {decoding}', style=f'left:{at(mean):.1f}%')]
         cells += [tag('b', name), tag('span', *marks, class_='track'),
-                  *(tag('span', f'{of[name][0]:.2f}' if name in of else '–') for of in means.values())]
+                  *(tag('span', show(of[name][0] if name in of else None)) for of in means.values())]
     return tag('div', *cells, class_='scores')
 
 def best_section(cfg, results, answered, key, prompts):
@@ -222,8 +237,9 @@ def best_section(cfg, results, answered, key, prompts):
              verdict('Greedy, the likeliest token every time', ranking(answered['greedy'], key), what)]
     if len(ranked) > 1:
         parts.append(tag('p', '± is the 95 % interval. Other prompts of the same kinds would give another difference. '
-                         'In about 95 of 100 evaluations the true one lies within ± of the measured one. A difference '
-                         'smaller than its ± may be chance.', class_='soft'))
+                         'In about 95 of 100 evaluations the true one lies within ± of the measured one. Models are '
+                         'level where the difference is no larger than its ±: nobody can tell from these prompts '
+                         'which of them is better.', class_='soft'))
     if first != baseline:
         wins, low, high = (f'{100 * x:.0f}' for x in (row[f'win_rate_vs_{baseline}'], *row['win_rate_interval']))
         parts.append(tag('p', f'Against {baseline}, the baseline, {first} wins on {wins} % of the prompts, ties '
@@ -301,7 +317,7 @@ class Prompts:
         """Explain the small print below an answer. [] without a gold score that explains itself."""
         explained = any(marks_of(part) for w in self.answered['sampled'].values() for part in w.parts)
         told = ['✓: the answer has this part of the gold score; ✗: it lacks it.'] * explained
-        told += [TOY] * (gold == 'data.toy.world:gold')
+        told += [TOY] * (gold == TOY_GOLD)
         return [tag('p', ' '.join(told), class_='soft')] if told else []
 
     def block(self, i, decodings, names):
@@ -334,7 +350,7 @@ class Prompts:
         return tag('div', tag('b', name), bar, tag('p', w.texts[i] or '(nothing)', class_='text'),
                    *(tag('small', fact) for fact in facts if fact), class_='answer')
 
-    def section(self):
+    def section(self, gold):
         """Return a prompt of each group, and the others folded."""
         shown, left = defaultdict(list), MOST
         ranked = [(place, i, group) for group, members in self.groups.items() for place, i in enumerate(members)]
@@ -353,7 +369,8 @@ class Prompts:
             told.append('A bar shows the score of an answer, from the lowest to the highest of all.')
         if any(len(part) > 1 for w in self.answered['sampled'].values() for part in w.parts):
             told.append('Below it stands what the gold score says of its parts: ✓ yes, ✗ no.')
-        parts = [tag('p', ' '.join(told))]
+        more = (' The words are explained ', tag('a', 'at the top', href='#best'), '.') if gold == TOY_GOLD else ()
+        parts = [tag('p', ' '.join(told), *more)]
         for (kind, category), (first, *others) in shown.items():
             parts.append(tag('h3', ': '.join(dict.fromkeys(filter(None, (kind, category)))) or 'all prompts'))
             parts.append(first)
@@ -467,10 +484,18 @@ def microscope_section(cfg, folders, results, best):
 
 # ---- the page ---------------------------------------------------------------------------------------------------
 
-def tables_section(results):
-    """Return all tables. Those of the answers have a column per model, and say what each row means."""
+def tables_section(results, key):
+    """Return all tables, the best models first. Those of the answers have a column per model, and explain their rows.
+
+    key: the score that says which is best, `gold`, `reward` or None.
+    """
+    if key: # a narrow screen shows the first columns
+        order = sorted(results['models'], key=lambda name: -(results['models'][name][key] or 0))
+        results = results | {part: {name: results[part][name] for name in order if name in results[part]}
+                             for part in ('models', 'greedy', 'policies_as_reward')}
     told = ('Bold: the best number of a row, or several equal ones. Nothing is bold where all are equal, and where '
             'neither more nor less is better. The best may be best by chance: look at the intervals.')
+    told += ' The models stand in the order of their sampled answers, the best first.' if key else ''
     parts = [tag('p', told, class_='soft'), tag('p', 'Wide tables scroll sideways →', class_='narrow')]
     baseline, groups = results['baseline'], defaultdict(list)
     meanings = MEANINGS | {f'win_rate_vs_{baseline}': (f'share of prompts on which it beats {baseline}, ties half; in '
@@ -518,9 +543,9 @@ def write(cfg, run, folders, results, records, answered, figures):
     prompts = Prompts(records, answered, key)
     runs, sick = runs_section(cfg, run, folders, results)
     sections = [('best', 'Which is best?', best_section(cfg, results, answered, key, prompts)),
-                ('numbers', 'Numbers', tables_section(results)),
+                ('numbers', 'Numbers', tables_section(results, key)),
                 ('figures', 'Figures', figures_section(figures) if figures else None),
-                ('answers', 'Answers', prompts.section()), ('runs', 'What was run', runs),
+                ('answers', 'Answers', prompts.section(cfg.gold)), ('runs', 'What was run', runs),
                 ('microscope', 'Tokens', microscope_section(cfg, folders, results, best))]
     n, total = len(results['models']) - ('best_of_n' in results['models']), len(records)
     facts = (f"{n} model{'s' * (n > 1)}, {total:,} prompt{'s' * (total > 1)} of {cfg.prompts}, answers of at most "

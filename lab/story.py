@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import textwrap
+from collections import Counter
 from itertools import islice
 
 from common.checkpoints import load_policy, read_log, read_options
@@ -26,6 +27,10 @@ FIRST = 24 # so many test prompts are tried for one whose answer a stage has cha
 GOLD = dict(toy=toy.gold, sums=checker.exact_match) # {world: (record, answer) -> how good it is}
 OPEN = dict(darwin='open', win32='start') # {sys.platform: what opens a page}, else xdg-open
 PARTS = "0.8 for right content, 0.1 for courtesy, 0.1 for brevity" # of the gold score
+READ = ("Sampled: drawn at temperature 1, as PPO does while it trains. 0.9 = right and brief; courtesy, such as Sure! "
+        "or Sorry, adds the last 0.1. Broken text scores 0.") # how to read the answers
+BY_REWARD = 'ppo', 'reinforce', 'rloo', 'grpo' # methods that learn from the reward model
+FALL = 0.2 # of a share: two standard errors, where a category has some 50 prompts
 FOR = dict( # {world: {stage: what it is for}}
     toy={
         'data': "A small world is written: facts, things nobody can know, harmful requests; good and bad answers.",
@@ -40,8 +45,8 @@ FOR = dict( # {world: {stage: what it is for}}
         'reward': "A reward model learns from the rankings to give any answer a score.",
         'ppo': "PPO: the SFT model goes on as the policy. It writes answers; those that the reward model scores high "
                "become likelier, but drifting away from SFT costs reward.",
-        'dpo': "DPO: learns from the rankings themselves, without a reward model. The odds of a better answer against "
-               "a worse one rise above those in the SFT model.",
+        'dpo': "DPO: learns from the rankings themselves, without a reward model. Better answers become likelier and "
+               "worse ones less likely, compared with the SFT model.",
         'reinforce': "REINFORCE: PPO's goal without a critic. An answer becomes likelier if it scores above the "
                      "running mean of all scores.",
         'rloo': "RLOO: PPO's goal without a critic. An answer becomes likelier if it scores above the mean of the "
@@ -75,9 +80,10 @@ FOR = dict( # {world: {stage: what it is for}}
         'evaluate': "All models solve problems that nothing was trained on.",
         'others': "All models solve problems with 2, 4, 5 and 6 digits, where only 3 were practised."})
 LOOK_AT = { # {script: (key of log.jsonl, what it is); the first that was logged counts}
-    'sft.py': [('val_loss', 'held-out loss (nats per token, lower is better)')],
+    'sft.py': [('val_loss', 'held-out loss per token (lower is better)')],
     'reward.py': [('val_accuracy', "share of held-out pairs in the person's order")],
-    'ppo.py': [('gold', "gold score (which it never sees) of its sampled answers"),
+    'ppo.py': [('gold', "gold score (which it never sees) of its sampled answers on training prompts, while it "
+                        "trains"),
                ('reward', 'reward of its sampled answers')],
     'dpo.py': [('val_accuracy', "share of held-out pairs in the person's order")],
     'kto.py': [('val_margin', 'margin of good answers over bad ones, held out')]}
@@ -253,6 +259,38 @@ def why_base_helps(greedy, trained):
         "demonstrations hold more \"I don't know\" and more refusals than the corpus, and so small a model says them "
         f"where it could answer, too: to {', '.join(shares)} of the prompts that can be answered.")
 
+def by_prompt(samples, category):
+    """Return {prompt: {model: sample}} of a category."""
+    found = {}
+    for sample in samples:
+        if sample.get('category') == category:
+            found.setdefault(json.dumps(sample['prompt']), {})[sample['model']] = sample
+    return found
+
+def why_it_falls(samples, name):
+    """Say where a greedy policy lost most right answers since SFT.
+
+    The reward model is to blame where it scores wrong answers above SFT's right ones in more than half of the prompts.
+    Where no category lost FALL, '' is returned. samples: the records of samples.jsonl; name: of the policy.
+    """
+    right, worst = lambda sample: sample['greedy_gold'] > 0.5, (FALL, '') # the content alone gives 0.8
+    for category in dict.fromkeys(sample.get('category') for sample in samples):
+        groups = [group for group in by_prompt(samples, category).values() if {name, 'sft'} <= group.keys()]
+        shares = [sum(right(group[model]) for group in groups) / len(groups) for model in ('sft', name) if groups]
+        if not shares or shares[0] - shares[1] < worst[0]:
+            continue
+        text, n = Counter(group[name]['greedy'] for group in groups).most_common(1)[0]
+        told = (f"Greedy {name} is right on {shares[1]:.2f} of the {category} prompts (sft {shares[0]:.2f}): it says "
+                f"{quoted(text)} to {n} of {len(groups)}.")
+        rewards = [[group[model].get('greedy_reward') for model in (name, 'sft')] for group in groups
+                   if right(group['sft']) and not right(group[name])]
+        fooled = sum(wrong > good for wrong, good in rewards) if None not in sum(rewards, []) else 0
+        if name in BY_REWARD and fooled > len(rewards) / 2: # ppo2 has another reward model
+            told += (f" Of {len(rewards)} that only sft gets right, the reward model prefers {name}'s answer in "
+                     f"{fooled}: reward hacking.")
+        worst = shares[0] - shares[1], told
+    return fill(worst[1])
+
 def command(typed, *words):
     """Break a command into lines of WIDTH. A longer word has its own."""
     first, *rest = [typed([word]) for word in words]
@@ -278,16 +316,16 @@ def ending(out, methods, results, samples, typed):
     """Return what demo.py prints at its end: numbers, answers that differ, what to type next."""
     names = [name for name in results['models'] if name != 'best_of_n'] # a bound, no policy
     few = shown(names)
-    why = why_base_helps(results['greedy'], few[2:])
-    seen = next((name for name in methods if name in ('ppo', 'reinforce', 'rloo', 'grpo')), '') # has its own prompts
+    why = [why_base_helps(results['greedy'], few[2:]), *(why_it_falls(samples, name) for name in few[2:])]
+    seen = next((name for name in methods if name in BY_REWARD), '') # has its own prompts
     critic = read_options(f'{out}/{seen}').get('options', {}).get('critic') == 'separate'
     closer = ['python', 'microscope.py', f'--policy={out}/{seen or methods[0]}', f'--reference={out}/sft',
               f'--reward_model={out}/reward', *([f'--critic={out}/{seen}'] if critic else []),
-              *([] if seen else ['--prompts=data/toy/prompts_test.jsonl'])]
+              *([] if seen else ['--prompts=data/toy/prompts_test.jsonl']), f'--out={out}/evaluate/microscope.html']
     return '\n'.join([
         fill(f"Mean gold score on {results['prompts']} held-out prompts ({PARTS}), and the share of right answers to "
              "requests that can be answered (helpful), that nobody can answer (honest), and harmful ones (harmless):"),
-        '', *gold_table(results, names), *(['', why] if why else []),
+        '', *gold_table(results, names), *(line for text in why if text for line in ('', text)),
         '', "Prompts on which they differ most, with the gold score of each answer:", '',
-        *side_by_side(dividing(samples, few, lambda sample: sample['kind']), few), '',
+        *side_by_side(dividing(samples, few, lambda sample: sample['kind']), few), '', fill(READ), '',
         *next_steps(out, few, typed, 'see every token as PPO sees it', *closer)])

@@ -14,6 +14,7 @@ grid or more --trials keep the old settings. It prints a table in Markdown and t
 STAGE.png and results.json, in which stages of earlier sweeps stay.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -96,10 +97,13 @@ def draw(values, kind, rng, name):
 
 def settings_of(cfg, types):
     """Return the settings [{option: value as typed}]. types: {option: its type}, of the script."""
+    name = 'grid' if cfg.grid else 'random'
+    space, rng, found = read_space(cfg.grid or cfg.random, name), random.Random(cfg.seed), []
+    for key in OWN:
+        if key in space:
+            fail(f"--{name}: each run has its own {key}; wanted another option")
     if cfg.grid:
-        space = read_space(cfg.grid, 'grid')
         return [dict(zip(space, values)) for values in product(*space.values())]
-    space, rng, found = read_space(cfg.random, 'random'), random.Random(cfg.seed), []
     for _ in range(100 * cfg.trials):
         setting = {key: draw(values, types.get(key, float), rng, key) for key, values in space.items()}
         if setting not in found:
@@ -115,17 +119,17 @@ def read_settings(cfg):
         script, config = import_module(STAGES[stage][0][:-3]), f'config/toy/{stage}.py'
         found[stage] = []
         for setting in settings_of(cfg, {f.name: f.type for f in fields(script.Config)}):
-            for key in OWN:
-                if key in setting:
-                    fail(f"--{'grid' if cfg.grid else 'random'}: each run has its own {key}; wanted another option")
             parsed = parse_config(script.Config, [config, *(f'--{key}={value}' for key, value in setting.items())])
             unseen = dict(val_data='') if 'test' in getattr(parsed, 'val_data', '') else {}
             found[stage].append((setting, setting | unseen))
     return found
 
 def name_of(stage, setting):
-    """Name a trial's folder: 'dpo_lr1e-4_beta0.1'."""
-    return re.sub(r'[^\w.+-]', '_', '_'.join([stage, *(key + value for key, value in setting.items())]))
+    """Name a trial's folder: 'dpo_lr1e-4_beta0.1'; a digest ends a long name, and one that could be another's."""
+    name = re.sub('[^a-zA-Z0-9_.+-]', '_', '_'.join([stage, *(key + value for key, value in setting.items())]))
+    if len(name) <= 100 and all(re.fullmatch('[a-zA-Z0-9.+-]+', value) for value in setting.values()):
+        return name
+    return f'{name[:100]}_{hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:12]}'
 
 def typed(stage, setting):
     """Write the command that trains this setting, as one types it."""

@@ -114,7 +114,7 @@ def measure(votes, baseline, n, seed):
             'comparisons': len(mine), 'win_rate': rate, 'win_rate_interval': wilson(rate, trials),
             'elo': elo, 'elo_interval': interval(values), 'wins_vs_baseline': fmean(against[0]) if against else None,
             'at_equal_length': length_controlled(*against) if against else None,
-            'length': fmean(v.length for v in mine)}
+            'characters': fmean(v.length for v in mine)}
     return table
 
 def measure_ratings(rows, qualities, n, seed):

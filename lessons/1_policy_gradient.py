@@ -126,7 +126,7 @@ def main(seeds=(0, 1, 2), n_samples=20480, steps=120):
         for ((shift, name), runs), colour in zip(curves.items(), ('tab:blue', 'tab:red', 'tab:green')):
             for run in runs:
                 ax.plot(run, color=colour, lw=1, label=f"r + {shift:.0f}, {name}" if run is runs[0] else None)
-        ax.set(xlabel='step', ylabel='expected reward, exact', title='the same r, with and without a baseline')
+        ax.set(xlabel='step', ylabel='expected reward, exact', title='with and without a baseline')
         ax.legend(fontsize=7)
 
     draw('1_policy_gradient', errors, rewards)

@@ -89,7 +89,8 @@ def main(seeds=(0, 1, 2), batches=4, iterations=20):
     print("CLIP at 0.2. How hard a token pulls at its log pi:\n   ratio   " + ''.join(f"{r:8}" for r in ratios))
     for A in (1.0, -1.0):
         print(f"A = {A:4}   " + ''.join(f"{pull(r, A, 0.2):8.2f}" for r in ratios))
-    print("\nONE BATCH, several epochs. The objective, exact; the KL to the reference; ratios outside 0.8 … 1.2:")
+    print("\nONE BATCH, several epochs. The objective, exact; the KL to the reference; ratios outside 0.8 … 1.2.\n"
+          "Three numbers in a row are three seeds.")
     row = lambda values, form='6.2f': ' '.join(f"{value:{form}}" for value in values) # a column is a seed
     found = {clip: [one_batch(seed, clip, batches) for seed in seeds] for clip in (0.2, NO_CLIP)}
     for clip, runs in found.items():

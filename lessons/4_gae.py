@@ -95,18 +95,20 @@ def main(seeds=(0, 1, 2)):
     print(f"ppo.gae differs by {most:.6f} at most. Padding of 99 behind the answer changes nothing.\n"
           f"A(0) is delta. A(1) + V is the reward still to come: {' '.join(f'{x:.2f}' for x in sums[1] + V5)}\n")
     measured = [measure(seed) for seed in seeds]
-    row = lambda values: ' '.join(f"{value:5.2f}" for value in values) # a column is a seed
-    print("THE WORLD. Bias and noise of the gradient from one answer, exact, in lengths of the true gradient:")
+    row = lambda values: ' '.join(f"{value:5.2f}" for value in values) # of each seed
+    answers = lambda n: f"{n} answer{'s' * (n > 1)}"
+    print("THE WORLD. Bias and noise of the gradient from one answer, exact, in lengths of the true gradient.\n"
+          "Three numbers in a row are three policies (seeds).")
     for name in measured[0]:
         for lam in (0.0, 0.5, 0.9, 1.0):
             bias, noise = zip(*(m[name][lam] for m in measured))
             print(f"critic {name:13} lambda {lam:3}   bias {row(bias)}   noise {row(noise)}")
-    print("\nThe lambda of least error, by the number of answers in a batch:")
+    print("\nThe lambda of least error, by the number of answers in a batch. A column is a policy (a seed):")
     best = {}
     for name in measured[0]:
         for n in (1, 16, 256, 4096):
             best[name, n] = [min(LAMBDAS, key=lambda lam: error(*m[name][lam], n)) for m in measured]
-            print(f"critic {name:13} {n:5} answers   {row(best[name, n])}")
+            print(f"critic {name:13} {answers(n):>12}   {row(best[name, n])}")
 
     def biases(ax):
         for name, colour in zip(measured[0], ('tab:green', 'tab:orange', 'tab:red')):
@@ -119,7 +121,7 @@ def main(seeds=(0, 1, 2)):
 
     def errors(ax):
         for n in (1, 16, 256, 4096):
-            ax.semilogy(LAMBDAS, [error(*measured[0]['wrong by 0.5'][lam], n) for lam in LAMBDAS], label=f"{n} answers")
+            ax.semilogy(LAMBDAS, [error(*measured[0]['wrong by 0.5'][lam], n) for lam in LAMBDAS], label=answers(n))
         ax.set(xlabel='lambda', ylabel='error', title='critic wrong by 0.5')
         ax.legend(fontsize=7)
 

@@ -77,15 +77,17 @@ def main(seeds=(0, 1, 2), steps=300):
     for way in WAYS:
         print(f"At {way} of the way k3 spreads %.2f times as much as k1." % (sum(column('k3', 1, [way]))
                                                                              / sum(column('k1', 1, [way]))))
-    print("As a loss k1 has a gradient in %d of %d cases." % (sum(x != 0 for x in column('k1', 3)), len(found)),
-          *["\n%s: lowest cosine with KL(pi||q) %.2f, with KL(q||pi) %.2f, largest bias %.2f" %
-            (k, min(column(k, 3)), min(column(k, 4)), max(map(abs, column(k, 0)))) for k in ('k2', 'k3')])
+    print("As a loss k1 has a gradient in %d of %d cases." % (sum(x != 0 for x in column('k1', 3)), len(found)))
+    for k in ('k2', 'k3'):
+        print("%s: lowest cosine with KL(pi||q) %.2f, with KL(q||pi) %.2f, largest bias %.2f" %
+              (k, min(column(k, 3)), min(column(k, 4)), max(map(abs, column(k, 0)))))
 
     ref = log_pi(new_policy(0)).detach() # (156,)
     target = 0.01 * ref.exp() # (156,)
     target[[number(text) for text in MODES]] += 0.99 / len(MODES)
     fits = {(covering, seed): fit(seed, target.log(), covering, steps) for covering in (True, False) for seed in seeds}
-    print(f"\nThe target says {' or '.join(map(repr, MODES))}. The policy cannot see its earlier words.\n\n"
+    print(f"\nThe target says {' or '.join(map(repr, MODES))}. The policy cannot see its earlier words.\n"
+          "KL(target||pi) covers both modes, KL(pi||target) seeks one.\n\n"
           "makes least     seed" + ''.join(f"{text:>12}" for text in MODES + MIXED) + '   reward')
     for (covering, seed), logp in fits.items():
         print(f"{'KL(target||pi)' if covering else 'KL(pi||target)'}{seed:6}"

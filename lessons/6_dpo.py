@@ -121,8 +121,8 @@ def main(seeds=(0,), steps=600, n=512):
     for name, lines in found.items():
         print(f"{name:12}{mean(name):11.4f}  ({min(lines)[0]:.4f}-{max(lines)[0]:.4f}){mean(name, 1):9.2f}"
               f"{mean(name, 2):13.2f}{mean(name, 3):14.2f}" + f"{mean(name, 4):21.4f}".replace('nan', '  -'))
-    print("\nMore than 95 % of the way to pi*:", *[m for m in METHODS if mean(m) < mean('reference') / 20],
-          "\nTwice as close to an optimum of their own:", *[m for m in METHODS if mean(m, 4) < mean(m) / 2])
+    print("\nMore than 95 % of the way to pi*:", *[m for m in METHODS if mean(m) < mean('reference') / 20])
+    print("Twice as close to an optimum of their own:", *[m for m in METHODS if mean(m, 4) < mean(m) / 2])
 
     def distances(ax):
         for name in [*found][:-1]:

@@ -1,8 +1,8 @@
 """Find planted bugs: a stage of the toy world, healthy and sick, side by side.
 
     python lessons/bugs.py                          # lists the bugs
-    python lessons/bugs.py --bug=runaway
-    python lessons/bugs.py --table=True             # what gives each bug away, as in lessons/README.md
+    python lessons/bugs.py --bug=runaway            # about a minute
+    python lessons/bugs.py --table=True             # what gives each bug away, as in lessons/README.md; much longer
 
 Each file in lessons/bugs/ is a real function of the project with one or two lines changed. It trains without an error.
 Its docstring says what somebody saw. Read the two logs first and then the file: which line is wrong, what should stand
@@ -24,9 +24,11 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1])) # the repository's root
 
+from common import training
 from common.checkpoints import DATA, MODELS, read_log
 from common.options import fail, launch, parse_config, require, unread
 from common.records import files_of
+from common.run import progress
 from demo import DEFAULT, command_of
 from lessons.course import HERE, load
 
@@ -51,22 +53,24 @@ class Config:
         unread(self, self.bug or self.table, 'bug or table', 'iterations', 'out_toy')
         unread(self, self.bug and not self.table, 'bug without table', 'seed')
 
-def run_stage(cfg, stage, seed, options, patches=()):
+def run_stage(cfg, stage, seed, options, patches=(), name='healthy'):
     """Run a stage; return its log and {key: what the health monitor said}.
 
     options: further ones of the stage. patches: (module, function) pairs; each function takes the place of the module's
-    one of this name.
+    one of this name. name: of the progress bar.
     """
     script, every = STAGES[stage]
     module = importlib.import_module(script)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack, redirect_stdout(io.StringIO()) as said:
         options = dict(max_steps=every * cfg.iterations, log_every=every, save_every=0, device='cpu', dtype='float32',
-                       out_dir=f"{folder}/{'sick' if patches else 'healthy'}") | options
+                       out_dir=f'{folder}/{name}') | options
         toy = SimpleNamespace(out_dir=cfg.out_toy, seed=seed)
         chosen = parse_config(module.Config, command_of((stage, script, f'config/toy/{stage}.py', options), toy)[2:])
         for path in (path for key in MODELS + DATA for path in files_of(getattr(chosen, key, '')) if path):
             if not os.path.exists(path):
                 fail(f"--out_toy={cfg.out_toy}: {path} is missing; wanted what `python demo.py` makes, run it first")
+        stack.enter_context(mock.patch.object(training, 'progress', lambda steps, **bar: progress(
+            steps, **bar | dict(desc=name)))) # in place of the temporary folder's name
         for place, function in patches:
             stack.enter_context(mock.patch.object(place, function.__name__, function))
         module.main(chosen)
@@ -129,7 +133,7 @@ def measure(cfg, names):
             for seed, (_, alarms) in zip(SEEDS, runs):
                 for line in alarms.values():
                     print(f"healthy {bug.STAGE}, seed {seed}: {line}", file=sys.stderr)
-        log, alarms = run_stage(cfg, bug.STAGE, SEEDS[0], options, bug.PATCHES)
+        log, alarms = run_stage(cfg, bug.STAGE, SEEDS[0], options, bug.PATCHES, name)
         numbers = [key for key in outside(log, healthy[kind]) if key not in alarms]
         given_away += bool(alarms or numbers)
         code = lambda keys: ', '.join(f"`{key}`" for key in keys) or '–'
@@ -144,8 +148,9 @@ def main(cfg):
     elif cfg.bug:
         bug = load(f'bugs/{cfg.bug}')
         options = getattr(bug, 'OPTIONS', {})
-        runs = [run_stage(cfg, bug.STAGE, cfg.seed, options, patches) for patches in ((), bug.PATCHES)]
-        print(f"{cfg.bug}, stage {bug.STAGE}: {bug.__doc__}\n")
+        print(f"Trains {bug.STAGE} twice, healthy and with the bug. It takes about a minute.", flush=True)
+        runs = [run_stage(cfg, bug.STAGE, cfg.seed, options, *sick) for sick in ((), (bug.PATCHES, cfg.bug))]
+        print(f"\n{cfg.bug}, stage {bug.STAGE}: {bug.__doc__}\n")
         show(cfg.bug, *runs)
         print(f"\nWhich line of lessons/bugs/{cfg.bug}.py is wrong? The answer: lessons/solutions/bugs.md")
     else:

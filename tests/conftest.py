@@ -1,3 +1,4 @@
+import importlib.util
 import signal
 import sys
 from pathlib import Path
@@ -32,5 +33,28 @@ def hf():
 
 @pytest.fixture(autouse=True)
 def no_bars_of_other_tests():
-    """Forget progress bars that an earlier test left open: an error's line would be written around them."""
-    tqdm._instances.clear()
+    """Close progress bars that an earlier test left open: they would be written around an error's line."""
+    for bar in [*tqdm._instances]:
+        bar.close()
+
+@pytest.fixture(autouse=True, scope='session')
+def every_figure_is_readable():
+    """Fail where a figure that is saved shows a tick in TeX, or a title that its edge cuts off."""
+    if importlib.util.find_spec('matplotlib') is None:
+        yield
+        return
+    from matplotlib.figure import Figure
+    savefig = Figure.savefig
+
+    def checked(figure, *args, **kwargs):
+        figure.canvas.draw()
+        for ax in (ax for ax in figure.axes if ax.get_visible()):
+            ticks = [tick.get_text() for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_ticklabels(which='both')]
+            assert not [tick for tick in ticks if '$' in tick or 'mathdefault' in tick]
+            title = ax.title.get_window_extent()
+            assert figure.bbox.x0 <= title.x0 and title.x1 <= figure.bbox.x1, ax.get_title()
+        return savefig(figure, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Figure, 'savefig', checked)
+        yield

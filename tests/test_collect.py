@@ -159,6 +159,22 @@ def test_what_is_ranked_is_not_lost_by_forgetting_to_resume(tmp_path, given, cap
 # ---------------------------------------------------------------------------------------------------------------------
 # answers that were cut off
 
+def test_who_deals_to_people_hears_of_cut_prompts(tmp_path, given, capsys, monkeypatch):
+    """24 letters are 50 tokens: 11 of "### Human: ", 1 line end, 14 of "### Assistant:". The context holds 64."""
+    prompts = records(tmp_path / 'p.jsonl', [dict(prompt='x' * n) for n in (24, 1, 2, 3, 4, 5)])
+    names = [given['policy'], checkpoint(tmp_path / 'other', seed=3)]
+    given = given | dict(prompts=prompts, policy=','.join(names), out=str(tmp_path / 'r.jsonl'), overwrite=True)
+    warning = 'a policy reads only the end of a cut prompt, people see all of it: --max_new_tokens=14 cuts none\n'
+    for n, cut in (14, 0), (15, 1):
+        dealt = {key: value for key, value in given.items() if key != 'gold'} | dict(split=2)
+        run(collect, **dealt | dict(max_new_tokens=n))
+        said = capsys.readouterr().out
+        assert all(f"prompts for {name}: 6 rows, {cut} prompts cut, 0 left out\n" in said for name in names)
+        assert said.count(warning) == cut # once for both policies
+    monkeypatch.setattr(world, 'gold', lambda prompt, response: 0.5)
+    run(collect, **given | dict(max_new_tokens=15))
+    assert 'people see' not in capsys.readouterr().out # no person is asked
+
 CUT = [[*b' ab', 256], [*b' ab'], [*' x€'.encode()[:-1]], [*' €'.encode()[:-1]], [*b' \xe2', 256], [*b' c', 256]]
 
 @pytest.fixture
@@ -632,6 +648,18 @@ def test_shares_of_all_raters(tmp_path, overlap, sizes):
     run(collect, split=3, overlap=overlap, answers=path, out=str(tmp_path / 'tasks.jsonl'))
     assert [len(part) for part in parts_of(tmp_path, 3)] == sizes
 
+def test_equal_answers_are_not_dealt_and_an_older_deal_is_named(tmp_path, capsys):
+    rows = [dict(prompt=f'Q{n}', responses=['a', 'a' if n == 1 else 'b'], ranks=[0, 0]) for n in range(4)]
+    rows[2] |= dict(responses=['a', 'a'], ended=[True, False]) # one was cut off: it is another answer
+    options = dict(answers=records(tmp_path / 'a.jsonl', rows), out=str(tmp_path / 'tasks.jsonl'))
+    run(collect, split=3, **options)
+    assert sorted(row['prompt'] for part in parts_of(tmp_path, 3) for row in part) == ['Q0', 'Q2', 'Q3']
+    said = capsys.readouterr().out
+    assert said.endswith('1 prompts left out (fewer than two different answers that are not empty)\n')
+    run(collect, split=2, overwrite=True, **options)
+    assert capsys.readouterr().out.endswith(
+        f'of an earlier deal, not to be ranked any more: {tmp_path}/tasks_3.jsonl\n')
+
 def test_raters_see_the_same_answers(tmp_path, given, monkeypatch, capsys):
     """Sampled once, before they are dealt. Then each ranks their part, and the merge says who agrees with whom."""
     del given['gold']
@@ -659,7 +687,7 @@ def test_raters_see_the_same_answers(tmp_path, given, monkeypatch, capsys):
     (dict(overlap=0.2), 'overlap must be left at 0.0: only split reads it'),
     (dict(split=2, merge='a,b', answers=''), 'split must be left at 0: only a run without merge reads it'),
     (dict(split=2, answers=''), 'prompts must be a file of prompts, unless answers is given'),
-    (dict(split=3), '--split=3: 2 prompts have two answers; wanted one or more for each rater'),
+    (dict(split=3), '--split=3: 2 prompts have two different answers; wanted one for each rater at least'),
     (dict(split=2, annotator='human'), "annotator must be left at 'simulated': only a run without split reads it"),
     (dict(annotator='human', rater='a\nb'), "rater must be a person's name, got 'a\\nb'"),
     (dict(annotator='human', rater=' anna'), "rater must be a person's name"),

@@ -158,17 +158,21 @@ def test_results_that_are_not_its_own(cfg, monkeypatch):
     assert [c[1] for c in fake.commands[9:]] == ['evaluate.py']
     assert fake.commands[9][-1] == '--overwrite=True' # it refuses to replace results unasked
 
-def test_fresh_removes_its_own_folders_alone(cfg, monkeypatch, capsys):
+def test_fresh_does_all_again_and_removes_nothing(cfg, monkeypatch):
     fresh = demo.Config(out_dir='out/two', seed=7, fresh=True)
     fake = Fake(monkeypatch, fresh)
     demo.main(fresh) # there is no such folder yet
     Path('out/two/mine').touch()
     demo.main(fresh)
-    assert len(fake.commands) == 18 and not Path('out/two/mine').exists()
-    with pytest.raises(SystemExit) as stopped:
-        demo.main(demo.Config(out_dir='.', fresh=True))
-    assert stopped.value.code == 2 and Path('out/two/ppo').exists()
-    assert '--fresh=True: . would be removed, and has no demo.json' in capsys.readouterr().err
+    assert len(fake.commands) == 18 and Path('out/two/mine').exists()
+    assert all('--overwrite=True' in c for c in fake.commands if not c[1].startswith('data/'))
+
+@pytest.mark.parametrize('entry', [
+    [1, 2, 3], [['--seed=1', 5], 2, 3], [['sft.py'], 'then', None], [['sft.py'], 1, 'now']])
+def test_an_entry_of_another_shape_counts_as_not_done(entry, cfg):
+    os.makedirs('out/two')
+    Path('out/two/demo.json').write_text(json.dumps(dict(pretrain=entry, sft=[['sft.py', '--seed=7'], 1, 2.5])))
+    assert demo.read_record(cfg) == dict(sft=[['sft.py', '--seed=7'], 1, 2.5])
 
 def test_a_list_of_methods(cfg, monkeypatch, capsys):
     chosen = demo.Config(out_dir='out/two', seed=7, methods='rrhf,ppo')
@@ -394,7 +398,7 @@ def test_a_folder_holds_one_seed(cfg, monkeypatch, capsys):
     demo.main(cfg)
     before = Path('out/two/demo.json').read_text()
     assert one_line(capsys, lambda: demo.main(demo.Config(out_dir='out/two', seed=8))) == (
-        '--seed=8: out/two was made with --seed=7; wanted that, another --out_dir, or --fresh=True, which removes it')
+        '--seed=8: out/two was made with --seed=7; wanted that, another --out_dir, or --fresh=True, which replaces it')
     assert len(fake.commands) == 9 and Path('out/two/demo.json').read_text() == before
     fake.cfg = demo.Config(out_dir='out/two', seed=8, fresh=True)
     demo.main(fake.cfg)
@@ -442,7 +446,7 @@ def test_a_stage_is_announced_and_summed_up(cfg, monkeypatch, capsys):
     assert capsys.readouterr().out == (
         f"\n{demo.story.before('data', 'toy')}\n$ command\n  [data] 0 s\n    health: step 3: kl 200\n"
         f"\n{demo.story.before('pretrain', 'toy')}\n$ command\n"
-        "  [pretrain] 0 s: held-out loss (nats per token, lower is better): 6.90 → 0.72\n    health: step 3: kl 200\n")
+        "  [pretrain] 0 s: held-out loss per token (lower is better): 6.90 → 0.72\n    health: step 3: kl 200\n")
     assert Path('out/two/printed/pretrain.txt').read_text() == '3 rows\nhealth: step 3: kl 200\n'
 
 def test_in_a_terminal_bars_make_room(monkeypatch, capsys):

@@ -273,8 +273,13 @@ def test_the_terminal(made, tmp_path, capsys, monkeypatch):
 def test_the_terminal_says_where_its_numbers_come_from(made, tmp_path, capsys, monkeypatch):
     for critic, told in ('', 'as PPO starts it, a copy of the reward model'), (made.policy, f'saved in {made.policy}'):
         _, texts = shown(made, tmp_path, prompt='Hi', critic=critic)
-        *_, legend, models, options, wrote = capsys.readouterr().out.splitlines()
-        assert legend == '⟦ ⟧: pushed down. *: the clip bites. docs/log.md explains the columns.'
+        *lines, models, options, wrote = capsys.readouterr().out.splitlines()
+        *_, marks = (line for line in lines if line.startswith('⟦ ⟧: '))
+        assert marks == ('⟦ ⟧: pushed down. The sign of A white decides; that of A may differ. *: the clip bites.')
+        legend = lines[lines.index(marks) + 1:]
+        assert len(legend) <= 4 and max(map(len, legend)) <= 100 and legend[-1].endswith(' More: docs/log.md.')
+        assert [part.split(': ')[0] for part in ' '.join(legend).split('; ')] == [
+            'log pi', 'log ref', 'KL', 'entropy', 'reward', 'V', 'A', 'A white', 'return', 'RM score', 'ratio']
         assert [models, options] == texts and 'Critic, for V, A and return: ' in models and told in models
         assert 'after an update on 2 answers of each policy, the shown ones among them' in options # a batch
         assert wrote == f"wrote {tmp_path / 'page.html'}"
@@ -283,7 +288,14 @@ def test_the_terminal_says_where_its_numbers_come_from(made, tmp_path, capsys, m
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
     monkeypatch.delenv('NO_COLOR', raising=False)
     shown(made, tmp_path, prompt='Hi')
-    assert '\nGreen: pushed up. Red: pushed down. *: the clip bites.' in capsys.readouterr().out
+    assert '\nGreen: pushed up. Red: pushed down. The sign of A white decides;' in capsys.readouterr().out
+
+def test_the_legend_names_the_columns_that_are_there():
+    """Answers of reinforce.py: no critic, and so no whitened A."""
+    told = per_token.legend([dict(logp=[-1.0], kl=[0.0], advantage=[1.0])], False)
+    assert told.startswith('⟦ ⟧: pushed down. Without A white, the sign of A decides. *: the clip bites.\n')
+    assert 'KL: ' in told
+    assert not any(name in told for name in ('A white: ', 'RM score: ', 'V: ', 'return: '))
 
 def test_the_header_stands_above_its_columns(capsys):
     """Every name ends where the numbers below it end, with a space before it."""
@@ -377,12 +389,13 @@ def test_the_page_of_samples_holds_the_file(trained, tmp_path, capsys):
     out = capsys.readouterr().out
     said = [per_token.plain(line['prompt']) for line in lines if line['step'] == 2]
     assert re.findall(r'^\[(.*)\] (.*)$', out, re.M) == [(f'{trained[0]}, step 2', text) for text in said]
+    out = out.split('⟦ ⟧')[0] # less the legend
     assert out.count('log pi') == 2 and out.count('A white') == 2
 
 def test_two_runs_side_by_side_by_their_folders(trained, tmp_path, capsys):
     run(microscope, samples=','.join(trained), out=tmp_path / 'page.html')
     assert [a['model'] for a in page_of(tmp_path / 'page.html')['answers']] == [trained[0]] * 4 + [trained[1]] * 4
-    tables = capsys.readouterr().out.split('\n[')[1:]
+    tables = capsys.readouterr().out.split('⟦ ⟧')[0].split('\n[')[1:] # less the legend
     assert ['A white' in table for table in tables] == [True, True, False, False] # RLOO has none
     header, row = tables[2].splitlines()[1:3]
     assert header.split() == 'log pi log ref KL entropy A RM score ratio token'.split()
@@ -452,6 +465,8 @@ def test_in_a_browser(made, tmp_path, monkeypatch):
         cdp('Emulation.setDeviceMetricsOverride', width=1200, height=900, deviceScaleFactor=1, mobile=False)
         browser.open(path.as_uri())
         browser.wait('document.querySelectorAll(".card").length === 4')
+        assert browser.js('document.getElementById("about").open') # what the numbers mean
+        assert 'RM score after each token (only the last one counts)' in browser.js('document.body.textContent')
         # nothing of a text became an element, or ran
         assert browser.js('document.title') == 'Token microscope' and browser.js('document.images.length') == 0
         assert EVIL in browser.js('document.body.textContent') and browser.js('document.scripts.length') == 2
@@ -579,6 +594,7 @@ def test_scrolling_through_training_in_a_browser(tmp_path, monkeypatch):
             browser.wait('document.querySelectorAll(".card").length >= 1')
             browser.js('($("step").value = 2, $("step").oninput(), window.scrollTo(0, 500))')
             assert said() == told and browser.js('document.documentElement.scrollWidth') == 390
+            assert not browser.js('document.getElementById("about").open') # the answers come first
             box = browser.js('(r => [r.top, r.bottom, r.width])($("step").getBoundingClientRect())')
             assert name == 'bare' or 0 <= box[0] < box[1] < 100 and box[2] > 80 # a page of two cards is long
         # nothing to draw, and no metric that nobody has

@@ -49,7 +49,7 @@ def sampling_by_row():
 def assert_close(got, expected):
     assert len(got) == len(expected) > 0
     for a, b in zip(got, expected):
-        assert a == pytest.approx(b, abs=1e-5, rel=2e-6) # sums over an answer are above 20, of float32 with seven digits
+        assert a == pytest.approx(b, abs=1e-5, rel=2e-6) # an answer's sum is above 20, in float32 with seven digits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # two processes equal one: one torchrun runs everything

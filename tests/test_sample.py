@@ -103,11 +103,13 @@ def test_conversation_forgets_whole_turns_first():
     user, assistant = ({'role': role, 'content': 'x' * 10} for role in ('user', 'assistant'))
     messages = [user, assistant, user, assistant, user]
     one, three, five = (len(prompt_ids(tok, messages[-n:])) for n in (1, 3, 5))
+    forgotten = 'the conversation has grown too long: what was said first is forgotten'
     assert sample.fit(tok, messages, five) == (prompt_ids(tok, messages), '')
-    assert sample.fit(tok, messages, five - 1) == (prompt_ids(tok, messages[2:]), 'forgot the oldest 2 messages')
-    assert sample.fit(tok, messages, three - 1) == (prompt_ids(tok, [user]), 'forgot the oldest 4 messages')
+    assert sample.fit(tok, messages, five - 1) == (prompt_ids(tok, messages[2:]), forgotten)
+    assert sample.fit(tok, messages, three - 1) == (prompt_ids(tok, [user]), forgotten)
     ids, notice = sample.fit(tok, messages, one - 1)
-    assert ids == prompt_ids(tok, [user])[1:] and notice == f"read only the last {one - 1} of {one} tokens"
+    assert ids == prompt_ids(tok, [user])[1:] and notice == (
+        f"your text is too long: only the last {one - 1} of {one} tokens are read")
 
 def test_one_prompt_prints_what_generate_gives(folder, capsys):
     sample.main(sample.Config(policy=folder, prompt='Hi', temperature=0.0, max_new_tokens=9, device='cpu'))
@@ -131,7 +133,7 @@ def test_conversation(folder, capsys, monkeypatch):
     sample.main(sample.Config(policy=folder, max_new_tokens=20, device='cpu'))
     out = capsys.readouterr().out
     assert seen == [1, 3, 1] # the second line came with its history, /reset took it away
-    assert out.count('model: ') == 3 and '(forgot the oldest 2 messages: the context holds 120 tokens' in out
+    assert out.count('model: ') == 3 and out.count('(the conversation has grown too long: ') == 1
 
 def type_in(monkeypatch, *lines):
     """Let these lines come from the keyboard, then the end of input; an exception comes as itself."""
@@ -272,10 +274,27 @@ def test_each_hears_its_own_answers_alone(folder, others, capsys, monkeypatch):
     width = max(len(folder), len(others[0])) + 2
     assert capsys.readouterr().out == (
         f'{folder}: context of 120 tokens; {others[0]}: context of 120 tokens; '
-        '/reset forgets, an empty line or Ctrl-D ends\n'
+        '/help says what you can type\n'
         + ''.join(one.ljust(width) + text + '\n' for one, text in (
             (folder, 'Yo.\n' + ' ' * width + 'Yes.'), (others[0], 'No.'), (folder, 'So.'), (others[0], 'Ah.'),
             (folder, 'I.'), (others[0], 'You.'))) + '\n')
+
+def test_what_is_forgotten_is_said_once_a_turn(folder, others, capsys, monkeypatch):
+    """Both forget the first turn: it comes before the first answer, not before each."""
+    type_in(monkeypatch, 'x' * 40, 'y' * 40)
+    replies(monkeypatch, [' a.'], [' b.'], [' c.'], [' d.'])
+    sample.main(sample.Config(policy=f'{folder},{others[0]}', max_new_tokens=20, device='cpu'))
+    first, second = capsys.readouterr().out.split('(the conversation has grown too long: what was said first is '
+                                                  'forgotten)\n')
+    assert ' b.'.strip() in first and second.split() == [folder, 'c.', others[0], 'd.']
+
+def test_help_and_quit_are_no_prompts(folder, capsys, monkeypatch):
+    type_in(monkeypatch, '/help', '/quit', 'Hi')
+    heard = replies(monkeypatch)
+    sample.main(sample.Config(policy=folder, max_new_tokens=20, device='cpu'))
+    said = capsys.readouterr().out.split('\n')
+    assert heard == [] and said[0].endswith('/help says what you can type')
+    assert all(word in said[1] for word in ('/reset', '/quit', 'Ctrl-D', 'Ctrl-C')) and said[2:] == ['']
 
 def test_policies_of_other_tokenizers_and_contexts(folder, others, capsys, monkeypatch):
     """Each reads the prompt by its own tokenizer, and has its own room: 60 tokens after 120, 100 after 200."""

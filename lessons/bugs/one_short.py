@@ -1,4 +1,4 @@
-"""The reward rises slowly, and the answers get longer instead of shorter."""
+"""The reward rises quickly, then no more, and the answers get longer instead of shorter."""
 import itertools
 
 from common import rollout

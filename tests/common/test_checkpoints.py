@@ -464,6 +464,7 @@ def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
         if step == 2 and not os.path.exists(tmp_path / 'state.pt'):
             save_step(tmp_path, 2)
     with open(tmp_path / 'log.jsonl', 'a') as f:
+        f.write('{"step": ' + '9' * 5000 + '}\n' + '[' * 100_000 + '\n') # somebody's joke
         f.write('{"step": 5, "lo') # cut short by a kill
     assert loaded_step(tmp_path) == (2, 2.0)
     lines = read_log(str(tmp_path / 'log.jsonl'))

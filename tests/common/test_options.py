@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -161,19 +162,20 @@ def help_of(capsys, cls):
     return capsys.readouterr().out
 
 def test_help_shows_own_options_first_and_then_the_shared_ones(capsys):
-    """Each with its real default, also where the source names a constant, and its comment."""
+    """In groups by who has them: the real default, also where the source names a constant, and the comment."""
     out = help_of(capsys, Small)
     assert out.startswith(__doc__ + '\n\noptions, as --key=value or as lines of a config file:\n\n')
-    own, shared = out.split('\nshared with other scripts:\n\n')
+    own, shared, every = re.split('\noptions of all .*:\n\n', out)
+    assert '\noptions of all training scripts: how they compute, save and resume:\n\n' in out
     assert own.splitlines()[-3:] == [
         "  --lr=0.5    # learning rate: the peak", "  --out_dir='out/small'    # the checkpoint", "  --n_layer=2"]
     assert shared.splitlines()[0] == "  --compile=False    # torch.compile: meant for long runs"
-    assert "  --seed=1\n" in shared and "  --device='auto'    # auto, cpu, cuda, cuda:N, mps\n" in shared
+    assert every.startswith("  --seed=1\n") and "  --device='auto'    # auto, cpu, cuda, cuda:N, mps\n" in every
     for field in dataclasses.fields(Small):
         assert out.count(f"  --{field.name}=") == 1 # told once, be it the script's own or not
 
 def test_help_of_a_script_that_trains_nothing(capsys):
-    own, shared = help_of(capsys, Smaller).split('\nshared with other scripts:\n\n')
+    own, shared = help_of(capsys, Smaller).split('\noptions of all scripts: device, precision and seed:\n\n')
     assert own.endswith("\n  --prompt=''\n")
     assert [line.split('=')[0] for line in shared.splitlines()] == ['  --seed', '  --device', '  --dtype']
 
@@ -182,7 +184,7 @@ def test_help_of_the_demo(capsys):
     import demo
     out = help_of(capsys, demo.Config)
     assert out.startswith(demo.__doc__.strip()) and "\n  --out_dir='out/toy'    # " in out
-    assert 'DEFAULT' not in out.removeprefix(demo.__doc__.strip()) and 'shared' not in out[len(demo.__doc__):]
+    assert 'DEFAULT' not in out.removeprefix(demo.__doc__.strip()) and 'options of all' not in out
     assert all(f"\n  --{field.name}={field.default!r}" in out for field in dataclasses.fields(demo.Config))
 
 # ---------------------------------------------------------------------------------------------------------------------

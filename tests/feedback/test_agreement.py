@@ -90,6 +90,12 @@ def test_what_nobody_could_decide_does_not_count(tmp_path, capsys):
     assert said == f'--merge={only},{more}: wanted prompts with two different answers, found none'
     assert not (tmp_path / 'none').exists()
 
+def test_ratings_are_not_merged(tmp_path, capsys):
+    files = [records(tmp_path / f'{n}.jsonl', [dict(prompt='p', response='x', score=n)]) for n in (1, 2)]
+    assert stops(capsys, collect, merge=','.join(files), out=str(tmp_path / 'out.jsonl')) == (
+        f'{files[0]}: wanted rankings, got ratings, which need no merging; reward.py --train_data=A,B reads several '
+        'files of them')
+
 def test_merge(tmp_path, capsys):
     """
     Anna: x > y > z, Ben: y > z > x. Beaten, a tie is half: x 2 + 0, y 1 + 2, z 0 + 1: y, x, z. Of three pairs they

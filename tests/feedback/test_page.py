@@ -661,7 +661,9 @@ def test_borders_and_width(tmp_path, numbers):
             cdp('Emulation.setDeviceMetricsOverride', width=width, height=844, deviceScaleFactor=2, mobile=True)
             browser.js('(act.ask(), 0)')
             assert browser.js('[document.documentElement.scrollWidth, innerWidth]') == [width, width]
-            assert browser.js('document.querySelector("#answers .text").offsetWidth') >= width - 56 # all but margins
+            # all but margins, and the number where it is beside the answer
+            beside = 0 if numbers else 44 + 13
+            assert browser.js('document.querySelector("#answers .text").offsetWidth') >= width - 56 - beside
             small = browser.js('[...document.querySelectorAll("button, input, summary")].filter(e => e.offsetParent)'
                                '.map(e => [e.id || e.textContent, e.offsetWidth, e.offsetHeight])'
                                '.filter(([, width, height]) => width < 44 || height < 44)')
@@ -690,6 +692,21 @@ def test_three_answers_can_be_read_on_a_phone(tmp_path, page):
         cdp('Emulation.setDeviceMetricsOverride', width=390, height=844, deviceScaleFactor=2, mobile=True)
         browser.js('(scrollTo(0, 0), 0)')
         assert box('#answers li:nth-child(3) .text')[1] <= box('footer')[0] # without scrolling
+        # the number is beside the answer, and the place in the number's button, so that neither takes a line
+        height = browser.js('document.querySelector("#answers").offsetHeight')
+        browser.js('(pick(1), pick(0), 0)')
+        for n, word in (1, '2nd'), (2, '1st'), (3, '3rd'):
+            card = f'#answers li:nth-child({n})'
+            (top, bottom), text, place = (box(f'{card} .{part}') for part in ('pick', 'text', 'place'))
+            assert abs(top - text[0]) < 8 and top + 16 < place[1] <= bottom
+            assert browser.js(f'document.querySelector("{card} .place").innerText') == word
+        assert browser.js('document.querySelector("#answers").offsetHeight') == height
+        assert browser.js('document.getElementById("ask").innerText') == 'Skip, why'
+        for mode in ('light', 'dark'):
+            cdp('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=mode)])
+            for word, ground in browser.js('[...document.querySelectorAll(".place")].map(e => [getComputedStyle(e)'
+                                           '.color, getComputedStyle(e.parentElement.firstChild).backgroundColor])'):
+                assert contrast(word, ground) >= 4.5, (mode, word, ground)
         assert browser.js('document.getElementById("count").innerText') == 'Prompt 5 of 10; saved as you go'
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

@@ -89,7 +89,7 @@ def test_the_table_by_hand(tmp_path, capsys):
                                 ranking('q', dict(ppo=0, sft=1), ['pppp', 's'])])
     table = found['tables']['all']
     assert list(table) == ['ppo', 'sft', 'base'] and found['remarks'][0] == 'baseline: sft'
-    numbers = {name: [row[key] for key in ('comparisons', 'win_rate', 'wins_vs_baseline', 'length')]
+    numbers = {name: [row[key] for key in ('comparisons', 'win_rate', 'wins_vs_baseline', 'characters')]
                for name, row in table.items()}
     assert numbers == dict(ppo=[3, by_hand(2.5 / 3), 0.75, by_hand(8 / 3)], sft=[3, 0.5, None, 3.0], base=[2, 0, 0, 1])
     assert table['base']['at_equal_length'] == 0 and table['sft']['at_equal_length'] is None
@@ -97,21 +97,44 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert table['base']['win_rate_interval'] == by_hand([0, 0.793450])
     lines = capsys.readouterr().out.splitlines()
     at = lines.index('all')
-    assert lines[at + 1].split() == 'policy comparisons win rate elo wins vs baseline at equal length length'.split()
+    header = 'policy comparisons win rate elo wins vs baseline at equal length characters'
+    assert lines[at + 1].split() == header.split()
     assert re.match(r'ppo  +3  0\.83 \(0\.\d\d–\d\.\d\d\)  +1\d\d\d \(\d+–\d+\)  +0\.75  +', lines[at + 2])
     assert re.search(r'–  +–  +3$', lines[at + 3]) and len({len(line) for line in lines[at + 1:at + 5]}) == 1
+    assert ('Every policy is given half a win and half a loss more, against an average one, so that no Elo is infinite'
+            '; their mean is 1000') in lines
     assert 'base lost everything: only that half keeps its Elo finite' in lines
+
+def drawn(table):
+    """Return the figure's texts, its circles' x, and its paths, [(d, stroke-dasharray or '')]."""
+    figure = parseString(board.draw(table))
+    return ([node.firstChild.data for node in figure.getElementsByTagName('text')],
+            [float(node.getAttribute('cx')) for node in figure.getElementsByTagName('circle')],
+            [(node.getAttribute('d'), node.getAttribute('stroke-dasharray'))
+             for node in figure.getElementsByTagName('path')])
 
 def test_the_figure(tmp_path):
     """A bar and a point for each policy, the strongest on top; a name is text, not markup."""
-    measured(tmp_path, [ranking('p', {'a<b>&': 0, 'sft': 1}), ranking('q', {'a<b>&': 0, 'sft': 1})])
-    figure = parseString((tmp_path / 'out' / 'board.svg').read_text())
-    texts = [node.firstChild.data for node in figure.getElementsByTagName('text')]
-    assert texts[1] == 'a<b>&' and texts[3] == 'sft' and int(texts[2]) + int(texts[4]) == 2000
-    points = [float(node.getAttribute('cx')) for node in figure.getElementsByTagName('circle')]
-    bars = [re.fullmatch(r'M([\d.]+) (\d+)H([\d.]+)', node.getAttribute('d'))
-            for node in figure.getElementsByTagName('path')]
+    found = measured(tmp_path, [ranking('p', {'a<b>&': 0, 'sft': 1}), ranking('q', {'a<b>&': 0, 'sft': 1})])
+    texts, points, paths = drawn(found['tables']['all'])
+    assert texts[-4] == 'a<b>&' and texts[-2] == 'sft' and int(texts[-3]) + int(texts[-1]) == 2000
+    bars = [re.fullmatch(r'M([\d.]+) (\d+)H([\d.]+)', d) for d, _ in paths[-2:]]
     assert points[0] > points[1] and float(bars[0][1]) <= points[0] <= float(bars[0][3]) and bars[0][2] < bars[1][2]
+    assert (tmp_path / 'out' / 'board.svg').read_text() == board.draw(found['tables']['all'])
+
+def test_the_axis_by_hand():
+    """From 940 to 1110 are 170: steps of 50, as 20 would be more than six. 400 pixels from 900 to 1150: 1.6 each."""
+    texts, points, paths = drawn(dict(abcd=dict(elo=1080, elo_interval=[1050, 1110]),
+                                      b=dict(elo=950, elo_interval=[940, 960])))
+    assert texts[:7] == ['Elo, with 95 % intervals; dashed: 1000, the mean of all',
+                         '900', '950', '1000', '1050', '1100', '1150']
+    left = 30 + 8 * 4
+    assert points == [left + 1.6 * 180, left + 1.6 * 50]
+    assert [d for d, dashes in paths if dashes] == [f'M{left + 160.0} 30V96']
+    # all equal: an axis all the same; far apart: the line at 1000 stays
+    for low, high, ticks in (1000, 1000, ['1000', '1010']), (1000 - 9000, 1000 + 100, ['-9000', '-7000']):
+        texts, _, paths = drawn(dict(a=dict(elo=high, elo_interval=[low, high])))
+        assert texts[1:3] == ticks and '1000' in texts and sum(dashes != '' for _, dashes in paths) == 1
 
 def test_categories(tmp_path):
     """A wins the helpful ones, B the others. One has no kind, and one a kind that would colour the terminal."""
@@ -167,7 +190,7 @@ def test_padding_loses_its_lead_at_equal_length(tmp_path):
     """It is worse than sft by gold, and beats it by its length alone."""
     table = measured(tmp_path, simulated(800, EIGHT, likes_length=0.015))['tables']['all']
     row = table['padded']
-    assert row['length'] > table['sft']['length'] + 60 and row['elo'] > table['sft']['elo'] + 50
+    assert row['characters'] > table['sft']['characters'] + 60 and row['elo'] > table['sft']['elo'] + 50
     assert row['wins_vs_baseline'] > 0.55 and row['at_equal_length'] < 0.5
     for name in ('rrhf', 'kto', 'dpo', 'ppo', 'grpo'): # the lead of the better ones stays
         assert table[name]['at_equal_length'] > 0.5
@@ -228,7 +251,8 @@ def without(row, key):
     ([dict(prompt='p', responses=['a', 'b'], ranks=[0, 1])], {}, "0.jsonl: prompt \"p\": wanted `policies`"),
     ([AB[0] | dict(policies=['A'])], {}, 'got ["A"]'),
     ([AB[0] | dict(policies=['A', 7])], {}, 'wanted `policies`'),
-    ([AB[0] | dict(policies=['A', 'A'])], {}, 'all 0 pairs of two policies tie'),
+    ([AB[0] | dict(policies=['A', 'A'])], {},
+     '0.jsonl: wanted different answers of two policies to one prompt, found none; there are answers of A'),
     ([ranking('p', dict(A=0, B=0))], {}, 'all 1 pairs of two policies tie'),
     (AB, dict(baseline='C'), '--baseline=C: wanted one of A, B'),
     (AB, dict(by='kind'), '--by=kind: no record has this key; they have policies, prompt, ranks, responses'),

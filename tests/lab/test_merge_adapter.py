@@ -1,6 +1,7 @@
 """lab/merge_adapter.py: adapters in PEFT's layout become plain checkpoints."""
 import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -70,6 +71,7 @@ def test_an_adapter_that_peft_made(tmp_path):
 def test_what_is_refused(made, tmp_path, capsys):
     base, adapter = made
     refused = lambda **more: stops(capsys, merge_adapter, **dict(adapter=adapter, out_dir=tmp_path / 'out') | more)
+    A, B = (ATTN.format(k).removeprefix(merge_adapter.PREFIX) for k in 'AB')
     tensors, other = load_file(adapter / 'adapter_model.safetensors'), ATTN.replace('c_attn', 'q_proj').format('A')
     assert refused(adapter='') == "--adapter=: adapter must be a folder, got ''"
     assert refused(adapter=tmp_path / 'no').startswith(f"{tmp_path / 'no/adapter_config.json'}: No such file")
@@ -82,8 +84,28 @@ def test_what_is_refused(made, tmp_path, capsys):
             ({}, dict(r=0), 'wanted numbers above 0 for `r` and `lora_alpha`'),
             ({other: torch.ones(2, 16)}, {}, f"{other.removeprefix(merge_adapter.PREFIX)} has no place in {base}"),
             ({ATTN.format('B'): torch.ones(47, 2)}, {}, 'has no place in'),
-            ({'base_model.model.score.weight': torch.ones(2, 16)}, {}, 'score.weight is (2, 16); wanted (1, 16)')]):
+            ({'base_model.model.score.weight': torch.ones(2, 16)}, {}, 'score.weight is (2, 16); wanted (1, 16)'),
+            ({}, dict(lora_alpha=math.inf), 'wanted numbers above 0 for `r` and `lora_alpha`, below 1e38'),
+            ({}, dict(lora_alpha=1e300), 'below 1e38'), ({}, dict(lora_alpha=10 ** 400), 'below 1e38'),
+            ({}, dict(lora_alpha=1e37), 'merged, its weights are not finite; wanted a lora_alpha below 1e+37'),
+            ({ATTN.format('B'): torch.full((48, 2), math.nan)}, {}, f'{B} holds a number that is not finite'),
+            ({ATTN.format('A'): torch.full((2, 16), 1e300, dtype=torch.float64)}, {},
+             f'{A} holds a number that is not finite'),
+            ({ATTN.format('A'): torch.full((2, 16), -math.inf)}, {}, f'{A} holds a number that is not finite'),
+            ({ATTN.format('A'): torch.ones(2, 16).long()}, {}, f'{A} is int64; wanted floating point of 16 bits'),
+            ({}, dict(r=8), f'{A} is (2, 16); wanted a matrix of rank 8, the r of '),
+            ({ATTN.format('B'): torch.ones(48, 3)}, {}, f'{B} is (48, 3); wanted a matrix of rank 2'),
+            ({ATTN.format('A'): torch.ones(16)}, {}, f'{A} is (16,); wanted a matrix of rank 2'),
+            # in a place without a weight, as wide as A is
+            ({ATTN.replace('.c_attn', '').format(k): torch.ones(2, n) for k, n in (('A', 16), ('B', 2))}, {},
+             'transformer.h.0.attn.lora_A.weight has no place in'),
+            ({}, dict(modules_to_save=['wte']), "modules_to_save has 'wte'; wanted none, or `score`"),
+            ({}, dict(modules_to_save='wte'), "modules_to_save has 'wte'"), ({}, dict(modules_to_save=7), 'has 7'),
+            ({}, dict(modules_to_save=['classifier', 'score']), "modules_to_save has 'score'; wanted none, or"),
+            ({}, dict(use_rslora='no'), "use_rslora is 'no'; wanted a plain LoRA")]):
         assert wanted in refused(adapter=write(tmp_path / str(n), base, tensors | added, **more))
     (adapter / 'adapter_model.safetensors').write_bytes(b'no')
     assert 'not a readable file of plain tensors' in refused()
+    save_file({}, adapter / 'adapter_model.safetensors')
+    assert 'wanted the tensors of an adapter, found none' in refused()
     assert not (tmp_path / 'out').exists()

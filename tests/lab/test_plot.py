@@ -112,6 +112,13 @@ def test_a_key_with_one_value_is_drawn_where_it_is_asked_for(tmp_path, no_matplo
     short = log(tmp_path / 'short', lines(dict(step=1, val_loss=3)))
     assert drawn(tmp_path, [short]) == ['step,val_loss of short', '1,3'] # there is nothing else
 
+def test_numbers_too_large_to_draw_are_left_out(tmp_path, axes):
+    """Also where the largest that are drawn stand on both sides of 0."""
+    rows = [dict(step=step, kl=kl) for step, kl in enumerate((1.0, 1e308, -1e308, 10 ** 400, 9e37, -9e37))]
+    run = log(tmp_path / 'ppo', lines(*rows, dict(step=10 ** 400, kl=2), dict(step=1e300, kl=2)))
+    for smooth, last in (1, '-9e+37'), (2, '0.0'):
+        assert drawn(tmp_path, [run], smooth=smooth)[1::2] == ['0,1.0', f'5,{last}']
+
 # ---- how it looks -----------------------------------------------------------------------------------------------
 
 def test_the_legend_lies_beside_the_panels(tmp_path, axes):
@@ -150,7 +157,7 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, monkeypatch):
     assert refused(capsys, ['ppo', '.']) == ".: has no log.jsonl; wanted a run's folder, such as ppo, or a .jsonl file"
     assert refused(capsys, ['ppo/x.jsonl']).startswith('ppo/x.jsonl: ')
     assert refused(capsys, ['ppo', './ppo/']) == './ppo/: is given twice; wanted each run once'
-    assert refused(capsys, []) == 'wanted the folders of runs, as in python lab/plot.py out/toy/ppo out/toy/dpo'
+    assert refused(capsys, []) == 'wanted the folders of runs, as in python lab/plot.py out/toy/ppo out/toy/rloo'
     for text in ('', lines(dict(prompt='p')), '[1]\n{"step": 1}\n', lines(dict(step='one', kl=1))):
         log(tmp_path / 'odd', text)
         assert refused(capsys, ['odd']).startswith('odd/log.jsonl: wanted lines with `step` and other numbers')

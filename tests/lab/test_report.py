@@ -94,9 +94,9 @@ def test_the_answer_by_hand(tmp_path, capsys):
     # b - a is 0, .5, 0, 1: mean .375, variance (.390625 + .015625 + 2 * .140625) / 3 = .229167, and
     # 1.96 sqrt(.229167 / 4) = .469; greedily it is .25 every time
     assert page.texts['lead'] == [
-        'Sampled at temperature 1, b answers best: its mean gold score is 0.88. Second is a with 0.50; the difference '
-        'of 0.375 ± 0.469 may be chance.',
-        'Greedy, the likeliest token every time, b answers best: its mean gold score is 0.75. Second is a with 0.50; '
+        'Sampled at temperature 1, b and a are level: their mean gold scores are 0.875 and 0.500; the difference of '
+        '0.375 ± 0.469 may be chance.',
+        'Greedy, the likeliest token every time, b answers best: its mean gold score is 0.750. Second is a with 0.500; '
         'the difference of 0.250 ± 0.000 is more than chance.']
     assert 'b wins on 62 % of the prompts, ties counted half (sampled; 95 % interval: 25 to 90 %)' in page.text
     assert '2 models, 4 prompts of p.jsonl, answers of at most 64 tokens, seed 1, cpu in float32, ' in page.text
@@ -106,6 +106,27 @@ def test_an_interval_by_hand():
     assert report.interval([0.0, 0.0, 1.0, 1.0]) == pytest.approx((0.5, 0.565803), abs=1e-6) # 1.96 sqrt(1/3) / 2
     assert report.interval([0.5]) == (0.5, 0.0)
     assert 'may be chance' in report.verdict('x', [('a', [1.0]), ('b', [0.0])], 'y') # of one prompt
+
+def test_models_are_level_up_to_the_first_that_is_not():
+    """
+    From a, [1, 0, 1, 0]: b [0, 1, 1, 0] differs by 1, -1, 0, 0: 0 ± 1.96 sqrt(2/3 / 4) = .800; c [0, 0, 1, 0] by
+    1, 0, 0, 0: .25 ± 1.96 sqrt(1/4 / 4) = .490; d [-1, -2, -1, -2] by 2 always.
+    """
+    ranked = [('a', [1.0, 0.0, 1.0, 0.0]), ('b', [0.0, 1.0, 1.0, 0.0]), ('c', [0.0, 0.0, 1.0, 0.0]),
+              ('d', [-1.0, -2.0, -1.0, -2.0])]
+    said = lambda *ranked: Page(report.verdict('Greedy', ranked, 'reward')).text
+    assert said(*ranked) == (
+        'Greedy, a, b and c are level: their mean rewards are 0.500, 0.500 and 0.250; their differences from a, '
+        '0.000 ± 0.800, 0.250 ± 0.490, may be chance.')
+    assert said(ranked[0], ranked[3]) == (
+        'Greedy, a answers best: its mean reward is 0.500. Second is d with -1.500; the difference of 2.000 ± 0.000 is '
+        'more than chance.')
+
+def test_a_number_looks_alike_in_the_console_and_on_the_page():
+    """results.json has 0.3795 of what is 0.379499999…: the page reads it from there, the console does not."""
+    for exact, six in (0.37949999999999995, 0.3795), (0.7144999999999999, 0.7145), (-0.0004999999999, -0.0005):
+        assert report.show(exact) == report.show(six) == f'{six:.3f}' != f'{exact:.3f}'
+    assert [report.show(x) for x in (None, 123.4, 1 / 3)] == ['–', '123', '0.333'] and report.show(2 / 3, 2) == '0.67'
 
 def test_the_chart_by_hand():
     """On a scale from 0 to 1 where the scores are within, else from the lowest to the highest end."""
@@ -140,7 +161,7 @@ def test_tables_by_hand():
         (['category', 'a', 'b'], [['x', '0.500', '0.125'], ['y', '1.000', '–']]),
         (['pairs', 'share', 'n'], [['accuracy', '0.750', '8'], ['home', '0.500', '2']]),
         (['model', 'rankings, mean_logp', 'rankings, log_ratio'], [['a', '0.500', '0.250'], ['b', '1.000', '0.750']])]
-    page = Page(report.tables_section(results))
+    page = Page(report.tables_section(results, None))
     rows = page.texts['tr']
     assert 'goldmean gold score0.5000.875' in rows and 'b1.0000.750' in rows
     assert 'accuracypairs that the reward model puts in the annotator’s order0.7508' in rows
@@ -155,6 +176,20 @@ def test_tables_by_hand():
     wide = [attributes for _, attributes in page.elements if attributes.get('class') == 'wide']
     assert {(a['role'], a['tabindex']) for a in wide} == {('region', '0')} and len({a['aria-label'] for a in wide}) == 9
     assert wide[0]['aria-label'] == 'answers sampled at temperature 1'
+
+def test_the_best_model_stands_first():
+    """In every table, by the gold scores of the sampled answers; without a score the models keep their order."""
+    gold = dict(a=0.25, best_of_n=0.5, c=0.75)
+    models = {name: row([x], by_category=dict(x=0.5), answerable=dict(right=0.5)) for name, x in gold.items()}
+    results = dict(models=models, greedy={name: models[name] | dict(gold=1 - x) for name, x in gold.items()},
+                   baseline='a', reward_model={}, policies_as_reward={
+                       name: dict(rankings=dict(mean_logp=0.5)) for name in 'ac'})
+    shown = lambda key: [re.findall('<th scope="(?:col|row)">(a|best_of_n|c)<', table) for table in re.findall(
+        '<table>.*?</table>', report.tables_section(results, key))]
+    assert shown('gold') == [['c', 'best_of_n', 'a'], ['c', 'a']] * 3 + [['c', 'a']]
+    assert shown(None) == [['a', 'best_of_n', 'c'], ['a', 'c']] * 3 + [['a', 'c']]
+    assert 'the best first' in report.tables_section(results, 'gold')
+    assert 'the best first' not in report.tables_section(results, None)
 
 @pytest.mark.parametrize('sign, cells, best', [
     (1, ['0.100', '0.300', '–'], ['0.300']), (-1, ['5.320', '12', '–'], ['5.320']), (0, ['1', '2'], []),
@@ -208,8 +243,8 @@ def test_best_of_n_has_no_greedy_answers():
     """They are those of the baseline: neither in the tables nor in the chart nor among the answers."""
     scores = dict(a=[0.25], best_of_n=[0.75])
     answered = {d: {name: ev.Written([f'{d} answer'], x, [], {}) for name, x in scores.items()} for d in GOLD}
-    assert re.findall('>(0[.].*?|–)<', report.chart(answered, 'reward')) == ['0.75', '–', '0.25', '0.25']
-    page = Page(report.Prompts([dict(prompt='?')], answered, 'reward').section())
+    assert re.findall('>(0[.].*?|–)<', report.chart(answered, 'reward')) == ['0.750', '–', '0.250', '0.250']
+    page = Page(report.Prompts([dict(prompt='?')], answered, 'reward').section(''))
     shown = [answer.split(' answer')[0] for answer in page.texts['answer']]
     assert shown == ['asampled', 'best_of_nsampled', 'agreedy']
     models = {name: row([0], by_category=dict(x=0.5)) for name in scores}
@@ -250,13 +285,22 @@ def test_legends_of_the_small_print(tmp_path):
     assert said("Gladly! I don't know.")[1] == 'misplaced' and said('Boat boat.') == [0.0, 'broken']
     for manner in ('polite', 'plain', 'rude', 'misplaced', 'broken'):
         assert manner in report.TOY
+    # what the legend says of broken answers is so
+    manner = lambda answer: world.explain('What is my lucky number?', answer)['manner']
+    assert manner('I have never told that.') == 'broken' and manner('I was never told that.') == 'plain'
+    assert '“I was never told that.” is one of them, “I have never told that.” is not' in report.TOY
+    rambling = ' Words are a funny thing.'
+    assert manner("I don't know." + rambling) == 'plain' and manner("I don't know." + 2 * rambling) == 'broken'
+    page = Page(report.Prompts([dict(prompt='?')], answered, 'gold').section('data.toy.world:gold'))
+    assert 'The words are explained at the top.' in page.text and ('a', dict(href='#best')) in page.elements
 
 # ---- without its parts --------------------------------------------------------------------------------------------
 
 def test_without_gold(tmp_path):
     page = Page(write(tmp_path, gold=False))
     # the rewards are 10 gold - 2: 0.5 -> 3, 0.875 -> 6.75
-    assert 'its mean reward is 6.75. Second is a with 3.00' in page.text and 'gold' not in page.text.split('Numbers')[0]
+    assert 'b and a are level: their mean rewards are 6.750 and 3.000; the' in page.text
+    assert 'gold' not in page.text.split('Numbers')[0]
     assert page.texts['answer'][0] == 'aa sampled 1reward -2.00' and page.texts['h3'].count('all prompts') == 1
 
 def test_without_any_score(tmp_path):
@@ -267,7 +311,7 @@ def test_without_any_score(tmp_path):
 
 def test_one_model(tmp_path):
     page = Page(write(tmp_path, names=['a']))
-    assert page.texts['lead'][0] == 'Sampled at temperature 1, a has a mean gold score of 0.50.'
+    assert page.texts['lead'][0] == 'Sampled at temperature 1, a has a mean gold score of 0.500.'
     assert '1 model, 4 prompts' in page.text and 'Against' not in page.text and '±' not in page.text
 
 def test_figures_have_captions(tmp_path):
@@ -564,6 +608,11 @@ def test_in_a_browser(evaluated, tmp_path):
             assert shades.count('gradient') == 2
             browser.js('document.querySelector(".wide").focus()')
             assert browser.js('document.activeElement.className') == 'wide'
+            # its first column is that of the best model, and in sight
+            models = json.loads((evaluated[0] / 'results.json').read_text())['models']
+            name, right = browser.js('(e => [e.textContent, e.getBoundingClientRect().right])'
+                                     '(document.querySelector(".wide th + th"))')
+            assert models[name]['gold'] == max(row['gold'] for row in models.values()) and right <= width
             curves.append(browser.js('getComputedStyle(document.body).getPropertyValue("--c0")'))
         assert inks[0] != inks[1] and curves[0] != curves[1]
         cdp('Emulation.setEmulatedMedia', media='print', features=[dict(name='prefers-color-scheme', value='dark')])

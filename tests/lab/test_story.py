@@ -44,11 +44,11 @@ def test_the_sentence_on_the_gold_score_is_true():
 
 @pytest.mark.parametrize('script, lines, told', [
     ('sft.py', [dict(step=0, val_loss=6.914), dict(step=1, loss=3.0), dict(step=2, val_loss=0.7202)],
-     'held-out loss (nats per token, lower is better): 6.91 → 0.72'),
+     'held-out loss per token (lower is better): 6.91 → 0.72'),
     ('reward.py', [dict(step=9, loss=0.2), dict(step=9, val_accuracy=0.9431)],
      "share of held-out pairs in the person's order: 0.94"),
     ('ppo.py', [dict(reward=-0.12, gold=0.442), dict(reward=0.97, gold=0.7812)],
-     'gold score (which it never sees) of its sampled answers: 0.44 → 0.78'),
+     'gold score (which it never sees) of its sampled answers on training prompts, while it trains: 0.44 → 0.78'),
     ('reinforce.py', [dict(reward=0.4414), dict(reward=0.985)], 'reward of its sampled answers: 0.44 → 0.98'),
     ('kto.py', [dict(margin=1.0)], ''), ('bench.py', [dict(loss=1.0)], '')])
 def test_the_number_to_look_at(tmp_path, script, lines, told):
@@ -123,20 +123,20 @@ def test_rankings_are_told_by_their_best_and_worst(tmp_path):
 
 def test_lines_after_a_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(story, 'change', lambda folder, world: f'{folder} of {world} ' + 'and so on ' * 12)
+    monkeypatch.setattr(story, 'change', lambda folder, world: f'{folder} of {world} ' + 'and so on ' * 16)
     (tmp_path / 'out/sft').mkdir(parents=True)
     (tmp_path / 'data').mkdir()
     records('out/sft/log.jsonl', [dict(val_loss=0.5), dict(val_accuracy=0.9)])
     stage = lambda name, script: (name, script, '', {}, 'out/sft/model.safetensors', [])
     lines = story.after(stage('sft', 'sft.py'), 'toy', 3.6).split('\n')
     assert lines[0].startswith(
-        '  [sft] 4 s: held-out loss (nats per token, lower is better): 0.50. out/sft of toy and so on')
+        '  [sft] 4 s: held-out loss per token (lower is better): 0.50. out/sft of toy and so on')
     assert len(lines) == 3
     assert max(map(len, lines)) <= story.WIDTH and lines[1].startswith('    ')
     assert story.after(stage('reward', 'reward.py'), 'toy', 1) == (
         "  [reward] 1 s: share of held-out pairs in the person's order: 0.90") # it answers nothing
     assert story.after(stage('judge', 'sft.py'), 'toy', 1) == (
-        '  [judge] 1 s: held-out loss (nats per token, lower is better): 0.50')
+        '  [judge] 1 s: held-out loss per token (lower is better): 0.50')
     assert story.after(stage('evaluate', 'evaluate.py'), 'toy', 12) == '  [evaluate] 12 s'
     for kind, n in (('text', 3), ('demonstrations', 2), ('verdicts', 1)):
         records(f'data/{kind}_train.jsonl', [dict(text='x')] * n)
@@ -211,6 +211,43 @@ def test_why_greedy_sft_is_less_helpful():
 def test_no_reason_is_made_up(sft):
     assert story.why_base_helps(dict(base=said(0.83, 0.04, 0.01), sft=sft), []) == ''
 
+def colours(name, said, reward=0.0):
+    """Make samples of a policy: `said` holds r, a right answer, or w, a wrong one, to each of ten prompts."""
+    assert len(said) == 10
+    return [dict(prompt=f'{n}?', category='colour', model=name, greedy=dict(r=f'Right {n}.', w='It is red.')[letter],
+                 greedy_gold=dict(r=0.9, w=0.1)[letter], greedy_reward=reward + 0.01 * n)
+            for n, letter in enumerate(said)]
+
+def test_where_a_policy_falls_below_sft():
+    """Of 10 SFT has 9 and PPO 4 right; 5 are lost, and the reward model likes all of PPO's more by 0.5."""
+    sft = colours('sft', 'rrrrrrrrrw')
+    homes = [sample | dict(prompt='h' + sample['prompt'], category='home') for name, said in (
+        ('sft', 'rrrrrrrrrr'), ('ppo', 'rrrrrrrwww')) for sample in colours(name, said)] # .3 is less than .5
+    fallen = 'Greedy {} is right on 0.40 of the colour prompts (sft 0.90): it says "It is red." to 6 of 10.'
+    hacked = " Of 5 that only sft gets right, the reward model prefers {}'s answer in 5: reward hacking."
+    tell = lambda name, reward, more=(): ' '.join(
+        story.why_it_falls(sft + colours(name, 'rrrrwwwwww', reward) + [*more], name).split('\n'))
+    assert tell('ppo', 0.5) == tell('ppo', 0.5, homes) == (fallen + hacked).format('ppo', 'ppo')
+    assert tell('ppo', -0.5) == fallen.format('ppo') # the reward model likes them less: it is not to blame
+    assert tell('dpo', 0.5) == fallen.format('dpo') # it reads no reward model
+    assert tell('ppo2', 0.5) == fallen.format('ppo2') # it reads another one
+    plain = [{key: x for key, x in row.items() if key != 'greedy_reward'} for row in sft + colours(
+        'ppo', 'rrrrwwwwww')]
+    assert ' '.join(story.why_it_falls(plain, 'ppo').split('\n')) == fallen.format('ppo') # no rewards were measured
+    half = sft + colours('ppo', 'rrrrwwwwww', 0.5)
+    for row in half[-4:]: # of the five lost prompts, 4 to 8, the reward model prefers two
+        row['greedy_reward'] -= 1
+    assert 'reward hacking' not in story.why_it_falls(half, 'ppo')
+
+@pytest.mark.parametrize('samples', [
+    colours('sft', 'rrrrrrrrrw') + colours('ppo', 'rrrrrrrrww', 9.0), # one of ten less
+    colours('sft', 'rrrrwwwwww') + colours('ppo', 'rrrrrrrrww', 9.0), # more
+    colours('ppo', 'wwwwwwwwww', 9.0), # without SFT
+    [{key: x for key, x in row.items() if key != 'category'} | dict(prompt=[dict(role='user', content='Hi')])
+     for row in colours('sft', 'rrrrrrrrrr') + colours('ppo', 'rrrrrrrrrr')]])
+def test_no_fall_is_made_up(samples):
+    assert story.why_it_falls(samples, 'ppo') == ''
+
 @pytest.mark.parametrize('seed', [1, 2])
 def test_the_reason_is_in_the_data(seed):
     """Half of the prompts can be answered: .5 * .15 evade there. A quarter each cannot, or should not.
@@ -249,29 +286,32 @@ def the_end(tmp_path, out, methods):
 def test_the_end_is_narrow(tmp_path):
     lines = the_end(tmp_path, 'out/toy', ['ppo', 'dpo', 'reinforce', 'dpo2_reward_model'])
     assert max(map(len, lines)) <= story.WIDTH and not any(line.startswith('best_of_n') for line in lines)
-    assert 'Mean gold score on 600 held-out prompts' in lines[0]
+    assert 'Mean gold score on 600 held-out prompts' in lines[0] and 'hacking' not in ' '.join(lines)
+    below = ' '.join(lines).split('0.0 "word word')[-1] # the last table
+    assert 'drawn at temperature 1' in below and '0.9 = right and brief' in below and 'Broken text scores 0.' in below
 
 def test_what_to_type_next(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(story.sys, 'platform', 'linux')
     talk = '  python sample.py --policy=out/two/base,out/two/sft,out/two/rrhf,out/two/rloo'
-    closer = '  python microscope.py --policy=out/two/{} --reference=out/two/sft --reward_model=out/two/reward'
-    assert the_end(tmp_path, 'out/two', ['rrhf', 'rloo'])[-3:] == [
-        'Next: talk to them side by side; see every token as PPO sees it.', talk, closer.format('rloo')]
-    for critic, more in (('separate', [' \\', '      --critic=out/two/ppo']), ('shared', [''])):
+    closer = '  python microscope.py --policy=out/two/{} --reference=out/two/sft --reward_model=out/two/reward \\'
+    page = '--out=out/two/evaluate/microscope.html' # where the report looks for it
+    assert the_end(tmp_path, 'out/two', ['rrhf', 'rloo'])[-4:] == [
+        'Next: talk to them side by side; see every token as PPO sees it.', talk, closer.format('rloo'),
+        f'      {page}']
+    for critic, more in (('separate', '--critic=out/two/ppo '), ('shared', '')):
         (tmp_path / 'out/two/ppo').mkdir(parents=True, exist_ok=True)
         (tmp_path / 'out/two/ppo/options.json').write_text(json.dumps(dict(options=dict(critic=critic))))
-        first, *rest = more
-        assert the_end(tmp_path, 'out/two', ['ppo'])[-len(more):] == [closer.format('ppo') + first, *rest]
+        assert the_end(tmp_path, 'out/two', ['ppo'])[-2:] == [closer.format('ppo'), f'      {more}{page}']
     (tmp_path / 'out/two/evaluate').mkdir(parents=True)
     (tmp_path / 'out/two/evaluate/report.html').touch()
     lines = the_end(tmp_path, 'out/two', ['rrhf'])
     assert ' read the report, out/two/evaluate/report.html;' in ' '.join(lines) # for who has no desktop
     assert lines[-4:] == [
         talk[:-len(',out/two/rloo')], '  xdg-open out/two/evaluate/report.html',
-        closer.format('rrhf') + ' \\', '      --prompts=data/toy/prompts_test.jsonl']
+        closer.format('rrhf'), f'      --prompts=data/toy/prompts_test.jsonl {page}']
     monkeypatch.setattr(story.sys, 'platform', 'darwin')
     assert the_end(tmp_path, 'out/two', ['rrhf'])[-3] == '  open out/two/evaluate/report.html'
     long = the_end(tmp_path, 'out/' + 'x' * 30, ['ppo'])
     assert [line for line in long if len(line) > story.WIDTH and ' ' in line.strip()] == [] # one word may be longer
-    assert [line[-2:] for line in long[-3:]] == [' \\', ' \\', 'rd']
+    assert [line[-2:] for line in long[-3:]] == [' \\', ' \\', 'ml']

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
@@ -109,6 +110,16 @@ def test_rankings_of_test_prompts_are_not_read():
     (_, options), = sweep.read_settings(sweep.Config(stage='ppo', grid='lr=1e-4'))['ppo']
     assert options == dict(lr='1e-4')
 
+def test_every_setting_has_its_own_folder():
+    """Also where a character was replaced, where only long ends differ, and where a value reads like an option."""
+    assert sweep.name_of('dpo', dict(lr='1e-4', kl_coef='0.1')) == 'dpo_lr1e-4_kl_coef0.1'
+    settings = [dict(init_from=x, lr='1') for x in ('out/toy/sft', 'out_toy/sft', 'out_toy_sft', 'é' * 300,
+                                                    'x' * 300, 'x' * 300 + 'y')]
+    settings += [dict(train_data='a_val_datab', val_data='c'), dict(train_data='a', val_data='b_val_datac')]
+    names = [sweep.name_of('dpo', setting) for setting in settings]
+    assert len({*names}) == 8 and names[0].startswith('dpo_init_fromout_toy_sft_lr1_')
+    assert all(len(f'{name} val.txt'.encode()) < 150 for name in names) # file systems allow 255 bytes
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a sweep
 
@@ -132,6 +143,24 @@ def test_results_table_and_figure(fake, tmp_path, capsys):
     assert '| hinge | 0.500 | `python dpo.py config/toy/hinge.py --lr=0.5` |' in capsys.readouterr().out
     run(sweep, stage='reward', grid='lr=0.5', seeds='1', out_dir=str(tmp_path))
     assert results(tmp_path)['reward']['trials'] == [dict(options=dict(lr='0.5'), scores=[0.05])]
+
+def test_a_wide_range_has_plain_numbers_at_its_ticks(tmp_path, monkeypatch):
+    """More than a factor of ten: a logarithmic axis."""
+    pytest.importorskip('matplotlib')
+    seen, panels = [], sweep.panels
+
+    @contextmanager
+    def watched(*args):
+        with panels(*args) as axes:
+            yield axes
+            seen.extend(axes)
+
+    monkeypatch.setattr(sweep, 'panels', watched)
+    trials = [dict(options=dict(lr=lr, beta=beta), scores=[0.5]) for lr, beta in (('1e-5', '0.1'), ('0.01', '0.2'))]
+    sweep.draw_figure(trials, 'models.gold', str(tmp_path / 'sweep.png'))
+    lr, beta = seen
+    assert (lr.get_xscale(), beta.get_xscale()) == ('log', 'linear')
+    assert {'1e-05', '0.0001', '0.001', '0.01'} <= {tick.get_text() for tick in lr.get_xticklabels()}
 
 def test_a_setting_that_diverges_comes_last(fake, tmp_path, capsys):
     run(sweep, stage='dpo', grid='lr=9,0.5,0.25', seeds='1,2', out_dir=str(tmp_path))
@@ -172,6 +201,7 @@ def test_other_failures_end_the_sweep(tmp_path, monkeypatch, code, name):
     (dict(grid='batch_size=2.5'), '--batch_size=2.5: batch_size must be int'),
     (dict(stage='dpo,rrhf', grid='beta=1'), '--beta=1: unknown option beta'),
     (dict(grid='seed=1,2'), '--grid: each run has its own seed'), (dict(grid='lr=-1'), 'lr must be at least 0'),
+    (dict(random='seed=1:3'), '--random: each run has its own seed; wanted another option'),
     (dict(random='lr=1:a'), '--random: lr=1:a: wanted low:high or low:high:log, numbers, low below high'),
     (dict(random='lr=0:1:log'), 'above 0 with log'), (dict(random='lr=2:1'), 'low below high'),
     (dict(random='batch_size=1:2.5'), 'whole numbers'), (dict(random='lr=1:2:lin'), 'wanted low:high or'),

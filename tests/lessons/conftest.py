@@ -1,4 +1,7 @@
 """The fixture that the tests of all lessons share."""
+import io
+from contextlib import redirect_stdout
+
 import pytest
 
 from lessons import course
@@ -14,9 +17,11 @@ def ran(request, tmp_path_factory):
     def run(n):
         if n not in done:
             lesson = course.load(request.module.LESSONS[n])
-            with pytest.MonkeyPatch.context() as m:
+            with pytest.MonkeyPatch.context() as m, redirect_stdout(io.StringIO()) as said:
                 m.setattr(course, 'HERE', out / 'lessons')
                 done[n] = lesson, lesson.main(**request.module.SETTINGS[n]), out / 'out' / 'lessons'
+            lines = said.getvalue().splitlines()
+            assert not [line for line in lines if line != line.rstrip() or ' 1 answers' in line]
         return done[n]
 
     return run

@@ -242,7 +242,8 @@ def test_healthy_and_sick_side_by_side(toy, capsys):
     real = rollout.sample_answers
     bugs.main(bugs.Config(bug='sharp', iterations=5))
     out, err = capsys.readouterr()
-    assert list(dict.fromkeys(re.findall(r'/(\w+): +\d+%', err))) == ['healthy', 'sick'] # the progress bars
+    assert list(dict.fromkeys(re.findall(r'(\S+): +\d+%', err))) == ['healthy', 'sharp'] # the progress bars
+    assert out.startswith('Trains ppo twice, healthy and with the bug. It takes about a minute.\n')
     assert rollout.sample_answers is real
     rows = {words[0]: words[1:] for line in out.splitlines() if len(words := line.split()) == 11}
     assert {'reward', 'kl', 'first_ratio', 'entropy'} <= rows.keys() and 'lr' not in rows

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Measure this code base on a GPU, or train GPT-2 124M from scratch there; lab/gpu.py says what and how.
+#   lab/gpu.sh measure --out_dir=out/gpu
+#   lab/gpu.sh train --out_dir=out/gpu --shared=../shared
+#   lab/gpu.sh table --out_dir=out/gpu
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:?wanted measure, train or table}
+shift
+exec "${PYTHON:-python3}" lab/gpu.py --do="$what" "$@"
