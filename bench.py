@@ -217,8 +217,7 @@ def sizes_of(rows, model, unread):
     """Count tokens and positions of Rows; the last `unread` tokens of an answer are not given."""
     alone = [len(row.prompt) + len(answer) - unread for row in rows for answer in row.answers]
     shared = [row.length - unread * len(row.answers) for row in rows]
-    work = lambda lengths: len(lengths) * max(lengths) * (6 * model.config.n_embd + max(lengths))
-    given = min(alone, shared, key=work) # as GPT.hidden chooses
+    given = min(alone, shared, key=lambda lengths: model.work(len(lengths), max(lengths))) # as GPT.hidden chooses
     return sum(alone) + unread * len(alone), sum(given), len(given) * max(given)
 
 def rm_lap(cfg, run, model, rows):

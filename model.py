@@ -228,6 +228,10 @@ class GPT(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
+    def work(self, rows, length):
+        """Return the cost of a pass: in each layer so many times 4 n_embd operations."""
+        return rows * length * (6 * self.config.n_embd + length) # products, then attention
+
     def hidden(self, idx, cache=None, keep=None, groups=None):
         """Return the last layer's output for tokens idx (B, T): (B, T, C), or (N, C) at the places keep (N,)."""
         B, T = idx.size()
@@ -235,8 +239,7 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than the model's context of {self.config.block_size}")
         if groups is not None and len(groups) < B: # some prompt has several rows
             ids, positions, mask, places = share_prompts(idx, keep, groups)
-            work = lambda rows, length: rows * length * (6 * self.config.n_embd + length) # products, then attention
-            if work(*ids.size()) < work(B, T): # many long answers to a short prompt would look past one another
+            if self.work(*ids.size()) < self.work(B, T): # long answers would look past one another
                 return self.trunk(ids, positions, mask=mask, keep=places)
         return self.trunk(idx, torch.arange(T, device=idx.device), cache, keep=keep)
 

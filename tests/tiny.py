@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
@@ -374,3 +375,17 @@ LIST = []
     (tmp_path / 'mine' / 'broken_of_mine.py').write_text('def score(record, response):\n    return (\n')
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
+
+def drawn_axes(monkeypatch, module):
+    """Return the list that will hold the axes of a picture that a module of lab/ draws."""
+    pytest.importorskip('matplotlib')
+    seen, panels = [], module.panels
+
+    @contextmanager
+    def watched(*args):
+        with panels(*args) as axes:
+            yield axes
+            seen.extend(axes)
+
+    monkeypatch.setattr(module, 'panels', watched)
+    return seen

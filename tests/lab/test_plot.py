@@ -3,12 +3,11 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 
 from lab import plot
-from tiny import ROOT
+from tiny import ROOT, drawn_axes
 
 # ppo stopped while it wrote its last line; rloo logged step 2 and not step 3
 PPO = '''{"step": 1, "kl": 0.5, "loss": 4.0}
@@ -41,17 +40,7 @@ def no_matplotlib(monkeypatch):
 @pytest.fixture
 def axes(monkeypatch):
     """Return the list that will hold the axes of the picture."""
-    pytest.importorskip('matplotlib')
-    seen, panels = [], plot.panels
-
-    @contextmanager
-    def watched(*args):
-        with panels(*args) as axes:
-            yield axes
-            seen.extend(axes)
-
-    monkeypatch.setattr(plot, 'panels', watched)
-    return seen
+    return drawn_axes(monkeypatch, plot)
 
 def curve(line):
     return list(zip(*(list(map(float, values)) for values in line.get_data())))

@@ -2,7 +2,6 @@
 import json
 import os
 import random
-from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 import demo
 from common.options import parse_config
 from lab import sweep
-from tiny import one_line, run, stops
+from tiny import drawn_axes, one_line, run, stops
 
 RAN = [] # (seed, the names of the stages) of each call of demo.run_stages
 
@@ -146,16 +145,7 @@ def test_results_table_and_figure(fake, tmp_path, capsys):
 
 def test_a_wide_range_has_plain_numbers_at_its_ticks(tmp_path, monkeypatch):
     """More than a factor of ten: a logarithmic axis."""
-    pytest.importorskip('matplotlib')
-    seen, panels = [], sweep.panels
-
-    @contextmanager
-    def watched(*args):
-        with panels(*args) as axes:
-            yield axes
-            seen.extend(axes)
-
-    monkeypatch.setattr(sweep, 'panels', watched)
+    seen = drawn_axes(monkeypatch, sweep)
     trials = [dict(options=dict(lr=lr, beta=beta), scores=[0.5]) for lr, beta in (('1e-5', '0.1'), ('0.01', '0.2'))]
     sweep.draw_figure(trials, 'models.gold', str(tmp_path / 'sweep.png'))
     lr, beta = seen
