@@ -3,11 +3,14 @@
     python -m lab.sweep --stage=dpo --grid="lr=1e-4,3e-4,1e-3 beta=0.05,0.1,0.2"
     python -m lab.sweep --stage=rloo --random="lr=1e-4:3e-3:log kl_coef=0.02:0.5:log" --trials=12
     python -m lab.sweep --stage=dpo,ipo,hinge --random="lr=1e-4:3e-3:log beta=0.05:5:log" --trials=12
+    python -m lab.sweep --stage=kto --grid="lr=1e-4,3e-4,1e-3 beta=0.1,0.3,1" --seeds=4,5,6 --finalists=3
 
 A stage is a config file of config/toy. A setting changes some of its options, and is trained once for each seed, on the
 base model, SFT model and reward model that demo.py makes with that seed. --random draws from a range low:high, or
 low:high:log evenly on a logarithmic scale, or among listed values; several stages get the same draws. The score is the
 mean over the seeds. Nothing is measured on the test prompts. A setting whose loss is not finite in one seed comes last.
+--finalists=3 spends less: all settings are trained with the first seed, and the best three with the others too (one
+step of successive halving, Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). They come first.
 
 It prints each command, runs two at a time and reuses finished ones: after Ctrl-C the same command goes on, and a larger
 grid or more --trials keep the old settings. It prints a table in Markdown and the best setting's command, and writes
@@ -48,6 +51,7 @@ class Config(Seeds):
     grid: str = '' # "option=value,value option=value,…": all combinations
     random: str = '' # or "option=low:high:log option=low:high option=value,value": so many draws as --trials says
     trials: int = 12 # settings of each stage, with random
+    finalists: int = 0 # only the best so many of the first seed are trained with the others too; 0: all
     seed: int = 1 # of the draws
     score: str = '' # a number of results.json, higher is better; empty: models.gold, of reward reward_model.accuracy
 
@@ -57,7 +61,7 @@ class Config(Seeds):
         require(self, stage=(set(names) <= {*STAGES} and len(set(names)) == len(names),
                              f"names among {','.join(STAGES)}, each once"),
                 grid=(bool(self.grid) != bool(self.random), 'given, or random, and not both'),
-                trials=(self.trials >= 1, 'at least 1'),
+                trials=(self.trials >= 1, 'at least 1'), finalists=(self.finalists >= 0, 'at least 0'),
                 score=(re.fullmatch(r'(\w+(\.\w+)+)?', self.score), 'keys of results.json, as in greedy.gold'))
         unread(self, self.random, 'random', 'trials', 'seed')
 
@@ -213,6 +217,10 @@ def mean_score(trial):
     """Return a trial's mean score, -infinity where a seed failed."""
     return -math.inf if None in trial['scores'] else fmean(trial['scores'])
 
+def rank(trials):
+    """Return trials, best first: those of more seeds come before those of fewer."""
+    return sorted(trials, key=lambda trial: (len(trial['scores']), mean_score(trial)), reverse=True)
+
 def draw_figure(trials, score, path):
     """Draw the score against each option that differs between trials.
 
@@ -244,14 +252,16 @@ def main(cfg):
     for stage, of_stage in settings.items():
         score = cfg.score or ('reward_model.accuracy' if stage == 'reward' else 'models.gold')
         trials = [dict(options=setting, scores=[]) for setting, _ in of_stage]
+        given, racing = {name_of(stage, setting): (setting, options) for setting, options in of_stage}, trials
         for at in cfg.each(methods='rejection,distill'): # which stand on others; no method runs unless it is needed
-            todo = stages(at, stage, of_stage)
-            names = [name_of(stage, setting) for setting, _ in of_stage]
+            names = [name_of(stage, trial['options']) for trial in racing]
+            todo = stages(at, stage, [given[name] for name in names])
             failed = run(todo, at, [*names, *(f'{name} val' for name in names)])
-            for name, trial in zip(names, trials):
+            for name, trial in zip(names, racing):
                 lost = failed & {name, f'{name} val'}
                 trial['scores'].append(None if lost else read_score(f'{at.out_dir}/{name}/val/results.json', score))
-        trials.sort(key=mean_score, reverse=True)
+            racing = rank(racing)[:cfg.finalists or None]
+        trials = rank(trials)
         found[stage] = dict(score=score, seeds=numbers(cfg.seeds), trials=trials)
         table([f'{stage}, {score}', *trials[0]['options']],
               [[show(trial['scores'], 3), *trial['options'].values()] for trial in trials])

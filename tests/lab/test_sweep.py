@@ -143,6 +143,20 @@ def test_results_table_and_figure(fake, tmp_path, capsys):
     run(sweep, stage='reward', grid='lr=0.5', seeds='1', out_dir=str(tmp_path))
     assert results(tmp_path)['reward']['trials'] == [dict(options=dict(lr='0.5'), scores=[0.05])]
 
+def test_finalists_alone_are_trained_with_the_other_seeds(fake, tmp_path, capsys):
+    """Of three settings the best two of the first seed; the one that is left behind keeps its one score."""
+    run(sweep, stage='dpo', grid='lr=0.25,1,0.5', seeds='1,3', finalists=2, out_dir=str(tmp_path))
+    trained = [[name for name in names if name.startswith('dpo_') and not name.endswith(' val')] for _, names in RAN]
+    assert trained == [['dpo_lr0.25', 'dpo_lr1', 'dpo_lr0.5'], ['dpo_lr1', 'dpo_lr0.5']]
+    assert [trial['scores'] for trial in results(tmp_path)['dpo']['trials']] == [[2, 4], [1.5, 3.5], [1.25]]
+    assert 'the best of 3: python dpo.py config/toy/dpo.py --lr=1\n' in capsys.readouterr().out
+
+def test_a_setting_of_one_seed_never_passes_a_finalist():
+    """Not even where the finalist diverges with a later seed."""
+    trials = [dict(name=name, scores=scores) for name, scores in dict(
+        early=[9], lost=[None], sick=[5, None], good=[4, 6], better=[8, 4]).items()]
+    assert [trial['name'] for trial in sweep.rank(trials)] == ['better', 'good', 'sick', 'early', 'lost']
+
 def test_a_wide_range_has_plain_numbers_at_its_ticks(tmp_path, monkeypatch):
     """More than a factor of ten: a logarithmic axis."""
     seen = drawn_axes(monkeypatch, sweep)
