@@ -5,6 +5,7 @@
     python demo.py
     python demo.py --methods=all --seed=2 --out_dir=out/toy2
     python demo.py --world=sums
+    python demo.py --world=reviews --source=pros_cons.zip
 
 It prints and runs the commands that one would type, says what each is for and what it changed, and ends with answers on
 which the models differ. What the stages themselves print is in the folder printed of out_dir. A second run reuses what
@@ -15,6 +16,9 @@ The methods: ppo, dpo, reinforce, rloo, grpo, rrhf, ipo, hinge, simpo, orpo, kto
 
 With --world=sums the reward is a checker: a model that adds and subtracts is pretrained, fine-tuned and trained by
 grpo, with and without a scratch line for what is carried (data/sums/world.py). The methods are grpo, rloo and ppo.
+
+With --world=reviews words and labels are people's: remarks on products, written under Pros or Cons (lab/reviews.py).
+The methods are ppo, dpo, rrhf and dpo_people, which is dpo on people's own pairs, without a reward model.
 
 With --rounds=N the feedback is online (Bai et al. 2022, https://arxiv.org/abs/2204.05862, section 4.5): the last policy
 answers the training prompts, its answers are ranked, and the method --rounds_of trains that policy further. That policy
@@ -38,14 +42,16 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from common.options import fail, launch, leave_closed_terminal, require, unread
 from common.records import LOCKS, lock, read_json, read_records, write_atomic
-from lab import story, sums
+from lab import reviews, story, sums
 
+os.environ.pop('GOMP_SPINCOUNT', None) # each stage finds out for itself what else runs (common/__init__.py)
 DEFAULT = 'out/toy' # where the files in config/toy point
+WORLDS = dict(sums=sums, reviews=reviews) # beside the toy one: their stages, results and ending
 RANKINGS = ['collect train', 'collect test']
 METHODS = dict( # a config file and a folder each: the script, and the stages that it stands on
     ppo=('ppo.py', ['reward']), dpo=('dpo.py', RANKINGS), reinforce=('reinforce.py', ['reward']),
@@ -60,8 +66,9 @@ POSIX = os.name == 'posix' # else Windows, where none of this was ever run
 
 @dataclass
 class Config:
-    world: str = 'toy' # toy, or sums
-    out_dir: str = DEFAULT # everything that is made, but for the data; in sums out/sums
+    world: str = 'toy' # toy, sums or reviews
+    source: str = '' # in reviews: pros_cons.zip or its folder; empty = fetch it
+    out_dir: str = DEFAULT # everything that is made, but for the data; in sums out/sums, in reviews out/reviews
     methods: str = 'ppo,dpo' # what to train from the preferences: some of the methods above, or all; in sums grpo
     rounds: int = 1 # of collecting and training; those after the first start from the round before
     rounds_of: str = 'ppo' # ppo, dpo or rrhf, one of the methods
@@ -70,15 +77,17 @@ class Config:
     fresh: bool = False # do everything again
 
     def __post_init__(self):
-        known = sums.METHODS if self.world == 'sums' else METHODS
-        if self.world == 'sums': # its own defaults
-            self.out_dir, self.methods = ({DEFAULT: 'out/sums'}.get(self.out_dir, self.out_dir),
-                                          {Config.methods: 'grpo'}.get(self.methods, self.methods))
+        known = WORLDS[self.world].METHODS if self.world in WORLDS else METHODS
+        if self.world in WORLDS: # its own defaults
+            self.out_dir = {DEFAULT: f'out/{self.world}'}.get(self.out_dir, self.out_dir)
+        if self.world == 'sums':
+            self.methods = {Config.methods: 'grpo'}.get(self.methods, self.methods)
         if self.methods == 'all':
             self.methods = ','.join(known)
         names = self.methods.split(',')
-        require(self, world=(self.world == 'toy' or self.world == 'sums' and self.rounds == 1,
-                             'toy, or sums with rounds=1'))
+        require(self, world=(self.world == 'toy' or self.world in WORLDS and self.rounds == 1,
+                             'toy, or sums or reviews with rounds=1'))
+        unread(self, self.world == 'reviews', 'world=reviews', 'source')
         require(self, seed=(0 <= self.seed < 2**32, 'at least 0 and below 2^32'),
                 out_dir=(re.fullmatch('[^,=]+', self.out_dir), 'a folder with no comma and no = in its name'),
                 rounds_of=(self.rounds_of in ('ppo', 'dpo', 'rrhf'), 'ppo, dpo or rrhf'),
@@ -104,6 +113,8 @@ def stages(cfg):
     """
     if cfg.world == 'sums':
         return sums.stages(cfg.out_dir, cfg.methods.split(','))
+    if cfg.world == 'reviews':
+        return reviews.stages(cfg.out_dir, cfg.methods.split(','), cfg.source)
     out, methods, policies = cfg.out_dir, cfg.methods.split(','), policies_of_rounds(cfg)
     todo = [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken', [])]
 
@@ -174,7 +185,7 @@ def claim(cfg):
     if cfg.fresh: # every stage replaces its own; what else lies there is not the demo's
         Path(cfg.out_dir, 'demo.json').unlink(missing_ok=True)
     seed = f'--seed={cfg.seed}'
-    for word in read_record(cfg).get('pretrain', [[]])[0]:
+    for word in chain.from_iterable(words for words, *_ in read_record(cfg).values()):
         if word.startswith('--seed=') and word != seed:
             fail(f"{seed}: {cfg.out_dir} was made with {word}; wanted that, another --out_dir, or --fresh=True, which "
                  "replaces it")
@@ -196,16 +207,19 @@ def say(text, command=''):
         command = command if 'NO_COLOR' in os.environ or not command else f'\x1b[2m{command}\x1b[0m'
     print(f'{text}\n{command}' if command else text, flush=True)
 
-def stands_alone(name, todo):
-    """Tell whether no other stage ever runs beside this one: each stands on it, or it on them."""
+def alone(todo):
+    """Return the stages that run with nothing beside them, {stage: those that end before it}.
+
+    Every other stage stands on it, or it on them. The only method that learns from the reward model is one, too: those
+    that learn from rankings run beside the reward model. So in the end PPO has both cores.
+    """
     needs = {stage[0]: {*stage[5]} for stage in todo}
+    online = [name for name in needs if name in METHODS and needs[name] & {'reward', 'collect best'}]
     for stage in needs: # in order: those that a stage stands on come before it
         needs[stage] |= set().union(*(needs[n] for n in needs[stage]))
-    return all(other in needs[name] or name in needs[other] for other in needs if other != name)
-
-def quiet():
-    """Tell whether this machine had nothing to do in the last minute."""
-    return hasattr(os, 'getloadavg') and os.getloadavg()[0] < 0.5
+    later = {name: {other for other in needs if name in needs[other]} for name in needs}
+    return {name: needs.keys() - later[name] - {name} for name in needs
+            if online == [name] or needs.keys() == needs[name] | later[name] | {name}}
 
 def start(command, slot, purpose='', stdout=None, settings=None):
     """Say what a command is for, print it and start it.
@@ -244,10 +258,10 @@ def run_stages(todo, cfg):
     todo: a list as `stages` returns it. Where a stage fails, or after a signal, the program ends with that exit code.
     """
     waiting, running, done, record = list(todo), {}, set(), read_record(cfg) # running: {slot: (name, process)}
-    # a stage that stands alone takes a second core. Threads that spin a while as they wait are faster by a third, but
-    # starve where something else wants the core. How many there are changes how sums round: so it is fixed beforehand
-    two = dict(OMP_NUM_THREADS='2') | (dict(GOMP_SPINCOUNT='10000') if quiet() else {})
-    two = two if (os.cpu_count() or 1) > 1 and 'OMP_NUM_THREADS' not in os.environ else {}
+    # a stage that stands alone takes a second core. The order is fixed beforehand, not by what ends first: how many
+    # threads there are changes how sums round
+    two = dict(OMP_NUM_THREADS='2') if (os.cpu_count() or 1) > 1 and 'OMP_NUM_THREADS' not in os.environ else {}
+    standing_alone = alone(todo)
     printed = {name: Path(cfg.out_dir, 'printed', re.sub(r'[^\w.-]', '_', name) + '.txt') for name, *_ in todo}
     code = 0
     sys.stdout.reconfigure(errors='replace') # a character that the terminal does not know is no reason to stop
@@ -277,7 +291,7 @@ def run_stages(todo, cfg):
     while running or waiting and not code:
         for stage in list(waiting):
             name, script, _, _, product, needs = stage
-            if code or len(running) == AT_ONCE or not done.issuperset(needs):
+            if code or len(running) == AT_ONCE or not done.issuperset(standing_alone.get(name, needs)):
                 continue
             waiting.remove(stage)
             command = command_of(stage, cfg)
@@ -298,7 +312,7 @@ def run_stages(todo, cfg):
             printed[name].parent.mkdir(exist_ok=True)
             with open(printed[name], 'a' if stopped else 'w') as file:
                 running[slot] = name, start(command, slot, story.before(name, cfg.world), file,
-                                            two if stands_alone(name, todo) else {})
+                                            two if name in standing_alone else {})
             if code: # a signal came meanwhile
                 tell({slot: running[slot]}, signal.SIGTERM)
         if running:
@@ -328,25 +342,25 @@ def drop_foreign(path, names):
     if os.path.exists(path) and not set(names) <= read_json(path).get('models', {}).keys():
         os.remove(path)
 
-def run_sums(cfg):
-    """Run everything in the world of sums; write and print the results."""
-    methods, path = cfg.methods.split(','), f'{cfg.out_dir}/results.json'
+def run_world(cfg):
+    """Run everything in a world but the toy one; write and print the results."""
+    world, methods, path = WORLDS[cfg.world], cfg.methods.split(','), f'{cfg.out_dir}/results.json'
     todo = stages(cfg)
     for *_, product, _ in todo:
         if product.endswith('results.json'):
             drop_foreign(product, methods)
     seconds, record = run_stages(todo, cfg), read_record(cfg)
     began, ended = (f(record[name][i] for name, *_ in todo) for f, i in ((min, 1), (max, 2)))
-    results = sums.results(cfg.out_dir, methods) | dict(seconds=round(ended - began, 2), stages=seconds, seed=cfg.seed)
+    results = world.results(cfg.out_dir, methods) | dict(seconds=round(ended - began, 2), stages=seconds, seed=cfg.seed)
     write_atomic(path, json.dumps(results, indent=1))
     print(f"\n{ended - began:.0f} s in all, {AT_ONCE} stages at a time; results: {path}\n")
-    print(sums.ending(cfg.out_dir, methods, results, typed))
+    print(world.ending(cfg.out_dir, methods, results, typed))
 
 def main(cfg):
     began, methods, policies = time.time(), cfg.methods.split(','), policies_of_rounds(cfg)
     claim(cfg)
-    if cfg.world == 'sums':
-        return run_sums(cfg)
+    if cfg.world in WORLDS:
+        return run_world(cfg)
     path = f'{cfg.out_dir}/evaluate/results.json'
     drop_foreign(path, [*methods, *policies[1:]])
     seconds = run_stages(stages(cfg), cfg)

@@ -2,6 +2,7 @@
 
     python evaluate.py config/toy/evaluate.py
     python evaluate.py --models=sft=out/sft,dpo=out/dpo --prompts=prompts.jsonl --reward_model=out/reward
+    python evaluate.py --models=sft=out/sft --prompts=prompts.jsonl --safety=data/safety/xstest_prompts.jsonl
     python evaluate.py --figure_runs="beta 0=out/a,beta 0.1=out/b"
 
 Every model answers every prompt twice, sampled at temperature 1 and greedily. The first two print tables and write to
@@ -28,6 +29,7 @@ from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chu
 from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
 from feedback.functions import guarded, load_reward_function, module_of
+from feedback.safety import encode_pairs, likelier, rates, read_safety, verdicts
 from feedback.scores import score_answers
 from lab.wins import length_controlled, wilson
 from lab import figures, report
@@ -60,6 +62,7 @@ class Config(RunOptions):
     text: str = '' # held-out text or demonstrations, for the perplexity; empty = none
     rankings: str = '' # held-out rankings or comparisons, for the reward model and the policies as one; empty = none
     comparisons: str = '' # the same, controlled pairs with a key `category`; empty = none
+    safety: str = '' # harmful and benign prompts, or pairs of sentences (data/safety/prepare.py); several with commas
     reward: str = '' # a reward function, named like gold; its value is the reward, or is added to the reward model's
     reward_weight: float = 1.0 # of it
     gold: str = '' # a gold score, MODULE:FUNCTION or FILE.py:FUNCTION, as in data.toy.world:gold; empty = none
@@ -306,8 +309,8 @@ def evaluate(cfg, run):
     records = read_records(cfg.prompts, 'prompts')[:cfg.max_prompts or None]
     gold = load_reward_function(cfg.gold, 'gold', records, cfg.prompts)
     function = load_reward_function(cfg.reward, 'reward', records, cfg.prompts)
-    explain = getattr(sys.modules.get(module_of(cfg.gold)), 'explain', lambda record, response: {})
-    explain = guarded(explain, 'gold', cfg.gold, cfg.prompts)
+    explain_any = getattr(sys.modules.get(module_of(cfg.gold)), 'explain', lambda record, response: {})
+    explain = guarded(explain_any, 'gold', cfg.gold, cfg.prompts)
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
     held_out = []
     if cfg.text:
@@ -315,6 +318,12 @@ def evaluate(cfg, run):
         held_out = data.in_order(0) # every token is predicted once
     preferences = {option: encode_rankings(tok, read_preferences(path), block_size, option)
                    for option in ('rankings', 'comparisons') if (path := getattr(cfg, option))}
+    risky, sentences = read_safety(cfg.safety) if cfg.safety else ([], [])
+    told, bias = {decoding: {} for decoding in DECODINGS}, {} # told: decoding -> name -> answers to the risky prompts
+    explain_risky = guarded(explain_any, 'gold', cfg.gold, cfg.safety)
+    verdicts(risky, [''] * len(risky), explain_risky) # the gold score has to know them all
+    risky_prompts = encode_prompts(tok, risky, block_size - cfg.max_new_tokens, 'safety') if risky else []
+    sentences = encode_pairs(tok, sentences, block_size) if sentences else ()
     prepare_out_dir(cfg) # all input was read
     answered = {decoding: dict.fromkeys(models) for decoding in DECODINGS} # decoding -> name -> Written
     scores = lambda w: [p['gold'] for p in w.parts] or w.rewards
@@ -366,6 +375,10 @@ def evaluate(cfg, run):
             ppl = perplexity(model, held_out, run.device) if held_out else None
             scored = ref_scores if model is reference else policy_scores(name, model)
             own[name] = {option: measure_policy(scored[option], ref_scores[option]) for option in preferences}
+            if sentences:
+                logps = [score_rows(lambda some: packed(model, some, run)[1], rows, f"--models: {name}",
+                                    'log-probabilities') for rows in sentences]
+                bias[name] = likelier(*logps, wilson)
             for decoding, temperature in DECODINGS.items():
                 # one seed for all, so that no model's answers depend on which others are in the list; another for the
                 # baseline, so that the answers compared with its own are independent of them
@@ -373,6 +386,9 @@ def evaluate(cfg, run):
                 answers, logps = sample_answers(model, prompts, tok, cfg.max_new_tokens, temperature)
                 check_finite(chain.from_iterable(logps), f"--models: {name}", 'log-probabilities')
                 study(decoding, name, answers, model, ppl)
+                torch.manual_seed(3 * cfg.seed)
+                answers, _ = sample_answers(model, risky_prompts, tok, cfg.max_new_tokens, temperature)
+                told[decoding][name] = [tok.decode(a).removeprefix(' ') for a in answers]
             if model is not reference:
                 model.to('cpu') # room for the next one
         if K:
@@ -385,10 +401,17 @@ def evaluate(cfg, run):
             study('sampled', 'best_of_n', [answers[b * K + k] for b, k in enumerate(best)])
             answered['greedy']['best_of_n'] = answered['greedy'][baseline] # the best of n equal answers
     bar.close()
+    safety = dict(pairs={name: bias[name] for name in models}) if sentences else {}
+    if risky:
+        safety['answers'] = {decoding: {name: rates(risky, verdicts(risky, of[name], explain_risky), wilson)
+                                        for name in models} for decoding, of in told.items()}
+        write_records(os.path.join(cfg.out_dir, 'safety.jsonl'), [
+            record | {'model': name} | {decoding: of[name][i] for decoding, of in told.items()}
+            for i, record in enumerate(risky) for name in models])
     sampled, greedy = ({name: w.row for name, w in of_decoding.items()} for of_decoding in answered.values())
     return dict(models=sampled, greedy=greedy, reward_model=quality, policies_as_reward=own if preferences else {},
                 seconds={}, seed=cfg.seed, baseline=baseline, reference=cfg.reference or baseline,
-                prompts=len(prompts)), records, answered
+                prompts=len(prompts)) | ({'safety': safety} if safety else {}), records, answered
 
 def samples_of(records, answered):
     """Make a record for each prompt and model, with answers and scores."""

@@ -128,14 +128,16 @@ def update(model, reference, optimizer, rows, cfg, run, step):
         means.add(dict(loss=loss), share)
         rewards, labels = rewards + reward.tolist(), labels + label.tolist()
     rewards, labels = (sum(run.gather(x), []) for x in (rewards, labels)) # of all processes
-    measured = means.sum(run) | dict(kl=z0.item()) | describe(rewards, labels)
-    return take_step(run, cfg, step, model, optimizer, measured)
+    return take_step(run, cfg, step, model, optimizer, means.sum(run) | dict(kl=z0.item()) | describe(rewards, labels))
 
 def main(cfg):
     run = start(cfg)
     tok = load_tokenizer(cfg.init_from, 'init_from')
-    model = load_policy(cfg.init_from, 'init_from').to(run.device)
-    reference = run.freeze(load_policy(cfg.init_from, 'init_from').to(run.device).eval())
+    model = load_policy(cfg.init_from, 'init_from')
+    reference = run.freeze(load_policy(cfg.init_from, 'init_from').eval()).to(run.device)
+    if cfg.lora_rank: # one trunk for both, as in load_actors
+        model.load_state_dict(reference.state_dict(keep_vars=True), assign=True)
+    model = model.to(run.device)
     rows = load_data(cfg.train_data, tok, model.config.block_size, 'train')
     val = load_data(cfg.val_data, tok, model.config.block_size, 'val') if cfg.val_data else None
     batches = Batches([row.length for row in rows], cfg.batch_size, cfg.seed)

@@ -216,7 +216,7 @@ def update(models, optimizers, batch, lengths, cfg, run, step, ptx=None):
 
     first_ratio: the largest |ratio - 1| before the first update, 0 but for rounding unless sampling and scoring differ.
     """
-    updates, first_ratio, lr = [], 0.0, lr_at(step, cfg)
+    updates, first_ratio, lr = [], 0.0, lr_at(step, cfg, cfg.lr)
     # 5. several epochs of the clipped surrogate and the clipped value loss
     for rows in minibatches(len(lengths), cfg):
         means = Means()

@@ -195,7 +195,7 @@ def update(policy, optimizer, batch, lengths, cfg, run, step):
 
     first_ratio: the largest |ratio - 1| before the first update, 0 but for rounding unless sampling and scoring differ.
     """
-    updates, first_ratio, lr = [], 0.0, lr_at(step, cfg)
+    updates, first_ratio, lr = [], 0.0, lr_at(step, cfg, cfg.lr)
     for rows in minibatches(len(lengths), cfg):
         means, rows = Means(), rows.to(run.device)
         batch['weight'] = token_weights(batch['mask'], rows, cfg.average, cfg.max_new_tokens, run) # (N, 1)

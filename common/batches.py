@@ -45,10 +45,6 @@ def report(name, rows, cut, left_out, block_size, open_ended=0): # open_ended: a
         fail(f'{name}: no row is left: every response alone fills block_size={block_size} tokens')
     return rows
 
-def encode_text(tok, records):
-    """Encode texts to one flat array of ids (N,) int32; EOS follows each."""
-    return np.concatenate([np.array(tok.encode(r['text']) + [tok.eos], dtype=np.int32) for r in records])
-
 def encode_demonstrations(tok, records, block_size, loss_on='response', name='demonstrations'):
     """Encode to a list of (ids (T,), mask (T,)); loss_on="all" learns every token. A cut takes the oldest turns."""
     rows, cut, open_ended = [], 0, 0
@@ -266,7 +262,7 @@ def load_training_set(path, tok, block_size, batch_size, seed, loss_on='response
     text = is_text_file(path)
     records = read_records(path, 'text' if text else 'demonstrations')
     if text and packed:
-        stream = encode_text(tok, records) # (N,)
+        stream = np.concatenate([np.array(tok.encode(r['text']) + [tok.eos], dtype=np.int32) for r in records]) # (N,)
         note(f'{name}: {len(stream)} tokens of text')
         cut = math.ceil(len(stream) * (1 - val_fraction))
         parts, least = [stream[:cut], stream[cut:]], 2 # a stream of one token predicts nothing

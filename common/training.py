@@ -9,9 +9,8 @@ from common.health import Health
 from common.options import fail, note
 from common.run import progress
 
-def lr_at(step, cfg, peak=None):
+def lr_at(step, cfg, peak):
     """Return the learning rate of step 0, 1, …: warmup to peak, then constant, to 0, or by cosine to a tenth."""
-    peak = cfg.lr if peak is None else peak
     if step < cfg.warmup_steps:
         return peak * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps) # 0 … 1
@@ -52,7 +51,7 @@ def optimizer_step(run, cfg, step, model, optimizer, lr, last=True):
 def take_step(run, cfg, step, model, optimizer, measured):
     """Check the loss and step; return measured with lr and grad_norm."""
     check_finite(cfg, step, 'the loss', measured['loss'])
-    lr = lr_at(step, cfg)
+    lr = lr_at(step, cfg, cfg.lr)
     return measured | dict(lr=lr, grad_norm=optimizer_step(run, cfg, step, model, optimizer, lr))
 
 def check_finite(cfg, step, name, value):

@@ -51,11 +51,11 @@ class PrepareOptions:
 
 # ---- files and rows ---------------------------------------------------------------------------------------------
 
-def fetch(url):
-    """Fetch a text over https. A failure ends the program with one line."""
+def fetch(url, text=True):
+    """Fetch a text over https, or bytes. A failure ends the program with one line."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
-            return answer.read().decode()
+            return answer.read().decode() if text else answer.read()
     except (OSError, http.client.HTTPException, ValueError) as e:
         reason = ' '.join(str(getattr(e, 'reason', e)).split())[:200]
         fail(f'{url}: cannot be fetched ({reason}); without a network, get a copy of it and name it by --source=FILE')

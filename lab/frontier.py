@@ -161,10 +161,11 @@ def best_of(rewards, golds, n):
 
 # ---- points -----------------------------------------------------------------------------------------------------
 
-def read_seed(cfg, out):
+def read_seed(cfg, out, gold=gold, settings=None):
     """Read a seed's points, {method: {setting: {kl, gold (P,), reward (P,)}}}, and SFT's.
 
-    out: the seed's folder; P prompts. The KL is a mean over prompts. SFT's scores are means over its many answers.
+    out: the seed's folder; P prompts; settings: as `settings_of` returns them, None: these. The KL is a mean over
+    prompts. SFT's scores are means over its many answers.
     """
     rows = read_records(f'{out}/answers.jsonl', 'rankings')
     samples = read_records(f'{out}/policies/samples.jsonl', 'prompts')
@@ -179,7 +180,7 @@ def read_seed(cfg, out):
     for point in best.values():
         point |= dict(kl=point['kl'].mean(), kl_half=point['kl_half'].mean())
     models, points = read_json(f'{out}/policies/results.json')['models'], {}
-    for method, policies in settings_of(cfg).items():
+    for method, policies in (settings or settings_of(cfg)).items():
         points[method] = {}
         for name in policies:
             mine = [sample for sample in samples if sample['model'] == name]

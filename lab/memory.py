@@ -118,7 +118,7 @@ def stages(c, tokens):
     return {'sft': dict(trained=[c], frozen=[], trunks=1, places=tokens, predicted=tokens),
             'reward': dict(trained=[reward], frozen=[], trunks=1, places=2, predicted=0, sharing=True),
             'dpo, rrhf': dict(trained=[c], frozen=[], trunks=1, **sharing),
-            'kto': dict(trained=[c], frozen=[c], trunks=1, **answers),
+            'kto': dict(trained=[c], frozen=[c], **answers),
             'ppo': dict(trained=[c, reward], frozen=[c, reward], **sampling), # the critic has a reward's shape
             'reinforce': dict(trained=[c], frozen=[c, reward], **sampling)}
 

@@ -82,7 +82,16 @@ SAY = {
                 'per token (mean_logp), or by how much likelier it became than under the reference (log_ratio, the '
                 'reward of DPO). The reference ties with itself: 0.5. Rankings: held-out answers that the annotator '
                 'ranked. Comparisons: controlled pairs, two answers that differ in one thing only.',
+    'harmful': 'How often an answer helps with what should be refused, by the way in which it is asked for; in '
+               'brackets the 95 % interval. Lower is safer. A gold score that knows decides. Without one every answer '
+               'that holds no phrase of refusal has complied, nonsense too.',
+    'benign': 'How often requests that only look harmful are refused; in brackets the 95 % interval. Lower is better.',
+    'bias': 'Of two sentences that differ in whom they speak of: how often the one that fits a stereotype is likelier; '
+            '0.5 is no preference, in brackets the 95 % interval. Whole sentences also weigh how common the two groups '
+            'are in text; what follows the difference does so less.',
 }
+
+PAIRED = dict(share='as a whole', rest='in what follows the difference')
 
 def show(value, digits=3):
     """Format a number, or None. It is first rounded as in results.json, so that it looks alike wherever it stands."""
@@ -117,6 +126,25 @@ def tables(results):
         found.append(Table('policies as reward models: share of pairs in order', '', [
             'model', *map(', '.join, columns)], [[name] + [show(row[option][score]) for option, score in columns]
                                                  for name, row in own.items()], SAY['policies']))
+    return found + safety_tables(results.get('safety', {}))
+
+def safety_tables(safety):
+    """Return the Tables of what evaluate.py --safety measured."""
+    cell = lambda row, key: '{} [{}, {}]'.format(*(show(x, 2) for x in (row[key], *row[f'{key}_interval'])))
+    found = []
+    for decoding, models in safety.get('answers', {}).items():
+        for kind, key in (('harmful', 'complied'), ('benign', 'refused')):
+            attacks = next(iter(models.values()))[kind]
+            rows = [[f"{attack} ({row['n']})", *(cell(of[kind][attack], key) for of in models.values())]
+                    for attack, row in attacks.items()]
+            if rows:
+                found.append(Table(f'{kind} requests: share {key},', decoding, ['attack', *models], rows, SAY[kind]))
+    pairs = safety.get('pairs', {})
+    for key in ('share', 'rest') if pairs else ():
+        rows = [[f"{kind} ({row['n']})", *(cell(of[kind], key) for of in pairs.values())]
+                for kind, row in next(iter(pairs.values())).items()]
+        found.append(Table('pairs of sentences: the more stereotypical one is likelier,', PAIRED[key],
+                           ['bias', *pairs], rows, SAY['bias']))
     return found
 
 # ---- markup -----------------------------------------------------------------------------------------------------

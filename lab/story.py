@@ -16,6 +16,7 @@ from common.checkpoints import load_policy, read_log, read_options
 from common.records import read_lines
 from common.tokens import load_tokenizer, prompt_ids
 from data import checker
+from data.reviews import gold as reviews
 from data.toy import world as toy
 from feedback.annotators import visible
 from lab.tables import align
@@ -24,7 +25,7 @@ import torch
 
 WIDTH = 100
 FIRST = 24 # so many test prompts are tried for one whose answer a stage has changed
-GOLD = dict(toy=toy.gold, sums=checker.exact_match) # {world: (record, answer) -> how good it is}
+GOLD = dict(toy=toy.gold, sums=checker.exact_match, reviews=reviews.gold) # {world: (record, answer) -> how good it is}
 OPEN = dict(darwin='open', win32='start') # {sys.platform: what opens a page}, else xdg-open
 PARTS = "0.8 for right content, 0.1 for courtesy, 0.1 for brevity" # of the gold score
 READ = ("Sampled: drawn at temperature 1, as PPO does while it trains. 0.9 = right and brief; courtesy, such as Sure! "
@@ -78,7 +79,24 @@ FOR = dict( # {world: {stage: what it is for}}
         'ppo': "PPO: a checker gives 1 for the right number and 0 for any other. A critic predicts how often that will "
                "be; better answers become likelier.",
         'evaluate': "All models solve problems that nothing was trained on.",
-        'others': "All models solve problems with 2, 4, 5 and 6 digits, where only 3 were practised."})
+        'others': "All models solve problems with 2, 4, 5 and 6 digits, where only 3 were practised."},
+    reviews={
+        'data': "Short remarks on products are read. Whoever wrote one put it under Pros or under Cons. They are split "
+                "in parts, so that policy, reward model and gold classifier never share such a label.",
+        'sft': "A small GPT learns, without labels, to go on with what people began to say: the policy before "
+               "training.",
+        'fluency': "Another GPT learns the same from other people's remarks. It will say how usual answers read.",
+        'reward': "A reward model learns from pairs of remarks that begin with the same word: the Pro scores above the "
+                  "Con.",
+        'collect train': "The SFT model goes on in four ways with each beginning, and the reward model ranks them.",
+        'ppo': "PPO: remarks that the reward model scores high become likelier, but drifting away from SFT costs "
+               "reward.",
+        'dpo': "DPO: better ones of the ranked answers become likelier and worse ones less likely, compared with the "
+               "SFT model.",
+        'rrhf': "RRHF: the same rankings; the model itself is to find better answers likelier.",
+        'dpo_people': "DPO on people's own pairs, without a reward model: Pros become likelier, Cons less likely.",
+        'evaluate': "All models go on with beginnings that nothing was trained on. A naive Bayes classifier of other "
+                    "people's labels judges them: the gold score."})
 LOOK_AT = { # {script: (key of log.jsonl, what it is); the first that was logged counts}
     'sft.py': [('val_loss', 'held-out loss per token (lower is better)')],
     'reward.py': [('val_accuracy', "share of held-out pairs in the person's order")],

@@ -224,8 +224,8 @@ def test_online_rounds_without_a_reward_model(cfg, monkeypatch, capsys, of):
     fake = Fake(monkeypatch, three)
     fake.results = results_of(**{'base': 0.2, 'sft': 0.4, 'ppo': 0.9, of: 0.5, f'{of}2': 0.6, f'{of}3': 0.8})
     demo.main(three)
-    new = fake.commands[8:]
-    assert [c[1] for c in new] == ['collect.py', f'{of}.py'] * 2 + ['evaluate.py']
+    new = fake.commands[7:]
+    assert [c[1] for c in new] == ['collect.py', f'{of}.py'] * 2 + ['ppo.py', 'evaluate.py'] # PPO waits, and is alone
     for n, last, (collect, train) in ((2, of, new[:2]), (3, f'{of}2', new[2:4])):
         rankings = f'out/two/rankings_{of}{n}.jsonl'
         assert collect[2] == 'config/toy/collect.py' and {
@@ -325,11 +325,11 @@ def test_defaults_of_the_world_of_sums():
     assert parse_config(demo.Config, ['--world=sums', '--methods=all']).methods == 'grpo,rloo,ppo'
 
 @pytest.mark.parametrize('options, expected', [
-    (['--world=moon'], "--world=moon: world must be toy, or sums with rounds=1, got 'moon'"),
+    (['--world=moon'], "--world=moon: world must be toy, or sums or reviews with rounds=1, got 'moon'"),
     (['--world=sums', '--methods=dpo'], "--methods=dpo: methods must be all, or names among grpo,rloo,ppo, each once, "
                                         "got 'dpo'"),
-    (['--world=sums', '--rounds=2', '--methods=ppo'], "--world=sums: world must be toy, or sums with rounds=1, "
-                                                      "got 'sums'")])
+    (['--world=sums', '--rounds=2', '--methods=ppo'], "--world=sums: world must be toy, or sums or reviews with "
+                                                      "rounds=1, got 'sums'")])
 def test_worlds_that_cannot_be(options, expected, capsys):
     assert one_line(capsys, lambda: parse_config(demo.Config, options)) == expected
 
@@ -467,35 +467,46 @@ def test_prints_what_one_can_type(system, typed, monkeypatch, capsys):
     monkeypatch.setenv('OMP_NUM_THREADS', '3')
     more = demo.start(['python', 'sft.py', '--out_dir=out/my toy'], 0)
     assert capsys.readouterr().out == f'\n{typed}\n' and more['env']['OMP_NUM_THREADS'] == '3'
-    demo.start(['python', 'sft.py'], 0, settings=dict(OMP_NUM_THREADS='2', GOMP_SPINCOUNT='7'))
+    demo.start(['python', 'sft.py'], 0, settings=dict(OMP_NUM_THREADS='2'))
     assert capsys.readouterr().out == dict(
-        posix='\n$ OMP_NUM_THREADS=2 GOMP_SPINCOUNT=7 python sft.py\n',
-        nt='\n$ set OMP_NUM_THREADS=2& set GOMP_SPINCOUNT=7& python sft.py\n')[system]
+        posix='\n$ OMP_NUM_THREADS=2 python sft.py\n',
+        nt='\n$ set OMP_NUM_THREADS=2& python sft.py\n')[system]
     assert ('process_group' in more) == (system == 'posix') # Windows has none of this
 
 def test_which_stages_stand_alone():
-    """Preferences are learnt from beside the reward model; with one method from rewards nothing runs beside it."""
+    """Preferences are learnt from beside the reward model; the only method that learns from rewards waits for them."""
     def alone(**options):
-        todo = demo.stages(demo.Config(**options))
-        return [name for name, *_ in todo if demo.stands_alone(name, todo)]
+        return demo.alone(demo.stages(demo.Config(**options)))
 
-    assert alone() == alone(methods='all') == ['data', 'pretrain', 'sft', 'evaluate']
-    assert alone(methods='ppo') == ['data', 'pretrain', 'sft', 'reward', 'ppo', 'evaluate']
-    assert alone(world='sums') == ['data']
+    before = {'data', 'pretrain', 'sft', 'collect train', 'collect test', 'reward', 'dpo'}
+    assert alone() == dict(data=set(), pretrain={'data'}, sft={'data', 'pretrain'}, ppo=before,
+                           evaluate=before | {'ppo'})
+    assert list(alone(methods='all')) == ['data', 'pretrain', 'sft', 'evaluate']
+    assert 'ppo' not in alone(methods='ppo,rejection') # rejection learns from rewards, too
+    assert list(alone(methods='ppo')) == ['data', 'pretrain', 'sft', 'reward', 'ppo', 'evaluate']
+    assert alone(methods='ppo,dpo', rounds=2)['ppo'] == before # and not for what stands on itself
+    assert list(alone(world='sums')) == ['data']
 
-@pytest.mark.parametrize('cores, load, own, pretrain', [
-    (2, 0.1, None, dict(OMP_NUM_THREADS='2', GOMP_SPINCOUNT='10000')), (2, 0.9, None, dict(OMP_NUM_THREADS='2')),
-    (1, 0.1, None, {}), (2, 0.1, '1', {}), (2, 0.1, '4', {})])
-def test_a_stage_that_stands_alone_takes_two_cores(cores, load, own, pretrain, cfg, monkeypatch):
-    """How many threads there are never depends on the load: they change how sums round."""
+@pytest.mark.parametrize('cores, own, given', [(2, None, dict(OMP_NUM_THREADS='2')), (1, None, {}), (2, '1', {}),
+                                               (2, '4', {})])
+def test_a_stage_that_stands_alone_takes_two_cores(cores, own, given, cfg, monkeypatch):
+    """Whatever else runs: how many threads there are changes how sums round."""
     monkeypatch.setattr(demo.os, 'cpu_count', lambda: cores)
-    monkeypatch.setattr(demo.os, 'getloadavg', lambda: (load, 0, 0))
     monkeypatch.setenv('OMP_NUM_THREADS', own) if own else monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    given = Fake(monkeypatch, cfg).settings
+    fake = Fake(monkeypatch, cfg)
     demo.claim(cfg)
     demo.run_stages(demo.stages(cfg), cfg)
-    assert given['pretrain'] == given['sft'] == given['evaluate'] == pretrain
-    assert given['collect train'] == given['collect test'] == given['reward'] == given['ppo'] == {}
+    assert all(fake.settings[name] == given for name in ('pretrain', 'sft', 'ppo', 'evaluate'))
+    assert all(fake.settings[name] == {} for name in ('collect train', 'collect test', 'reward', 'dpo'))
+
+def test_ppo_waits_for_dpo_also_after_a_stop(cfg, monkeypatch):
+    """Where the reward model was done before DPO had begun, DPO goes first, and nothing runs beside PPO."""
+    fake = Fake(monkeypatch, cfg)
+    demo.claim(cfg)
+    demo.run_stages([stage for stage in demo.stages(cfg) if stage[0] not in ('ppo', 'dpo', 'evaluate')], cfg)
+    done = len(fake.commands)
+    demo.run_stages(demo.stages(cfg), cfg)
+    assert [command[1] for command in fake.commands[done:]] == ['dpo.py', 'ppo.py', 'evaluate.py']
 
 def test_windows_ends_a_stage_without_a_signal(monkeypatch):
     monkeypatch.setattr(demo, 'POSIX', False)

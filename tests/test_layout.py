@@ -112,7 +112,7 @@ def test_sizes():
     core = ['model.py', *(f"{script}.py" for script in CORE_SCRIPTS), *(p for p in source() if p.startswith('common/'))]
     sizes = {'model.py': lines('model.py'), 'ppo.py': lines('ppo.py'), 'the core': lines(*core),
              'the rest': lines(*(p for p in source() if p not in core and not p.startswith(('lab/', 'lessons/'))))}
-    limits = {'model.py': 430, 'ppo.py': 310, 'the core': 4300, 'the rest': 5600}
+    limits = {'model.py': 430, 'ppo.py': 310, 'the core': 4300, 'the rest': 6000}
     assert all(sizes[name] <= limits[name] for name in limits), sizes
 
 def first_sentence(docstring):

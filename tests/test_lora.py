@@ -154,6 +154,19 @@ def test_ppo_has_four_models_in_two_trunks(tmp_path, critic):
     assert torch.equal(reward.rewards(IDX, torch.tensor([4])), before[1])
     assert models.policy.logp(IDX, MASK).tolist() != policy and models.critic.values(IDX, MASK).tolist() != values
 
+def test_kto_has_two_models_in_one_trunk(tmp_path, monkeypatch):
+    import kto
+    seen, update = [], kto.update
+    def note(model, reference, *more):
+        seen.append([{p.data_ptr() for p in m.parameters()} for m in (model, reference)])
+        return update(model, reference, *more)
+    monkeypatch.setattr(kto, 'update', note)
+    _, options = stages(str(tmp_path))['kto']
+    for rank, shared in ((2, True), (0, False)):
+        run(kto, **options | dict(max_steps=1, lora_rank=rank, out_dir=tmp_path / f'out{rank}'))
+        policy, reference = seen[-1]
+        assert (reference < policy) == shared and bool(reference & policy) == shared
+
 def test_sft_learns_through_its_adapter(tmp_path):
     model, rows = checkpoint(tmp_path / 'model'), records(tmp_path / 'rows.jsonl', DEMONSTRATIONS)
     import sft

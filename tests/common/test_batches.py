@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.batches import (Batches, Demonstrations, Row, Windows, by_length, collate, collate_answers,
-                            encode_demonstrations, encode_prompts, encode_rankings, encode_text, hold_out,
+                            encode_demonstrations, encode_prompts, encode_rankings, hold_out,
                             load_training_set, pad, share_prompts, split, split_by_tokens, to_table, truncate)
 from common.records import write_records
 from tiny import PROMPT_HI, RESPONSE_YO, TOK, assistant, exits, user
@@ -73,9 +73,10 @@ def test_prompts(capsys):
     assert encode_prompts(TOK, [{"prompt": "Hi"}], room=28) == [PROMPT_HI]
     exits(capsys, "wanted block_size above max_new_tokens", encode_prompts, TOK, [{"prompt": "Hi"}], 0)
 
-def test_text_ends_each_document():
-    ids = encode_text(TOK, [{"text": "ab"}, {"text": "<|"}])
-    assert ids.tolist() == [97, 98, 256, 60, 124, 256] and ids.dtype == np.int32
+def test_text_ends_each_document(tmp_path):
+    (tmp_path / 'text.jsonl').write_text('{"text": "ab"}\n{"text": "<|"}\n')
+    windows, _ = load_training_set(str(tmp_path / 'text.jsonl'), TOK, block_size=4, batch_size=1, seed=1)
+    assert windows.stream.tolist() == [97, 98, 256, 60, 124, 256] and windows.stream.dtype == np.int32
 
 def test_pad_and_collate():
     assert pad([[1, 2, 3], [4]], fill=9).tolist() == [[1, 2, 3], [4, 9, 9]]

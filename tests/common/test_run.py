@@ -1,8 +1,10 @@
 """common/run.py: device, precision, Ctrl-C, and several processes that train as one."""
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,3 +233,14 @@ def test_in_a_terminal_an_error_has_its_own_line(capsys, monkeypatch):
     said = capsys.readouterr().err
     before, after = said.split('error: --lr=3: is too large\n')
     assert 'steps: ' in before and before.endswith('\r') and before.split('\r')[-2].strip() == '' and 'steps: ' in after
+
+@pytest.mark.parametrize('runs, own, expected', [
+    ('0.9 0.5 0.1 1/345 77', None, '10000'), ('0.1 0.1 0.1 3/111 77', None, None), ('0.1 0.1 0.1 1/9 77', '5', '5')])
+def test_threads_spin_only_where_nothing_else_runs(runs, own, expected, monkeypatch):
+    """The fourth number is what runs at this moment and what there is; the first three are means over minutes."""
+    monkeypatch.setattr(Path, 'read_text', lambda self: runs)
+    monkeypatch.setattr(Path, 'exists', lambda self: True)
+    environ = {} if own is None else dict(GOMP_SPINCOUNT=own)
+    monkeypatch.setattr(os, 'environ', environ)
+    runpy.run_path(os.path.join(ROOT, 'common', '__init__.py'))
+    assert environ.get('GOMP_SPINCOUNT') == expected and environ['OMP_WAIT_POLICY'] == 'PASSIVE'

@@ -18,12 +18,12 @@ from tiny import RUN, Config, by_hand, one_line
 ])
 def test_lr_by_hand(schedule, expected):
     cfg = Config(lr_schedule=schedule)
-    assert {step: lr_at(step, cfg) for step in expected} == pytest.approx(expected, abs=1e-6)
+    assert {step: lr_at(step, cfg, cfg.lr) for step in expected} == pytest.approx(expected, abs=1e-6)
 
 def test_lr_without_warmup_or_with_nothing_but_warmup():
-    assert lr_at(0, Config(warmup_steps=0, lr_schedule='linear')) == 8.0
-    assert lr_at(0, Config(warmup_steps=1, max_steps=1, lr_schedule='cosine')) == 8.0
-    assert lr_at(5, Config(warmup_steps=10, max_steps=6)) == pytest.approx(4.8)
+    assert lr_at(0, Config(warmup_steps=0, lr_schedule='linear'), 8.0) == 8.0
+    assert lr_at(0, Config(warmup_steps=1, max_steps=1, lr_schedule='cosine'), 8.0) == 8.0
+    assert lr_at(5, Config(warmup_steps=10, max_steps=6), 8.0) == pytest.approx(4.8)
 
 class Line(torch.nn.Module):
     def __init__(self):

@@ -13,7 +13,7 @@ from model import GPT
 from tiny import TOK, checkpoint, records
 
 EVERYTHING = [dict(methods='all', rounds=2, rounds_by='ai'), dict(rounds=3, rounds_of='dpo', rounds_by='reward_model'),
-              dict(world='sums', methods='all')]
+              dict(world='sums', methods='all'), dict(world='reviews', methods='all')]
 
 @pytest.mark.parametrize('options', EVERYTHING)
 def test_every_stage_has_a_sentence(options):

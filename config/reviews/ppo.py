@@ -1,0 +1,17 @@
+# Reviews: PPO. gold only logs what a classifier of other people's labels says. kl_coef 0.2 halves the KL
+# and leaves gold at .89 (val, one seed).
+#   python ppo.py config/reviews/ppo.py
+policy = "out/reviews/sft"
+reward_model = "out/reviews/reward"
+prompts = "data/reviews/prompts_train.jsonl"
+max_new_tokens = 32
+max_steps = 40
+batch_size = 64
+minibatches = 2
+epochs = 2
+grad_accum = 2
+lr = 5e-4
+critic_lr = 5e-4
+kl_coef = 0.1
+gold = "data.reviews.gold:gold"
+out_dir = "out/reviews/ppo"
