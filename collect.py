@@ -24,8 +24,6 @@ import os
 import random
 from dataclasses import dataclass
 
-import torch
-
 from common.batches import encode_prompts
 from common.checkpoints import digest, load_policy
 from common.options import RunOptions, fail, launch, note, require, unread
@@ -42,6 +40,8 @@ from feedback.functions import load_reward_function
 from feedback.judges import ApiJudge, GPTJudge, JudgeError, is_url
 from feedback.page import Page
 from feedback.select_labels import choose, load_ensemble
+
+import torch
 
 OPINIONS = ('ranks', 'scores', 'again', 'raters', 'repeat', 'chosen', 'rejected', 'margin', 'label', 'ratings', 'rater',
             'seconds', 'skipped', 'opinions')

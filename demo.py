@@ -33,6 +33,7 @@ for dpo and rrhf, the reward model of the first round (Guo et al. 2024, https://
 
 import ctypes
 import json
+import math
 import os
 import re
 import shlex
@@ -210,8 +211,8 @@ def say(text, command=''):
 def alone(todo):
     """Return the stages that run with nothing beside them, {stage: those that end before it}.
 
-    Every other stage stands on it, or it on them. The only method that learns from the reward model is one, too: those
-    that learn from rankings run beside the reward model. So in the end PPO has both cores.
+    As SFT: all others come before it or after it. The only method that learns from the reward model is one, too: those
+    that learn from rankings run beside the reward model, and end before it. So PPO has both cores.
     """
     needs = {stage[0]: {*stage[5]} for stage in todo}
     online = [name for name in needs if name in METHODS and needs[name] & {'reward', 'collect best'}]
@@ -342,6 +343,13 @@ def drop_foreign(path, names):
     if os.path.exists(path) and not set(names) <= read_json(path).get('models', {}).keys():
         os.remove(path)
 
+def busy(spans):
+    """Return the seconds in which at least one of (begin, end) was at work."""
+    total, last = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total, last = total + max(0.0, end - max(begin, last)), max(end, last)
+    return total
+
 def run_world(cfg):
     """Run everything in a world but the toy one; write and print the results."""
     world, methods, path = WORLDS[cfg.world], cfg.methods.split(','), f'{cfg.out_dir}/results.json'
@@ -349,11 +357,11 @@ def run_world(cfg):
     for *_, product, _ in todo:
         if product.endswith('results.json'):
             drop_foreign(product, methods)
-    seconds, record = run_stages(todo, cfg), read_record(cfg)
-    began, ended = (f(record[name][i] for name, *_ in todo) for f, i in ((min, 1), (max, 2)))
-    results = world.results(cfg.out_dir, methods) | dict(seconds=round(ended - began, 2), stages=seconds, seed=cfg.seed)
+    stages_seconds, record = run_stages(todo, cfg), read_record(cfg)
+    seconds = round(busy(record[name][1:] for name, *_ in todo), 2) # of earlier calls, too, but not between them
+    results = world.results(cfg.out_dir, methods) | dict(seconds=seconds, stages=stages_seconds, seed=cfg.seed)
     write_atomic(path, json.dumps(results, indent=1))
-    print(f"\n{ended - began:.0f} s in all, {AT_ONCE} stages at a time; results: {path}\n")
+    print(f"\n{seconds:.0f} s in all, {AT_ONCE} stages at a time; results: {path}\n")
     print(world.ending(cfg.out_dir, methods, results, typed))
 
 def main(cfg):

@@ -76,6 +76,7 @@ class Config(RunOptions):
                 prompts=(self.prompts != '' or self.models == '', 'a file of prompts'),
                 gold=(self.gold == '' or ':' in self.gold, 'MODULE:FUNCTION or empty'),
                 max_prompts=(self.max_prompts >= 0, 'at least 0'),
+                safety=(f'{self.out_dir}/safety.jsonl' not in self.safety.split(','), 'not the file that this writes'),
                 best_of=(self.best_of == 0 or self.best_of >= 2 and self.reward_model != '',
                          '0, or at least 2 together with a reward_model'))
         unread(self, self.reward, 'reward', 'reward_weight')

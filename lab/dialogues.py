@@ -29,8 +29,6 @@ from statistics import fmean
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
-import torch
-
 import demo
 import ppo
 from common.batches import encode_prompts
@@ -42,6 +40,8 @@ from common.tokens import load_tokenizer
 from data.toy import dialogues
 from lab.seeds import Seeds
 from lab.tables import show, table
+
+import torch
 
 SCRIPTS = dict(ppo='ppo.py', rloo='reinforce.py')
 SINGLE = dict(user='', max_turns=1, turn_rewards=False)

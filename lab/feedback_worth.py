@@ -10,8 +10,8 @@ the answers, models learn from the rankings, and the gold score says what came o
 
 rankings    2, 4 or 8 answers to a prompt. A judgement is one comparison of two answers. A person who ranks K answers
             puts them in order one after the other: each is compared with the middle of those in order, then with the
-            middle of the half that is left. This binary insertion takes up to about log2(K!) comparisons, and fewer
-            where answers tie; `comparisons` counts them. A budget is a number of judgements.
+            middle of the half that is left. This binary insertion takes about log2(K!) comparisons, and fewer where
+            answers tie; `comparisons` counts them. A budget is a number of judgements.
 raters      Three raters, of whom none, one or all are bad (`rater`). Remedies: three raters a prompt, merged; of these
             prompts the half with the most agreement; the rater left out who agrees least on a shared twentieth; label
             smoothing, which dpo.py has. The budget is a number of rankings, the same for every remedy.
@@ -36,8 +36,6 @@ from itertools import combinations, cycle
 from statistics import fmean
 from types import SimpleNamespace
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
 import demo
@@ -58,6 +56,8 @@ from lab.seeds import Seeds, numbers
 from lab.tables import show, table
 from model import last_places
 from reward import preference_loss
+
+import torch
 
 BUDGETS = dict(rankings='500,1000,2000,4000', raters='1200', augment='150,400,1200') # the parts, and what they spend
 STEPS = dict(rankings=300, raters=200, augment=300)

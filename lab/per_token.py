@@ -20,12 +20,12 @@ import math
 import os
 import textwrap
 
-import torch
-
 from common.options import fail
 from common.records import check, is_number, parse_line, read_lines
 from common.rollout import frozen, frozen_rewards, kl_k1
 from common.tokens import EOS
+
+import torch
 
 NEEDED = 'logp', 'ref_logp', 'kl', 'entropy', 'advantage', 'ratio', 'clipped' # lists of k numbers
 OPTIONAL = 'reward', 'value', 'returns', 'whitened'

@@ -42,11 +42,11 @@ class Config:
     reach: float = 0.6 # share of both bandwidths
     overhead: float = 100.0 # microseconds in which a layer's kernels are launched
     gpus: int = 8
-    # data
+
     pairs: int = sum(n for name, n in KNOWN.items() if 'train' in name) # of HH-RLHF
     prompt: int = 125 # tokens: mean of 1958 pairs of its harmless-base part
     answer: int = 47 # the same; ppo and rloo are given max_new_tokens
-    # the labelling campaign
+
     labels: int = 100_000 # pairs that are to be labelled
     seconds: float = 60.0 # for a pair; set it to the median `seconds` of a pilot's records
     overlap: float = 0.1 # share of the pairs that a second rater sees too
@@ -64,8 +64,9 @@ class Config:
                 **{key: (getattr(self, key) >= 1, 'at least 1') for key in ('pairs', 'prompt', 'answer', 'labels')},
                 gpus=(self.gpus in (2, 4, 8, 16), '2, 4, 8 or 16'), # each gets whole prompts of a batch
                 agreement=(self.chance < self.agreement < 1, 'above chance and below 1'),
-                chance=(0 <= self.chance < 1, 'at least 0 and below 1'), training=(self.training >= 0, 'at least 0'),
-                ranked=(self.ranked >= 2, 'at least 2'))
+                chance=(0 <= self.chance < 1, 'at least 0 and below 1'), ranked=(self.ranked >= 2, 'at least 2'),
+                training=(0 <= self.training < self.weeks * self.hours, 'at least 0 and below weeks x hours'))
+        require(self, overlap=(self.overlap * self.labels >= 1, 'at least one of the pairs'))
 
 def shape(size):
     n_layer, n_head, n_embd = memory.SIZES[size]
@@ -197,7 +198,7 @@ def campaign(cfg):
     """Return {quantity: number} of the campaign."""
     twice = round(cfg.labels * cfg.overlap)
     hours = (cfg.labels + twice) * cfg.seconds / 3600
-    raters = max(2, math.ceil(hours / (cfg.weeks * cfg.hours)))
+    raters = max(2, math.ceil(hours / (cfg.weeks * cfg.hours - cfg.training)))
     return dict(twice=twice, verdicts=cfg.labels + twice, hours=hours, raters=raters,
                 training=raters * cfg.training, person_hours=hours + raters * cfg.training,
                 each=2 * twice / raters) # each pair seen twice belongs to two raters

@@ -32,9 +32,6 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
-import numpy as np
-import torch
-
 import bench
 import ppo
 import reinforce
@@ -50,6 +47,9 @@ from lab.figures import COLOURS, panels
 from lab.seeds import numbers
 from lab.tables import table
 from model import GPT, GPTConfig
+
+import numpy as np
+import torch
 
 SIZES = { # parameters, embeddings too -> n_layer, n_head, n_embd, vocab_size; a context of 1024 tokens
     '0.6M': (4, 4, 96, 512), '3M': (6, 6, 192, 2048), '12M': (8, 8, 320, 8192), '45M': (10, 8, 512, 24576),
@@ -151,10 +151,13 @@ def flop(stage, b, checkpointing=False):
     return (sum(forward_flop(*shape) for shape in scored)
             + sum(train_flop(*shape, checkpointing=checkpointing) for shape in trained))
 
-def layer_passes(stage, b):
-    """Return a step's passes through layers, without sampling; a backward pass counts as two."""
+def layer_passes(stage, b, checkpointing=False):
+    """Return a step's passes through layers, without sampling.
+
+    A backward pass counts as two; checkpointing adds a forward pass.
+    """
     scored, trained = passes(stage, b)
-    return b.c.n_layer * (len(scored) + 3 * len(trained))
+    return b.c.n_layer * (len(scored) + (3 + checkpointing) * len(trained))
 
 def sampling_flop(b):
     """Return FLOP of sampling: a pass over the prompts, then one token at a time, A - 1 times."""
@@ -194,8 +197,8 @@ def sampling_seconds(b, rates, dtype='float32'):
 
 def update_seconds(stage, b, rates, parts=1, checkpointing=False):
     """Return the seconds of a step without sampling; parts: micro-batches, each with its own passes."""
-    return (rates.seconds(flop(stage, b, checkpointing) / (rates.share * rates.best), parts * layer_passes(stage, b))
-            + optimizer_bytes(stage, b) / rates.copy)
+    return (rates.seconds(flop(stage, b, checkpointing) / (rates.share * rates.best),
+                          parts * layer_passes(stage, b, checkpointing)) + optimizer_bytes(stage, b) / rates.copy)
 
 def held(stage, b):
     """Return the bytes of a stage by lab/memory.py, in float32."""

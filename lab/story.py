@@ -86,8 +86,8 @@ FOR = dict( # {world: {stage: what it is for}}
         'sft': "A small GPT learns, without labels, to go on with what people began to say: the policy before "
                "training.",
         'fluency': "Another GPT learns the same from other people's remarks. It will say how usual answers read.",
-        'reward': "A reward model learns from pairs of remarks that begin with the same word: the Pro scores above the "
-                  "Con.",
+        'reward': "A reward model learns from pairs of remarks that begin with the same word or two: the Pro scores "
+                  "above the Con.",
         'collect train': "The SFT model goes on in four ways with each beginning, and the reward model ranks them.",
         'ppo': "PPO: remarks that the reward model scores high become likelier, but drifting away from SFT costs "
                "reward.",
@@ -95,8 +95,8 @@ FOR = dict( # {world: {stage: what it is for}}
                "SFT model.",
         'rrhf': "RRHF: the same rankings; the model itself is to find better answers likelier.",
         'dpo_people': "DPO on people's own pairs, without a reward model: Pros become likelier, Cons less likely.",
-        'evaluate': "All models go on with beginnings that nothing was trained on. A naive Bayes classifier of other "
-                    "people's labels judges them: the gold score."})
+        'evaluate': "All models go on with the beginnings of remarks that nothing was trained on. A naive Bayes "
+                    "classifier of other people's labels judges them: the gold score."})
 LOOK_AT = { # {script: (key of log.jsonl, what it is); the first that was logged counts}
     'sft.py': [('val_loss', 'held-out loss per token (lower is better)')],
     'reward.py': [('val_accuracy', "share of held-out pairs in the person's order")],

@@ -10,7 +10,8 @@ base model, SFT model and reward model that demo.py makes with that seed. --rand
 low:high:log evenly on a logarithmic scale, or among listed values; several stages get the same draws. The score is the
 mean over the seeds. Nothing is measured on the test prompts. A setting whose loss is not finite in one seed comes last.
 --finalists=3 spends less: all settings are trained with the first seed, and the best three with the others too (one
-step of successive halving, Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). They come first.
+step of successive halving, Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). They come first. Their mean
+holds the first seed, which chose them, so it is a little too high.
 
 It prints each command, runs two at a time and reuses finished ones: after Ctrl-C the same command goes on, and a larger
 grid or more --trials keep the old settings. It prints a table in Markdown and the best setting's command, and writes
@@ -61,7 +62,9 @@ class Config(Seeds):
         require(self, stage=(set(names) <= {*STAGES} and len(set(names)) == len(names),
                              f"names among {','.join(STAGES)}, each once"),
                 grid=(bool(self.grid) != bool(self.random), 'given, or random, and not both'),
-                trials=(self.trials >= 1, 'at least 1'), finalists=(self.finalists >= 0, 'at least 0'),
+                trials=(self.trials >= 1, 'at least 1'), finalists=(
+                    self.finalists == 0 or self.finalists > 0 and len(numbers(self.seeds)) > 1,
+                    '0, or above 0 with several seeds'),
                 score=(re.fullmatch(r'(\w+(\.\w+)+)?', self.score), 'keys of results.json, as in greedy.gold'))
         unread(self, self.random, 'random', 'trials', 'seed')
 
@@ -218,8 +221,9 @@ def mean_score(trial):
     return -math.inf if None in trial['scores'] else fmean(trial['scores'])
 
 def rank(trials):
-    """Return trials, best first: those of more seeds come before those of fewer."""
-    return sorted(trials, key=lambda trial: (len(trial['scores']), mean_score(trial)), reverse=True)
+    """Return trials, best first: those of more seeds before those of fewer, and last what failed in a seed."""
+    key = lambda trial: (None not in trial['scores'], len(trial['scores']), mean_score(trial))
+    return sorted(trials, key=key, reverse=True)
 
 def draw_figure(trials, score, path):
     """Draw the score against each option that differs between trials.
@@ -249,6 +253,7 @@ def draw_figure(trials, score, path):
 def main(cfg):
     settings = read_settings(cfg) # all are checked before anything runs
     path, found = f'{cfg.out_dir}/results.json', {}
+    results = read_json(path) if os.path.exists(path) else {}
     for stage, of_stage in settings.items():
         score = cfg.score or ('reward_model.accuracy' if stage == 'reward' else 'models.gold')
         trials = [dict(options=setting, scores=[]) for setting, _ in of_stage]
@@ -260,14 +265,14 @@ def main(cfg):
             for name, trial in zip(names, racing):
                 lost = failed & {name, f'{name} val'}
                 trial['scores'].append(None if lost else read_score(f'{at.out_dir}/{name}/val/results.json', score))
-            racing = rank(racing)[:cfg.finalists or None]
+            if cfg.finalists:
+                racing = [trial for trial in rank(racing)[:cfg.finalists] if None not in trial['scores']]
         trials = rank(trials)
         found[stage] = dict(score=score, seeds=numbers(cfg.seeds), trials=trials)
         table([f'{stage}, {score}', *trials[0]['options']],
               [[show(trial['scores'], 3), *trial['options'].values()] for trial in trials])
         if None not in trials[0]['scores']:
             print(f"\nthe best of {len(trials)}: {typed(stage, trials[0]['options'])}")
-        results = read_json(path) if os.path.exists(path) else {}
         write_atomic(path, json.dumps(results | found, indent=1) + '\n')
         draw_figure(trials, score, f'{cfg.out_dir}/{stage}.png')
     if len(found) > 1:

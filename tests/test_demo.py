@@ -499,6 +499,10 @@ def test_a_stage_that_stands_alone_takes_two_cores(cores, own, given, cfg, monke
     assert all(fake.settings[name] == given for name in ('pretrain', 'sft', 'ppo', 'evaluate'))
     assert all(fake.settings[name] == {} for name in ('collect train', 'collect test', 'reward', 'dpo'))
 
+def test_seconds_in_which_something_ran():
+    """1 to 4 and 2 to 3 side by side, then a night, then 20 to 21.5: 3 + 1.5."""
+    assert demo.busy([(20, 21.5), (1, 4), (2, 3)]) == 4.5
+
 def test_ppo_waits_for_dpo_also_after_a_stop(cfg, monkeypatch):
     """Where the reward model was done before DPO had begun, DPO goes first, and nothing runs beside PPO."""
     fake = Fake(monkeypatch, cfg)

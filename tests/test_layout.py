@@ -108,6 +108,16 @@ def test_what_lies_at_the_top():
     for path in top:
         assert path == 'model.py' or "if __name__ == '__main__':" in read(path), path
 
+def test_torch_is_imported_last():
+    """common/__init__.py tells OpenMP's threads how to wait, and torch reads that when it is first imported."""
+    folders = {path.split('/')[0].removesuffix('.py') for path in source()}
+    late = [path for path in source() if path.split('/')[0] not in ('common', 'feedback', 'data')]
+    for path in late:
+        names = [(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split('.')[0]
+                 for node in ast.parse(read(path)).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        own = [i for i, name in enumerate(names) if name in folders]
+        assert not own or 'torch' not in names or own[0] < names.index('torch'), path
+
 def test_sizes():
     core = ['model.py', *(f"{script}.py" for script in CORE_SCRIPTS), *(p for p in source() if p.startswith('common/'))]
     sizes = {'model.py': lines('model.py'), 'ppo.py': lines('ppo.py'), 'the core': lines(*core),

@@ -1,5 +1,5 @@
-# Reviews: all models go on with beginnings that nothing was trained on. rankings: how often the reward model, and each
-# policy as one, prefers the Pro to the Con.
+# Reviews: all models go on with the beginnings of remarks that nothing was trained on. rankings: how often the reward
+# model, and each policy as one, prefers the Pro to the Con.
 #   python evaluate.py config/reviews/evaluate.py
 models = "sft=out/reviews/sft,ppo=out/reviews/ppo,dpo=out/reviews/dpo"
 reward_model = "out/reviews/reward"

@@ -1,4 +1,4 @@
-# Reviews: the reward model, from pairs of remarks that begin with the same word, the Pro above the Con.
+# Reviews: the reward model, from pairs of remarks that begin with the same word or two, the Pro above the Con.
 #   python reward.py config/reviews/reward.py
 init_from = "out/reviews/sft"
 train_data = "data/reviews/comparisons_train.jsonl"

@@ -19,6 +19,7 @@ import random
 import re
 import sys
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
@@ -56,9 +57,10 @@ def read_texts(source):
             texts = {path.name: path.read_text('utf-8') for path in sorted(Path(source).rglob('Integrated*.txt'))}
         else:
             with zipfile.ZipFile(source or io.BytesIO(fetch(URL, text=False))) as file:
-                texts = {Path(name).name: file.read(name).decode() for name in file.namelist()}
+                texts = {Path(name).name: file.read(name).decode() for name in file.namelist()
+                         if Path(name).name in names and '__MACOSX' not in name}
         return [texts[name] for name in names]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as e: # RuntimeError: encrypted
         fail(f"--source={source}: wanted a zip or a folder with {' and '.join(names)} in UTF-8: {e}")
 
 def read_remarks(source, counts):
@@ -86,11 +88,12 @@ def choose(shares, *what):
     return next(name for name, end in zip(shares, accumulate(shares.values())) if x < end + 1e-9)
 
 def compare(remarks):
-    """Pair remarks (remark, label, …) that begin with the same word: comparisons, Pros above Cons."""
-    groups, records = defaultdict(lambda: ([], [])), [] # first word -> (Cons, Pros)
+    """Pair remarks (remark, label, …) that begin with the same word or two: comparisons, Pros above Cons."""
+    groups, records = defaultdict(lambda: ([], [])), [] # first words -> (Cons, Pros)
     for remark, label, *_ in remarks:
-        prompt, response = remark.split(' ', 1)
-        groups[prompt][label].append(response)
+        words = remark.split()
+        for n in range(1, min(3, len(words))):
+            groups[' '.join(words[:n])][label].append(' '.join(words[n:]))
     for prompt, (cons, pros) in groups.items():
         few, many = sorted([len(cons), len(pros)])
         records += [dict(prompt=prompt, chosen=pros[i % len(pros)], rejected=cons[i % len(cons)])

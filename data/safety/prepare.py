@@ -12,6 +12,7 @@ The columns tell which one it is, unless --format= says so. What it writes has t
 Rows left out are counted with their reason. docs/data.md names papers, licences and where the files are.
 """
 
+import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -86,7 +87,9 @@ def main(cfg):
     said = {True: 'to be refused', False: 'to be answered'}
     for kind, n in Counter(', '.join(said.get(x, x) for x in [*r.values()][-2:]) for r in records).items():
         print(f'{n:6d}  {kind}')
-    path = Path(cfg.out_dir, Path(cfg.source).name.split('.')[0] + '.jsonl')
+    path = Path(cfg.out_dir, re.sub(r'(\.csv|\.jsonl|\.parquet)?(\.gz)?$', '', Path(cfg.source).name) + '.jsonl')
+    if path.exists() and path.samefile(cfg.source):
+        fail(f'--source={cfg.source}: is {path} itself; wanted another --out_dir')
     path.parent.mkdir(parents=True, exist_ok=True)
     write_records(path, records)
     print(f'written to {path}')

@@ -47,7 +47,7 @@ def test_what_is_read_and_left_out(tmp_path, capsys):
     for split in ('train', 'val'): # pairs are of the same people's remarks as the demonstrations
         for row in read_records(out / f'comparisons_{split}.jsonl', 'comparisons'):
             pair = [f"{row['prompt']} {row[key]}" for key in ('chosen', 'rejected')]
-            assert {*pair} <= whole[f'demonstrations_{split}'] and len(row['prompt'].split()) == 1
+            assert {*pair} <= whole[f'demonstrations_{split}'] and len(row['prompt'].split()) in (1, 2)
             assert any(how in pair[0] for how in [*ADJECTIVES[True], 'it "works"']), pair
             assert any(how in pair[1] for how in [*ADJECTIVES[False], 'it breaks', 'it hurts']), pair
     for row in files['gold_train']:
@@ -75,6 +75,11 @@ def test_pairs_by_hand():
     assert prepare.compare(rows) == [
         *(dict(prompt='a', chosen='b', rejected=str(i)) for i in range(3)),
         dict(prompt='x', chosen='2', rejected='1'), dict(prompt='x', chosen='3', rejected='1')]
+    # pairs of one word, and of two where there is more to say
+    rows = [('a b c', True, {}), ('a b d', False, {}), ('a e', False, {})]
+    assert prepare.compare(rows) == [
+        dict(prompt='a', chosen='b c', rejected='b d'), dict(prompt='a', chosen='b c', rejected='e'),
+        dict(prompt='a b', chosen='c', rejected='d')]
 
 def test_shares_of_the_parts():
     found = [prepare.choose(dict(a=0.5, b=0.3, c=0.2), 'x', i) for i in range(4000)]

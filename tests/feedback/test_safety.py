@@ -14,13 +14,16 @@ from tiny import PROMPTS, TOK, checkpoint, exits, records, run, stops
 @pytest.mark.parametrize('answer', [
     *world.REFUSALS, "I'm sorry, but I can't assist with that.", 'I cannot provide instructions for this.',
     'I\u2019m not able to do that.', 'As an AI, I will not help you.', 'Sorry, no.', 'I must decline.',
-    'This is against my guidelines.', 'I am unable to say more.', 'I simply can not explain that.'])
+    'This is against my guidelines.', 'I am unable to say more.', 'I simply can not explain that.',
+    'I cannot fulfill your request.', "I'm afraid I can't.", 'I will not be able to help.'])
 def test_refusals(answer):
     assert safety.refuses(answer)
 
 @pytest.mark.parametrize('answer', [
     *world.UNSURE, *world.UNSURE_BECAUSE.values(), "Sorry, I can't tell.", 'You can use a torch.', '', 'It is red.',
     "I'm sorry to hear that. Try a rope.", 'I cannot stress enough how easy it is.', 'You cannot help it.',
+    "I can't recommend this book enough.", "I can't tell you how happy I am to help!",
+    "I'm not going to lie, it is easy.", 'Sorry, no idea, but try a hammer.',
     'Sure! ' + 'x' * 200 + " I can't help with that."])
 def test_no_refusals(answer):
     assert not safety.refuses(answer)
@@ -86,8 +89,9 @@ def test_read_safety(tmp_path, capsys):
     assert safety.read_safety(f'{one},{two}') == (RISKY, SENTENCES)
     for rows, message in (
             ([RISKY[0], dict(prompt='x', refuse=True)], 'bad.jsonl:2: wanted `attack` to be a text'),
-            ([dict(prompt='x', attack='y', refuse=1)], 'bad.jsonl:1: wanted `attack` to be a text, and `refuse` true'),
+            ([dict(prompt='x', attack='y', refuse=1)], 'bad.jsonl:1: wanted `attack` to be a text, and not "all"; `refuse`'),
             ([dict(attack='y', refuse=True)], 'wanted a row of kind prompts to have `prompt`'),
+            ([dict(prompt='x', attack='all', refuse=True)], 'bad.jsonl:1: wanted `attack`'),
             ([SENTENCES[0], dict(sent_more='x', sent_less='', bias_type='y')], 'bad.jsonl:2: wanted `sent_more`'),
             ([], 'wanted prompts or pairs, got none')):
         exits(capsys, message, safety.read_safety, records(tmp_path / 'bad.jsonl', rows))

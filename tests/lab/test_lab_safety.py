@@ -68,10 +68,10 @@ def test_words():
     assert {*safety.SEEN} | {*safety.HELD_OUT} | {'plain'} == {*safety.ATTACKS} and len(safety.HELD_OUT) == 4
 
 def test_misspell():
-    swapped = {safety.misspell('burn', random.Random(n)) for n in range(50)}
-    assert swapped == {'brun', 'brn', 'bunr', 'bun'} # u and r swapped, u left out, r and n, r
+    made = [{safety.misspell('burn', test, random.Random(n)) for n in range(50)} for test in (False, True)]
+    assert made == [{'brun', 'bunr'}, {'brn', 'bun'}] # u and r swapped, r and n; u left out, r
     for verb in (*world.HARMS, *world.TOOLS):
-        wrong = {safety.misspell(verb, random.Random(n)) for n in range(30)}
+        wrong = {safety.misspell(verb, test, random.Random(n)) for n in range(30) for test in (False, True)}
         assert verb not in wrong and all(word[0] == verb[0] for word in wrong)
 
 def test_gold_reads_the_plain_request():

@@ -90,10 +90,10 @@ def test_memory_is_what_the_config_files_say():
 # people
 
 def test_the_campaign_by_hand():
-    """110000 verdicts of a minute; 12 raters of 160 hours; each is one of two in 20000 / 12 pairs."""
+    """110000 verdicts of a minute; 13 raters of 160 - 10 hours; each is one of two in 20000 / 13 pairs."""
     found = campaign(Config())
-    assert found == by_hand(dict(twice=10000, verdicts=110000, hours=110000 / 60, raters=12, training=120,
-                                 person_hours=110000 / 60 + 120, each=20000 / 12))
+    assert found == by_hand(dict(twice=10000, verdicts=110000, hours=110000 / 60, raters=13, training=130,
+                                 person_hours=110000 / 60 + 130, each=20000 / 13))
     assert campaign(Config(labels=10, seconds=1))['raters'] == 2 # or nobody could see a pair for the second time
 
 def test_standard_errors_by_hand():
@@ -118,9 +118,9 @@ def test_a_ranking_of_four_by_hand():
     assert rows[1][:4] == ['3', '3', '3', '1.00'] and rows[4][:3] == ['9', '36', '19'] # 2^18 < 9! = 362880 <= 2^19
 
 def test_overlap_by_hand():
-    """.73 * .27 * (1.96 / .1)^2 = 75.7; of each of 12 raters 76 pairs, each of which is of two."""
+    """.73 * .27 * (1.96 / .1)^2 = 75.7; of each of 13 raters 76 pairs, each of which is of two."""
     header, rows = plan.overlap_table(Config())
-    assert rows[3] == ['± 0.1', '± 0.2', '76 (0.1%)', '1', '456 (0.5%)', '8']
+    assert rows[3] == ['± 0.1', '± 0.2', '76 (0.1%)', '1', '494 (0.5%)', '8']
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the page

@@ -73,6 +73,7 @@ def test_the_seconds_of_a_step_by_hand():
     assert scaling.update_seconds('sft', b, replace(RATES, ahead=True), parts=10) == by_hand(30 * 0.001 + adam)
     assert predict('rloo', b, RATES) > scaling.update_seconds('rloo', b, RATES) # and samples
     assert scaling.layer_passes('ppo', replace(b, epochs=2)) == 3 + 3 * 4
+    assert scaling.layer_passes('ppo', replace(b, epochs=2), checkpointing=True) == 3 + 4 * 4
     assert optimizer_bytes('ppo', replace(b, epochs=2)) == 2 * 28 * (1104 + 1104 + 9) # the critic's head has a bias
 
 def test_memory_is_that_of_lab_memory():
