@@ -89,7 +89,7 @@ def test_read_safety(tmp_path, capsys):
     assert safety.read_safety(f'{one},{two}') == (RISKY, SENTENCES)
     for rows, message in (
             ([RISKY[0], dict(prompt='x', refuse=True)], 'bad.jsonl:2: wanted `attack` to be a text'),
-            ([dict(prompt='x', attack='y', refuse=1)], 'bad.jsonl:1: wanted `attack` to be a text, and not "all"; `refuse`'),
+            ([dict(prompt='x', attack='y', refuse=1)], 'bad.jsonl:1: wanted `attack` to be a text, and not'),
             ([dict(attack='y', refuse=True)], 'wanted a row of kind prompts to have `prompt`'),
             ([dict(prompt='x', attack='all', refuse=True)], 'bad.jsonl:1: wanted `attack`'),
             ([SENTENCES[0], dict(sent_more='x', sent_less='', bias_type='y')], 'bad.jsonl:2: wanted `sent_more`'),
