@@ -53,6 +53,7 @@ from feedback.annotators import SimulatedPerson, answers_of, distinct, shown, to
 from feedback.judges import GPTJudge, comparison, read_instruction
 from lab.figures import COLOURS, panels
 from lab.seeds import Seeds, numbers
+from lab.sweep import needed
 from lab.tables import show, table
 from model import last_places
 from reward import preference_loss
@@ -162,7 +163,8 @@ def rankings(budgets, pool, folder, seed):
             for row in rows:
                 if spent + comparisons(row) > budget:
                     break
-                spent, mine = spent + comparisons(row), [*mine, row]
+                spent += comparisons(row)
+                mine.append(row)
             if len(mine) == len(rows):
                 fail(f"--budgets={budget}: ranking {K} answers to all {len(rows)} prompts takes {spent} judgements; "
                      "wanted fewer, or more --prompts")
@@ -293,7 +295,7 @@ PARTS = dict(rankings=rankings, raters=raters, augment=augment)
 
 def collecting(cfg, at):
     """Return the stages of one seed up to the answers; their scores are gold. at: its demo.Config."""
-    todo, out = [stage for stage in demo.stages(at)[:5] if stage[0] != 'collect train'], at.out_dir
+    todo, out = needed(demo.stages(at), ['collect test']), at.out_dir
     for K in (2, 4, 8) if cfg.part == 'rankings' else (4,):
         path = f'{out}/answers{K}.jsonl'
         options = dict(prompts='data/toy/prompts_train.jsonl', n_answers=K, max_prompts=cfg.prompts // (K - 1),

@@ -53,6 +53,9 @@ PROMPTS = 'data/toy/prompts_test.jsonl'
 
 @dataclass
 class Config(Seeds):
+    """Hold the options of gold against KL."""
+    KNOWN = demo.METHODS # {method: (its script, …)}
+
     out_dir: str = 'out/frontier' # seed N in a folder N
     methods: str = f'ppo,rloo,dpo,rrhf,{BEST}' # of demo.py, and best_of_n
     betas: str = 'ppo=0,0.015,0.03,0.06,0.12,0.24 dpo=0.25,0.5,1,2,4,8' # kl_coef of ppo and its kin, beta of dpo's
@@ -64,10 +67,10 @@ class Config(Seeds):
     def __post_init__(self):
         super().__post_init__()
         names, priced = self.methods.split(','), read_space(self.betas, 'betas')
-        known = [*demo.METHODS, BEST]
+        known = [*self.KNOWN, BEST]
         require(self, methods=(set(names) <= {*known} and len(set(names)) == len(names),
                                f"names among {','.join(known)}, each once"),
-                betas=(all(name in demo.METHODS and demo.METHODS[name][0] in PRICES for name in priced)
+                betas=(all(name in self.KNOWN and self.KNOWN[name][0] in PRICES for name in priced)
                        and all(map(is_price, sum(priced.values(), []))),
                        'method=number,number,… of methods with a price on the KL'),
                 at=(all(map(is_price, self.at.split(','))), 'KLs, separated by commas'),
@@ -88,7 +91,7 @@ def settings_of(cfg):
     betas, found = read_space(cfg.betas, 'betas'), {}
     for method in cfg.methods.split(','):
         if method in betas:
-            option = PRICES[demo.METHODS[method][0]]
+            option = PRICES[cfg.KNOWN[method][0]]
             found[method] = {f'{method}_{beta}': {option: beta} for beta in betas[method]}
         elif method != BEST:
             found[method] = {method: {}}
@@ -161,11 +164,10 @@ def best_of(rewards, golds, n):
 
 # ---- points -----------------------------------------------------------------------------------------------------
 
-def read_seed(cfg, out, gold=gold, settings=None):
+def read_seed(cfg, out, gold=gold):
     """Read a seed's points, {method: {setting: {kl, gold (P,), reward (P,)}}}, and SFT's.
 
-    out: the seed's folder; P prompts; settings: as `settings_of` returns them, None: these. The KL is a mean over
-    prompts. SFT's scores are means over its many answers.
+    out: the seed's folder; P prompts. The KL is a mean over prompts. SFT's scores are means over its many answers.
     """
     rows = read_records(f'{out}/answers.jsonl', 'rankings')
     samples = read_records(f'{out}/policies/samples.jsonl', 'prompts')
@@ -180,7 +182,7 @@ def read_seed(cfg, out, gold=gold, settings=None):
     for point in best.values():
         point |= dict(kl=point['kl'].mean(), kl_half=point['kl_half'].mean())
     models, points = read_json(f'{out}/policies/results.json')['models'], {}
-    for method, policies in (settings or settings_of(cfg)).items():
+    for method, policies in settings_of(cfg).items():
         points[method] = {}
         for name in policies:
             mine = [sample for sample in samples if sample['model'] == name]

@@ -24,13 +24,14 @@ import sft
 from common.options import launch, parse_config, require
 from data.hh_rlhf.prepare import KNOWN
 from lab import memory
-from lab.scaling import (SAMPLED, Batch, Rates, flop, optimizer_bytes, sampling_flop, sampling_seconds, update_seconds)
+from lab.scaling import SAMPLED, Batch, Rates, flop, optimizer_bytes, sampling_flop, sampling_seconds, update_seconds
+from lab.tables import markdown
 from model import GPTConfig
 
 SCRIPTS = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo, rloo=ppo) # rloo: the settings of ppo, but for epochs and K
 FOLDERS = {'124M': 'gpt2_hh', '355M': 'gpt2_hh', '774M': 'gpt2xl_hh', '1.5B': 'gpt2xl_hh'} # of config/
 NAMES = dict(sft='sft', reward='reward', dpo='dpo, rrhf', ppo='ppo', rloo='reinforce') # in memory.stages
-CARDS = 80, 24 # GB
+TWO_CARDS = 80, 24 # GB
 
 @dataclass
 class Config:
@@ -150,9 +151,9 @@ def memory_table(cfg):
             ways |= {'LoRA': memory.needs(**fixed, checkpointing=True, lora=(8, 'all')), 'sharded': sharded}
             totals = {way: need['total'] / memory.GiB for way, need in ways.items()}
             fits = lambda card: next((way for way, GiB in totals.items() if GiB <= 0.9 * card), '–')
-            rows.append([size, stage, str(micro), *(f'{GiB:.1f}' for GiB in totals.values()), *map(fits, CARDS)])
+            rows.append([size, stage, str(micro), *(f'{GiB:.1f}' for GiB in totals.values()), *map(fits, TWO_CARDS)])
     return ['model', 'stage', 'rows', 'as it is', 'checkpointing', 'LoRA', f'sharded over {cfg.gpus}',
-            *(f'{card} GB wants' for card in CARDS)], rows
+            *(f'{card} GB wants' for card in TWO_CARDS)], rows
 
 def sharded_bytes(need, gpus):
     """Return the bytes of one of several GPUs.
@@ -242,9 +243,6 @@ def ranking_table(cfg):
 
 TABLES = dict(flop=flop_table, time=time_table, step=step_table, memory=memory_table, campaign=campaign_table,
               overlap=overlap_table, ranking=ranking_table)
-
-def markdown(header, rows):
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows])
 
 def main(cfg):
     for name, table in TABLES.items():

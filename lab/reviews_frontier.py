@@ -32,48 +32,26 @@ from data.reviews import gold
 from evaluate import distinct
 from lab import frontier, reviews
 from lab.figures import COLOURS, panels
-from lab.frontier import BEST, PRICES, is_price
-from lab.seeds import Seeds, numbers
-from lab.sweep import read_space
+from lab.frontier import BEST, settings_of
+from lab.seeds import numbers
 from lab.tables import show, table
 
 PROMPTS = 'data/reviews/prompts_test.jsonl'
 
 @dataclass
-class Config(Seeds):
+class Config(frontier.Config):
+    KNOWN = reviews.METHODS
+
     out_dir: str = 'out/reviews_frontier' # seed N in a folder N
     source: str = '' # pros_cons.zip or its folder; empty = fetch it
     methods: str = f'ppo,dpo,rrhf,dpo_people,{BEST}' # of demo.py --world=reviews, and best_of_n
     betas: str = 'ppo=0.05,0.1,0.2,0.4,0.8 dpo=0.1,0.2,0.5,1 dpo_people=0.1,0.2,0.5,1' # kl_coef of ppo, beta of dpo
-    answers: int = 64 # of SFT to each prompt, for best of n
-    max_prompts: int = 0 # use the first so many; 0 = all
     at: str = '0.5,1,2,4' # compare at these KLs, and at those of methods with one point alone
-    axis: str = 'kl' # of the figure: kl or sqrt
     samples: int = 6 # prompts whose answers are printed, of the first seed
 
     def __post_init__(self):
         super().__post_init__()
-        names, priced = self.methods.split(','), read_space(self.betas, 'betas')
-        known = [*reviews.METHODS, BEST]
-        require(self, methods=(set(names) <= {*known} and len(set(names)) == len(names),
-                               f"names among {','.join(known)}, each once"),
-                betas=(all(name in reviews.METHODS and reviews.METHODS[name][0] in PRICES for name in priced)
-                       and all(map(is_price, sum(priced.values(), []))),
-                       'method=number,number,… of methods with a price on the KL'),
-                at=(all(map(is_price, self.at.split(','))), 'KLs, separated by commas'),
-                answers=(self.answers >= 2, 'at least 2'), max_prompts=(self.max_prompts >= 0, 'at least 0'),
-                samples=(self.samples >= 0, 'at least 0'), axis=(self.axis in ('kl', 'sqrt'), 'kl or sqrt'))
-
-def settings_of(cfg):
-    """Return {method: {name of a policy: its options}} of all methods that are trained."""
-    betas, found = read_space(cfg.betas, 'betas'), {}
-    for method in cfg.methods.split(','):
-        if method in betas:
-            option = PRICES[reviews.METHODS[method][0]]
-            found[method] = {f'{method}_{beta}': {option: beta} for beta in betas[method]}
-        elif method != BEST:
-            found[method] = {method: {}}
-    return found
+        require(self, samples=(self.samples >= 0, 'at least 0'))
 
 def stages(cfg, out):
     """Return the stages of one seed, as demo.stages does. out: its folder."""
@@ -144,7 +122,7 @@ def main(cfg):
     seeds, manners, people = [], [], []
     for at in cfg.each(world='reviews', source=cfg.source):
         demo.run_stages(stages(cfg, at.out_dir), at)
-        seeds.append(frontier.read_seed(cfg, at.out_dir, gold.gold, settings_of(cfg)))
+        seeds.append(frontier.read_seed(cfg, at.out_dir, gold.gold))
         manners.append(manner(cfg, at.out_dir))
         people.append(reviews.fluency(f'{at.out_dir}/fluency', read_records(
             'data/reviews/gold_test.jsonl', 'demonstrations')))

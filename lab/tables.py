@@ -51,9 +51,13 @@ def align(header, rows):
     first, *widths = [max(map(len, column)) for column in zip(header, *rows)]
     return ['  '.join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in [header, *rows]]
 
+def markdown(header, rows):
+    """Return lists of strings as a table in Markdown."""
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows])
+
 def table(header, rows):
-    """Print lists of strings as a table in Markdown."""
-    print('\n' + '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['--'] * len(header), *rows]))
+    """Print what `markdown` returns, below an empty line."""
+    print('\n' + markdown(header, rows))
 
 def tables_of_seeds(found, columns_of, first='', digits=3):
     """Print a table of each decoding; return {decoding: {model: {column: [of each seed]}}}.
