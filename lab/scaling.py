@@ -335,16 +335,17 @@ def measure_all(cfg, path):
 def fit(found, batches):
     """Fit Rates to points, least squares of relative errors; return them and the errors' root mean square.
 
-    batches: {name of a point: (stage, Batch)}. Each point of ppo or rloo counts twice, as sampling and as the rest.
+    batches: {name of a point: (stage, Batch)}. Each point of ppo or rloo counts twice: its sampling alone, and the whole.
     """
     best, copy = (median(p[key] for p in found.values()) for key in ('best', 'copy'))
     rows = [] # factors of 1 / share, 1 / share_s and overhead; seconds; those of AdamW, which are not fitted
     for name, (stage, b) in batches.items():
-        sampling = median(found[name]['sampling'] or [0])
-        rows.append((flop(stage, b) / best, 0, layer_passes(stage, b), median(found[name]['seconds']) - sampling,
-                     optimizer_bytes(stage, b) / copy))
-        if sampling:
-            rows.append((0, sampling_flop(b) / best + sampling_bytes(b) / copy, b.c.n_layer * b.A, sampling, 0))
+        sampling = 0, 0
+        if stage in SAMPLED:
+            sampling = sampling_flop(b) / best + sampling_bytes(b) / copy, b.c.n_layer * b.A
+            rows.append((0, *sampling, median(found[name]['sampling']), 0))
+        rows.append((flop(stage, b) / best, sampling[0], layer_passes(stage, b) + sampling[1],
+                     median(found[name]['seconds']), optimizer_bytes(stage, b) / copy))
     *X, y, known = np.array(rows).T
     X, y = np.stack(X, 1) / y[:, None], 1 - known / y # (N, 3), (N,): relative to what was measured
     x = np.linalg.lstsq(X, y, rcond=None)[0]

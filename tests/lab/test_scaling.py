@@ -127,6 +127,10 @@ def test_a_fit_finds_what_was_put_in():
     assert [found.share, found.share_s, found.overhead] == by_hand([0.6, 0.25, 3e-4]) and error < 1e-6
     found, error = fit(*made_up(rates, ['sft', 'dpo'])) # nothing samples
     assert [found.share, found.share_s, found.overhead] == by_hand([0.6, 1.0, 3e-4])
+    points, batches = made_up(rates, ['rloo'])
+    points['rloo 0.6M 2']['sampling'] = points['rloo 0.6M 2']['seconds'] # measured apart: it may last as long by chance
+    found, _ = fit(points, batches)
+    assert 0.5 < found.share < 0.8 and 0.2 < found.share_s < 0.3
     points, batches = made_up(rates, ['sft'])
     for name in points: # small models faster than their operations allow: no overhead is below 0
         points[name]['seconds'] = [predict(*batches[name], replace(rates, overhead=-1e-4))]
