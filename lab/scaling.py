@@ -335,7 +335,7 @@ def measure_all(cfg, path):
 def fit(found, batches):
     """Fit Rates to points, least squares of relative errors; return them and the errors' root mean square.
 
-    batches: {name of a point: (stage, Batch)}. Each point of ppo or rloo counts twice: its sampling alone, and the whole.
+    batches: {name of a point: (stage, Batch)}. Each point of ppo or rloo counts twice: its sampling, and the whole.
     """
     best, copy = (median(p[key] for p in found.values()) for key in ('best', 'copy'))
     rows = [] # factors of 1 / share, 1 / share_s and overhead; seconds; those of AdamW, which are not fitted
