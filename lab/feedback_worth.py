@@ -404,10 +404,11 @@ def draw_curves(results, path, lines, views):
                     points(ax, x, [row[column] for _, row in cells], colour, marker='o', ms=5, lw=1.4,
                            label=', '.join(f'{word} answers a prompt' if type(word) is int else word for word in line))
             ax.set_xscale('log')
-            if not axis:
-                budgets = list(dict.fromkeys(label[0] for label in results))
-                ax.set_xticks(budgets, map(str, budgets))
-                ax.minorticks_off()
+            low, high = ax.get_xlim()
+            ticks = [n * 10 ** k for k in range(7) for n in (1, 2, 5) if low <= n * 10 ** k <= high] if axis else \
+                list(dict.fromkeys(label[0] for label in results))
+            ax.set_xticks(ticks, map(str, ticks))
+            ax.minorticks_off()
             ax.set(xlabel=f'{name} (logarithmic axis)', ylabel=dict(
                 right='clear held-out pairs in order', gold='gold score, best of 4',
                 alike='same verdict in both orders')[column], title=title)
