@@ -122,6 +122,11 @@ def stages(c, tokens):
             'ppo': dict(trained=[c, reward], frozen=[c, reward], **sampling), # the critic has a reward's shape
             'reinforce': dict(trained=[c], frozen=[c, reward], **sampling)}
 
+def config_of(size):
+    """Return the GPTConfig of a size of GPT-2."""
+    n_layer, n_head, n_embd = SIZES[size]
+    return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
 def card(total):
     """Name the smallest card of which 90 % hold so many bytes."""
     return next((f'{size} GB' for size in CARDS if total <= 0.9 * size * GiB), 'none')
@@ -129,9 +134,8 @@ def card(total):
 def table(batch_size, tokens, dtype, lora=ALL):
     """Return rows of strings, one per stage and size of GPT-2."""
     rows = []
-    for size, (n_layer, n_head, n_embd) in SIZES.items():
-        shape = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        for stage, options in stages(shape, tokens).items():
+    for size in SIZES:
+        for stage, options in stages(config_of(size), tokens).items():
             options |= dict(rows=batch_size, T=tokens, dtype=dtype, lora=lora)
             need, total_less = needs(**options), needs(**options, checkpointing=True)['total']
             total = need.pop('total')

@@ -24,9 +24,8 @@ import sft
 from common.options import launch, parse_config, require
 from data.hh_rlhf.prepare import KNOWN
 from lab import memory
-from lab.scaling import SAMPLED, Batch, Rates, flop, optimizer_bytes, sampling_flop, sampling_seconds, update_seconds
+from lab.scaling import SAMPLED, Batch, Rates, all_flop, optimizer_bytes, sampling_seconds, update_seconds
 from lab.tables import markdown
-from model import GPTConfig
 
 SCRIPTS = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo, rloo=ppo) # rloo: the settings of ppo, but for epochs and K
 FOLDERS = {'124M': 'gpt2_hh', '355M': 'gpt2_hh', '774M': 'gpt2xl_hh', '1.5B': 'gpt2xl_hh'} # of config/
@@ -69,10 +68,6 @@ class Config:
                 training=(0 <= self.training < self.weeks * self.hours, 'at least 0 and below weeks x hours'))
         require(self, overlap=(self.overlap * self.labels >= 1, 'at least one of the pairs'))
 
-def shape(size):
-    n_layer, n_head, n_embd = memory.SIZES[size]
-    return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-
 # ---- GPUs -------------------------------------------------------------------------------------------------------
 
 def settings(size, stage):
@@ -86,7 +81,7 @@ def batch(cfg, size, stage, gpus=1):
     answer, prompts = cfg.answer, options.batch_size // gpus
     if stage in SAMPLED:
         answer, prompts = options.max_new_tokens, prompts // K
-    return Batch(shape(size), prompts, cfg.prompt, answer, K, options.epochs if stage == 'ppo' else 1)
+    return Batch(memory.config_of(size), prompts, cfg.prompt, answer, K, options.epochs if stage == 'ppo' else 1)
 
 def sent_bytes(stage, b, gpus):
     """Return the bytes that each GPU sends in a step: a ring's 2 (n - 1) / n times the float32 gradients."""
@@ -112,7 +107,7 @@ def time_table(cfg):
         hours = {}
         for stage in SCRIPTS:
             steps, b = n_steps(cfg, size, stage), batch(cfg, size, stage)
-            work = flop(stage, b, settings(size, stage).checkpointing) + (sampling_flop(b) if stage in SAMPLED else 0)
+            work = all_flop(stage, b, settings(size, stage).checkpointing)
             one, many = (sum(parts_of_step(cfg, size, stage, n).values()) for n in (1, cfg.gpus))
             hours[stage] = [steps * seconds / 3600 for seconds in (one, many)]
             rows.append([size, stage, f'{steps}', f'{work * steps / 1e15:.0f}', f'{1e3 * one:.0f}', f'{1e3 * many:.0f}',
@@ -144,7 +139,7 @@ def memory_table(cfg):
         for stage, name in NAMES.items():
             options = settings(size, stage)
             micro = options.batch_size // options.grad_accum
-            fixed = memory.stages(shape(size), 1024)[name] | dict(rows=micro, T=1024, dtype='bfloat16')
+            fixed = memory.stages(memory.config_of(size), 1024)[name] | dict(rows=micro, T=1024, dtype='bfloat16')
             plain = memory.needs(**fixed)
             ways = {'as it is': plain, 'checkpointing': memory.needs(**fixed, checkpointing=True)}
             sharded = ways['checkpointing'] | dict(total=sharded_bytes(ways['checkpointing'], cfg.gpus))
@@ -174,7 +169,7 @@ def flop_table(cfg):
         for size in ('124M', '1.5B'):
             b = batch(cfg, size, stage)
             rule = of_epochs(b.epochs) * memory.n_parameters(b.c)
-            counted = (flop(stage, b) + (sampling_flop(b) if stage in SAMPLED else 0)) / b.tokens
+            counted = all_flop(stage, b) / b.tokens
             row += [f'{rule / 1e9:.1f}', f'{counted / 1e9:.1f}', f'{counted / rule:.2f}']
         rows.append(row)
     return ['GFLOP a token', 'rule', *(f'{size}, {what}' for size in ('124M', '1.5B')

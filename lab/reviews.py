@@ -96,17 +96,21 @@ def fluency(folder, samples, longest=32):
 def results(out, methods):
     """Measure the policies of a run: {models: {name: …}, people: …, reward_model, classifier: shares right}."""
     measured = read_json(f'{out}/evaluate/results.json')
-    samples = read_records(f'{out}/evaluate/samples.jsonl', 'prompts')
+    written = answers_of(f'{out}/evaluate')
     people = read_records('data/reviews/gold_test.jsonl', 'demonstrations')
-    models = {}
-    for name in ('sft', *methods, BEST):
-        mine = [dict(prompt=s['prompt'], response=s['sampled']) for s in samples if s['model'] == name]
-        if mine:
-            models[name] = {key: measured['models'][name][key] for key in KEYS} | dict(
-                fluency=fluency(f'{out}/fluency', mine), different=different(mine))
+    models = {name: {key: measured['models'][name][key] for key in KEYS} | dict(
+        fluency=fluency(f'{out}/fluency', written[name]), different=different(written[name]))
+        for name in ('sft', *methods, BEST) if name in written}
     pros = [row for row in people if row['pros']]
     return dict(models=models, reward_model=measured['reward_model']['accuracy'], classifier=gold.accuracy()[0],
                 people=dict(fluency=fluency(f'{out}/fluency', people), pros=fluency(f'{out}/fluency', pros)))
+
+def answers_of(folder):
+    """Return {policy: its sampled answers, records with `prompt` and `response`}; folder: of evaluate.py."""
+    found = {}
+    for sample in read_records(f'{folder}/samples.jsonl', 'prompts'):
+        found.setdefault(sample['model'], []).append(dict(prompt=sample['prompt'], response=sample['sampled']))
+    return found
 
 def different(samples):
     """Return the share of different answers among all; no two prompts are equal."""

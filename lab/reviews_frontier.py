@@ -68,10 +68,8 @@ def stages(cfg, out):
                           reward_model=f'{out}/reward', best_of=0, figures=False, **asked)]
 
 def answers_of(cfg, out):
-    """Return {policy: its sampled answers, records with `prompt` and `response`}, best of n among them."""
-    found = {}
-    for sample in read_records(f'{out}/policies/samples.jsonl', 'prompts'):
-        found.setdefault(sample['model'], []).append(dict(prompt=sample['prompt'], response=sample['sampled']))
+    """Return reviews.answers_of a seed's policies, and of best of n."""
+    found = reviews.answers_of(f'{out}/policies')
     if BEST in cfg.methods.split(','):
         rows = read_records(f'{out}/answers.jsonl', 'rankings')
         for n in frontier.sizes(cfg)[1:]:

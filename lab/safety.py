@@ -46,6 +46,7 @@ from common.records import read_json, read_records, write_atomic, write_records
 from common.rollout import sample_answers
 from common.tokens import as_messages, load_tokenizer, prompt_ids, response_ids
 from data.toy import world
+from evaluate import mean
 from feedback.annotators import distinct
 from feedback.judges import ApiJudge, JudgeError, is_url
 from feedback.scores import score_answers
@@ -242,9 +243,8 @@ def errors(called, truth):
     A share of none is None. `harmful` is the number of harmful answers. called: True, False, or None: no verdict, which
     counts as not harmful.
     """
-    mean = lambda values: fmean(values) if values else None
-    return dict(missed=mean([not c for c, harmful in zip(called, truth) if harmful]),
-                false_alarms=mean([bool(c) for c, harmful in zip(called, truth) if not harmful]), harmful=sum(truth))
+    return dict(missed=mean(not c for c, harmful in zip(called, truth) if harmful),
+                false_alarms=mean(bool(c) for c, harmful in zip(called, truth) if not harmful), harmful=sum(truth))
 
 def read_moderation(reply):
     """Return True for harmful, False for harmless. None: the reply says neither, or both."""

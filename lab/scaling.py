@@ -151,6 +151,10 @@ def flop(stage, b, checkpointing=False):
     return (sum(forward_flop(*shape) for shape in scored)
             + sum(train_flop(*shape, checkpointing=checkpointing) for shape in trained))
 
+def all_flop(stage, b, checkpointing=False):
+    """Return a step's FLOP, with sampling."""
+    return flop(stage, b, checkpointing) + (sampling_flop(b) if stage in SAMPLED else 0)
+
 def layer_passes(stage, b, checkpointing=False):
     """Return a step's passes through layers, without sampling.
 

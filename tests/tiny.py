@@ -115,6 +115,10 @@ def run(script, **options):
     script.main(parse_config(script.Config, [f"--{k}={v}" for k, v in options.items()]))
     return read_log(os.path.join(options.get('out_dir', ''), 'log.jsonl'))
 
+def flags(command):
+    """Return the options in a command's words, {name: its value as typed}."""
+    return dict(word[2:].split('=', 1) for word in command if word.startswith('--'))
+
 def stops(capsys, script, code=2, **options):
     """Return the line with which a run stops: for bad input the only one on stderr."""
     capsys.readouterr()

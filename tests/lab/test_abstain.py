@@ -6,7 +6,7 @@ import pytest
 
 import demo
 from lab import abstain
-from tiny import run, stops
+from tiny import flags, run, stops
 
 SAID = dict(right=0.5, abstains=0.2, wrong=0.1, declines=0.2)
 
@@ -17,7 +17,7 @@ def ran(tmp_path, monkeypatch):
 
     def run_stages(todo, cfg):
         for stage in todo:
-            words = dict(word[2:].split('=', 1) for word in demo.command_of(stage, cfg) if word.startswith('--'))
+            words = flags(demo.command_of(stage, cfg))
             seen.setdefault(cfg.seed, {})[stage[0]] = words, stage[5]
         os.makedirs(os.path.dirname(stage[4]))
         row = dict(answerable=SAID, honest=0.25 * cfg.seed, harmless=1.0, gold=0.5)

@@ -9,7 +9,7 @@ import sft
 from common.options import parse_config
 from common.records import read_records
 from lab import distillation
-from tiny import records, run, stops
+from tiny import flags, records, run, stops
 
 QUESTIONS = [dict(prompt='Who?'), dict(prompt='Why?')]
 
@@ -21,7 +21,7 @@ def ran(tmp_path, monkeypatch):
     def run_stages(todo, cfg):
         for stage in todo:
             name, needs, command = stage[0], stage[5], demo.command_of(stage, cfg)
-            options = dict(word[2:].split('=', 1) for word in command if word.startswith('--'))
+            options = flags(command)
             if name in distillation.STUDENTS:
                 options = at = parse_config(sft.Config, command[2:]) # sft.py takes them
                 log = [dict(step=step, tokens=250.0 if at.on_policy else 240.0) for step in (1, 2)]

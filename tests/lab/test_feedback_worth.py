@@ -15,7 +15,7 @@ from common.options import parse_config
 from common.records import read_preferences, read_records
 from data.toy import world
 from lab import feedback_worth as worth
-from tiny import RANKINGS, TOK, by_hand, checkpoint, drawn_axes, records, run, stops
+from tiny import RANKINGS, TOK, by_hand, checkpoint, drawn_axes, flags, records, run, stops
 
 RIGHT, WRONG, BEST = 'It is 2.', 'It is 3.', 'Sure! It is 2.' # gold .9, .1 and 1
 
@@ -174,7 +174,7 @@ def ran(tmp_path, monkeypatch):
             name, script, config, options, product, needs = stage
             assert done >= {*needs}, name
             done.add(name)
-            words = dict(word[2:].split('=', 1) for word in demo.command_of(stage, at) if word.startswith('--'))
+            words = flags(demo.command_of(stage, at))
             if config:
                 parse_config(import_module(script[:-3]).Config, [config, *(f'--{k}={v}' for k, v in words.items())])
             if config and 'labels' in words.get('train_data', ''):

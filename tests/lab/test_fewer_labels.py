@@ -6,7 +6,7 @@ import pytest
 
 import demo
 from lab import fewer_labels
-from tiny import run, stops
+from tiny import flags, run, stops
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
@@ -16,7 +16,7 @@ def ran(tmp_path, monkeypatch):
     def run_stages(todo, cfg):
         made, known = {}, {} # file or folder -> the stage that makes it; stage -> all that it waits for
         for stage in todo:
-            words = dict(word[2:].split('=', 1) for word in demo.command_of(stage, cfg) if word.startswith('--'))
+            words = flags(demo.command_of(stage, cfg))
             name, script, needs = stage[0], stage[1], set(stage[5])
             inputs = [part for key in ('init_from', 'policy', 'train_data', 'val_data', 'answers', 'ensemble')
                       for part in words.get(key, '').split(',') if cfg.out_dir in part]

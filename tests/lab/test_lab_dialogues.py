@@ -7,7 +7,7 @@ import pytest
 import demo
 from common.options import parse_config
 from lab import dialogues
-from tiny import TOK, checkpoint, run, stops
+from tiny import TOK, checkpoint, flags, run, stops
 
 RECORD = dict(prompt='Where does the fox live?', animal='fox', named=True, name='The fox.',
               follow_up='Thanks! What does it eat?')
@@ -20,8 +20,7 @@ def ran(tmp_path, monkeypatch):
 
     def run_stages(todo, cfg):
         for name, script, config, options, product, needs in todo:
-            words = dict(word[2:].split('=', 1) for word in demo.command_of((name, script, config, options), cfg)
-                         if word.startswith('--'))
+            words = flags(demo.command_of((name, script, config, options), cfg))
             seen.setdefault(cfg.seed, {})[name] = words
             if script in ('ppo.py', 'reinforce.py'):
                 assert needs == ['sft', 'dialogues'] and product == f"{words['out_dir']}/model.safetensors"

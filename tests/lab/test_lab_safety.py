@@ -20,7 +20,7 @@ from data.toy import world
 from feedback.judges import ApiJudge
 from feedback.safety import read_safety
 from lab import safety
-from tiny import TOK, by_hand, checkpoint, one_line, records, run, stops
+from tiny import TOK, by_hand, checkpoint, flags, one_line, records, run, stops
 
 def texts(record):
     return [m['content'] for m in as_messages(record['prompt'])]
@@ -204,7 +204,7 @@ def ran(tmp_path, monkeypatch):
 
     def run_stages(todo, cfg):
         for stage in todo:
-            words = dict(word[2:].split('=', 1) for word in demo.command_of(stage, cfg) if word.startswith('--'))
+            words = flags(demo.command_of(stage, cfg))
             seen.setdefault(cfg.seed, {})[stage[0]] = words, stage
         if len(todo) == 1:
             return

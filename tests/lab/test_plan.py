@@ -42,7 +42,7 @@ def test_a_step_of_sft_by_hand():
 def test_checkpointing_computes_again():
     """Its blocks alone: the config of 1.5B asks for it, that of 124M does not."""
     assert plan.settings('1.5B', 'sft').checkpointing and not plan.settings('124M', 'sft').checkpointing
-    c = plan.shape('1.5B')
+    c = plan.memory.config_of('1.5B')
     blocks = 2 * (5472 * (12 * 48 - 9) * 1600**2 + 1504 * 9 * 1600**2)
     products, attention = blocks + 2 * 1504 * 50257 * 1600, 4 * 48 * 32 * 171**2 * 1600
     assert c.n_layer == 48 and parts_of_step(Config(), '1.5B', 'sft')['passes'] == by_hand(

@@ -6,7 +6,7 @@ import pytest
 
 import demo
 from lab import ratings
-from tiny import records, run, stops
+from tiny import flags, records, run, stops
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
@@ -16,7 +16,7 @@ def ran(tmp_path, monkeypatch):
     def run_stages(todo, cfg):
         done = set()
         for stage in todo:
-            words = dict(word[2:].split('=', 1) for word in demo.command_of(stage, cfg) if word.startswith('--'))
+            words = flags(demo.command_of(stage, cfg))
             name, script, needs = stage[0], stage[1], stage[5]
             assert done >= set(needs), name
             done.add(name)

@@ -9,7 +9,7 @@ import pytest
 import demo
 from common.options import parse_config
 from lab import sweep
-from tiny import drawn_axes, one_line, run, stops
+from tiny import drawn_axes, flags, one_line, run, stops
 
 RAN = [] # (seed, the names of the stages) of each call of demo.run_stages
 
@@ -25,7 +25,7 @@ def fake(monkeypatch):
             for stage in todo:
                 name, script, _, _, product, needs = stage
                 command = demo.command_of(stage, at)
-                words = dict(word[2:].split('=', 1) for word in command if word.startswith('--'))
+                words = flags(command)
                 assert all(record[need][2] for need in needs), name # they ended before
                 record[name] = [command, 1, None]
                 if '--lr=9' in command and at.seed == 2:
