@@ -1,11 +1,10 @@
-# The hinge on log-ratios (SLiC) on the same rankings. A pair beyond the margin pulls no more, so 1.3 times DPO's rate
-# is safe.
+# The hinge on log-ratios (SLiC) on the same rankings. A pair beyond the margin pulls no more.
 #   python dpo.py config/toy/hinge.py
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
 val_data = "out/toy/rankings_test.jsonl"
 loss = "hinge"
-beta = 0.5
+beta = 1.5
 lr = 8e-4
 batch_size = 32
 eval_every = 0

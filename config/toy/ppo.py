@@ -1,4 +1,5 @@
-# PPO on the toy world. gold only logs the gold score: the policy is trained only on the reward model.
+# PPO on the toy world. gold only logs the gold score: the policy is trained only on the reward model. lr and kl_coef
+# were chosen on the val prompts (docs/results.md, "How settings were chosen"), as in all files of methods here.
 #   python ppo.py config/toy/ppo.py
 # With --show=4 --save_every=5 it keeps answers token by token: python microscope.py --samples=out/toy/ppo/samples.jsonl
 policy = "out/toy/sft"
@@ -10,8 +11,8 @@ batch_size = 64
 minibatches = 2
 epochs = 2
 grad_accum = 4
-lr = 7e-4
+lr = 8e-4
 critic_lr = 7e-4
-kl_coef = 0.06
+kl_coef = 0.18
 gold = "data.toy.world:gold"
 out_dir = "out/toy/ppo"

@@ -4,8 +4,8 @@
 init_from = "out/toy/sft"
 train_data = "out/toy/best_of_n.jsonl"
 val_fraction = 0.05
-epochs = 1
+epochs = 3
 batch_size = 32
-lr = 4e-4
+lr = 1.6e-3
 eval_every = 0
 out_dir = "out/toy/rejection"
