@@ -1,4 +1,4 @@
-"""Compare methods at equal KL: gold and proxy against the KL to SFT, of PPO, RLOO, DPO, RRHF and best of n.
+"""Compare methods at equal KL: gold and proxy against the KL to SFT, of PPO, RLOO, DPO, RRHF, ORPO, best of n.
 
     python -m lab.frontier
     python -m lab.frontier --methods=ppo,dpo --betas="ppo=0,0.06 dpo=0.5,2,8" --seeds=1
@@ -57,8 +57,8 @@ class Config(Seeds):
     KNOWN = demo.METHODS # {method: (its script, …)}
 
     out_dir: str = 'out/frontier' # seed N in a folder N
-    methods: str = f'ppo,rloo,dpo,rrhf,{BEST}' # of demo.py, and best_of_n
-    betas: str = 'ppo=0,0.015,0.03,0.06,0.12,0.24 dpo=0.25,0.5,1,2,4,8' # kl_coef of ppo and its kin, beta of dpo's
+    methods: str = f'ppo,rloo,dpo,rrhf,orpo,{BEST}' # of demo.py, and best_of_n
+    betas: str = 'ppo=0,0.03,0.06,0.12,0.18,0.36 dpo=0.25,0.5,1,2,4,8' # kl_coef of ppo and its kin, beta of dpo's
     answers: int = 64 # of SFT to each prompt, for best of n
     max_prompts: int = 0 # use the first so many; 0 = all
     at: str = '0.5,1,1.5,2,3' # compare at these KLs, and at those of methods with one point alone
