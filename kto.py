@@ -4,7 +4,7 @@ There are no pairs, no reward model and no sampling. Ethayarajh et al. 2024, KTO
 optimization, https://arxiv.org/abs/2402.01306.
 
     python kto.py config/toy/kto.py
-    python kto.py config/toy/kto.py --undesirable_weight=0.5
+    python kto.py config/toy/kto.py --desirable_weight=1
 
 Records: `prompt`, `response`, `label` (true = good). Rankings and comparisons are taken apart, see read_unpaired.
 

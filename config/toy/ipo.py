@@ -1,4 +1,4 @@
-# IPO on the same rankings: its loss has a least point, so it stops by itself.
+# IPO on the same rankings: its loss has a least point, so the margin stops growing.
 #   python dpo.py config/toy/ipo.py
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"

@@ -1,6 +1,6 @@
 # KTO on the same rankings, taken apart: an answer that beats more than beat it is good, one that is beaten by more is
 # bad. Answers in the middle are left out, and prompts whose answers all tie.
-# desirable_weight makes up for bad answers being more than good ones.
+# desirable_weight makes up for there being more bad answers than good ones.
 #   python kto.py config/toy/kto.py
 init_from = "out/toy/sft"
 train_data = "out/toy/rankings_train.jsonl"
