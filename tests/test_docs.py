@@ -192,6 +192,11 @@ def test_sentences_are_short(page):
     found = list(sentences(read(page)))
     assert [s for s in found if n_words(s) > 35] == []
 
+@pytest.mark.parametrize('page', PAGES)
+def test_no_paragraph_stands_twice(page):
+    long = [p for p in read(page).split('\n\n') if len(p) > 100 and not p.startswith('- Code:')]
+    assert [p for p in long if long.count(p) > 1] == []
+
 def test_the_front_page_is_short():
     assert len(read('README.md').splitlines()) <= 200
     assert len(read('README.md').split()) <= 2200

@@ -1,5 +1,5 @@
 # PPO on the toy world. gold only logs the gold score: the policy is trained only on the reward model. lr and kl_coef
-# were chosen on the val prompts (docs/results.md, "How settings were chosen"), as in the files of demo.py's other methods.
+# were chosen on the val prompts (docs/results.md, "How settings were chosen"), as in the files of other methods.
 #   python ppo.py config/toy/ppo.py
 # With --show=4 --save_every=5 it keeps answers token by token: python microscope.py --samples=out/toy/ppo/samples.jsonl
 policy = "out/toy/sft"
