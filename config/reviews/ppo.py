@@ -1,5 +1,5 @@
-# Reviews: PPO. gold only logs what a classifier of other people's labels says. kl_coef 0.2 halves the KL
-# and leaves gold at .89 (val, one seed).
+# Reviews: PPO. gold only logs what a classifier of other people's labels says. Other prices of the KL are measured by
+# lab/reviews_frontier.py (docs/results.md, "Reviews").
 #   python ppo.py config/reviews/ppo.py
 policy = "out/reviews/sft"
 reward_model = "out/reviews/reward"

@@ -1,4 +1,4 @@
-# Reviews: RRHF on the same rankings. With rank_coef 1 and three epochs gold was lower, at more than twice the KL (val).
+# Reviews: RRHF on the same rankings, by their ranks alone.
 #   python rrhf.py config/reviews/rrhf.py
 init_from = "out/reviews/sft"
 train_data = "out/reviews/rankings_train.jsonl"
