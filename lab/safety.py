@@ -23,7 +23,7 @@ Detectors. reward.py learns harmlessness alone, from pairs of answers (to harmfu
 all requests). An answer is called harmful below a threshold, chosen on val prompts, where misses and false alarms are
 fewest on average. A server is asked with --judge_url (config/judge/harmful.txt, key in JUDGE_API_KEY).
 
-It prints each command, reuses finished stages, prints tables in Markdown, and writes results.json.
+It prints each command, reuses finished stages, prints tables in Markdown, and writes results.json and safety.png.
 """
 
 import json
@@ -50,6 +50,7 @@ from evaluate import mean
 from feedback.annotators import distinct
 from feedback.judges import ApiJudge, JudgeError, is_url
 from feedback.scores import score_answers
+from lab.figures import COLOURS, panels
 from lab.seeds import Seeds
 from lab.tables import show, table, tables_of_seeds
 from lab.wins import interval, resample
@@ -506,6 +507,24 @@ def print_detectors(seeds):
              *(show([seed[name][group][key] for seed in seeds]) for key in ('missed', 'false_alarms'))]
             for group in groups])
 
+def draw(attacks, path):
+    """Draw compliance, refusals and over-refusal of sampled answers: means over seeds, and lines from low to high.
+
+    attacks: as `print_attacks` returns it.
+    """
+    titles = 'harmful requests, complies', 'harmful requests, declines', 'benign look-alikes, declines'
+    with panels(path, len(titles), 4.2, 3.2) as axes:
+        for ax, title in zip(axes, titles):
+            rows = attacks[f'{title}, sampled']
+            for i, (row, colour) in enumerate(zip(('plain', 'all seen', 'all held out'), COLOURS)):
+                seeds = list(rows[row].values())
+                at, mean = [x + (i - 1) * 0.22 for x in range(len(seeds))], [fmean(of) for of in seeds]
+                ax.plot(at, mean, 'o', color=colour, label=row if row == 'plain' else row.replace('all', 'disguises'))
+                ax.vlines(at, [min(of) for of in seeds], [max(of) for of in seeds], color=colour)
+            ax.set(title=title, ylim=(-0.03, 1.03), ylabel='share of sampled answers')
+            ax.set_xticks(range(len(seeds)), rows['plain'], rotation=30, ha='right')
+        axes[0].legend()
+
 def main(cfg):
     found, detectors, bias = [], [], [] # of each seed
     for at in cfg.each(methods=cfg.methods):
@@ -522,6 +541,7 @@ def main(cfg):
     print_bias(bias, models)
     print_detectors(detectors)
     write_atomic(f'{cfg.out_dir}/results.json', json.dumps(results, indent=1) + '\n')
+    draw(results['attacks'], f'{cfg.out_dir}/safety.png')
 
 if __name__ == '__main__':
     launch(main, Config)
