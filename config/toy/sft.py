@@ -1,6 +1,6 @@
 # The toy assistant: 600 good but imperfect demonstrations.
 #   python sft.py config/toy/sft.py
-# Held-out loss 0.65 nats per token of the answers.
+# Held-out loss 0.66 nats per token of the answers.
 init_from = "out/toy/base"
 train_data = "data/toy/demonstrations_train.jsonl"
 val_data = "data/toy/demonstrations_val.jsonl"
