@@ -46,11 +46,13 @@ from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
+from common import OMP
 from common.options import fail, launch, leave_closed_terminal, require, unread
 from common.records import LOCKS, lock, read_json, read_records, write_atomic
 from lab import reviews, story, sums
 
-os.environ.pop('GOMP_SPINCOUNT', None) # each stage finds out for itself what else runs (common/__init__.py)
+for key in OMP: # each stage finds out for itself what else runs (common/__init__.py)
+    del os.environ[key]
 DEFAULT = 'out/toy' # where the files in config/toy point
 WORLDS = dict(sums=sums, reviews=reviews) # beside the toy one: their stages, results and ending
 RANKINGS = ['collect train', 'collect test']

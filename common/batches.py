@@ -168,8 +168,7 @@ def split_by_tokens(rows, lengths, parts, least=1):
     before = [0, *itertools.accumulate(lengths[i] for i in order)] # tokens in front of each row, and all of them
     cuts = [0]
     for part in range(1, parts): # later parts hold longer and so fewer rows: only they may lack some
-        wish = bisect.bisect_left(before, before[-1] * part / parts)
-        cuts.append(min(wish, len(rows) - least * (parts - part)))
+        cuts.append(min(bisect.bisect_left(before, before[-1] * part / parts), len(rows) - least * (parts - part)))
     return [[rows[i] for i in order[a:b]] for a, b in itertools.pairwise(cuts + [len(rows)])]
 
 def own_parts(rows, lengths, cfg, run):

@@ -26,7 +26,7 @@ MODELS = ('init_from', 'policy', 'reward_model', 'reward_policy', 'reward_refere
 DATA = ('train_data', 'val_data', 'prompts', 'ptx_data')
 # files of an older checkpoint that a newer one may not have
 OPTIONAL = ('tokenizer.tiktoken', 'tokenizer_name', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
-            'samples.jsonl')
+            'samples.jsonl', 'adapter/adapter_config.json', 'adapter/adapter_model.safetensors')
 
 def digest(*paths):
     """Return the sha256 of files, one after the other, in hex."""
@@ -60,12 +60,13 @@ def prepare_out_dir(run, cfg, epoch_steps=0):
 
 def check_out_dir(cfg):
     """Prepare out_dir in the first process; return whether to resume."""
-    for key in MODELS:
-        folders = {*files_of(getattr(cfg, key, ''))} - {'', 'scratch'}
-        if os.path.realpath(cfg.out_dir) in map(os.path.realpath, folders):
-            fail(f"--out_dir={cfg.out_dir}: is --{key} too; wanted another folder: a run needs what it began from")
+    mine = [os.path.realpath(os.path.join(cfg.out_dir, name)) for name in ('', 'adapter')]
+    for key, folder in ((key, folder) for key in MODELS for folder in files_of(getattr(cfg, key, ''))):
+        if folder not in ('', 'scratch') and os.path.realpath(folder) in mine:
+            fail(f"--out_dir={cfg.out_dir}: it, or its `adapter`, is --{key} too; wanted another folder: a run needs "
+                 "what it began from")
     try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
+        os.makedirs(os.path.join(cfg.out_dir, 'adapter' if cfg.lora_rank else ''), exist_ok=True)
         if not os.access(cfg.out_dir, os.W_OK):
             fail(f"--out_dir={cfg.out_dir}: no permission; wanted a folder that can be written to")
         lock(os.path.join(cfg.out_dir, '.lock'))
@@ -99,9 +100,8 @@ def save_checkpoint(run, cfg, model, tokenizer, step, optimizers, samples=(), **
     and plain values. The files go to out_dir/.saving; its rename to .saved makes them count, and after a kill
     `finish_save` completes the rest. The first process writes; all must call this, each has its random generator.
     """
-    rng = {'cpu': torch.get_rng_state()}
-    if run.device.startswith('cuda'):
-        rng['cuda'] = torch.cuda.get_rng_state(run.device)
+    cuda = {'cuda': torch.cuda.get_rng_state(run.device)} if run.device.startswith('cuda') else {}
+    rng = {'cpu': torch.get_rng_state()} | cuda
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     about = dict(script=script_of(cfg), options=dataclasses.asdict(cfg), step=step, max_steps=cfg.max_steps)
     adapter = {name: p for name, p in model.named_parameters() if p.requires_grad} if cfg.lora_rank else {}
@@ -121,6 +121,8 @@ def write_checkpoint(cfg, model, tokenizer, about, more, inputs, samples):
         lock(os.path.join(cfg.out_dir, '.lock'))
         model.save_pretrained(new, tokenizer.eos, tokenizer.pad)
         tokenizer.save(new, 'left' if model.reward_head is None else 'right')
+        if cfg.lora_rank:
+            weights.save_adapter(model, cfg, os.path.join(new, 'adapter'))
         if samples:
             write_atomic(os.path.join(new, 'samples.jsonl'), ''.join(line + '\n' for line in samples))
         more |= dict(log_lines=len(read_log(log_of(cfg.out_dir)))) # a resumed run drops later lines
@@ -128,12 +130,11 @@ def write_checkpoint(cfg, model, tokenizer, about, more, inputs, samples):
         files = {name: digest(os.path.join(new, name)) for name in ('model.safetensors', 'state.pt')}
         about |= dict(finished=about['step'] >= cfg.max_steps, inputs=inputs, files=files, torch=torch.__version__)
         write_atomic(os.path.join(new, 'options.json'), json.dumps(about, indent=1))
-        for name in os.listdir(new): # on the disk before the rename is
+        for name in files_in(new): # on the disk before the rename is
             with open(os.path.join(new, name), 'rb') as f:
                 os.fsync(f.fileno())
         os.rename(new, os.path.join(cfg.out_dir, '.saved'))
         finish_save(cfg.out_dir)
-        weights.save_adapter(model, cfg)
     except (OSError, RuntimeError, SafetensorError) as e: # a full disk is either, by who writes
         shutil.rmtree(new, ignore_errors=True)
         fail(f"{cfg.out_dir}: the checkpoint of step {about['step']} could not be written ({e}); the last one is "
@@ -152,16 +153,22 @@ def save_if_due(run, cfg, step, save):
 def finish_save(out_dir):
     """Move the files of a completely written checkpoint into place; a start after a kill calls it too."""
     done, log = os.path.join(out_dir, '.saved'), os.path.join(out_dir, 'log.new.jsonl')
-    if os.path.isdir(done):
-        names = sorted(os.listdir(done))
-        for name in OPTIONAL if 'config.json' in names else (): # the first to move: none has moved yet
-            if name not in names and os.path.exists(os.path.join(out_dir, name)):
-                os.remove(os.path.join(out_dir, name))
-        if os.path.exists(log):
-            os.replace(log, os.path.join(out_dir, 'log.jsonl'))
-        for name in names:
-            os.replace(os.path.join(done, name), os.path.join(out_dir, name))
-        os.rmdir(done)
+    names = files_in(done) # none without the folder
+    for name in {*OPTIONAL} - {*names} if 'config.json' in names else (): # the first to move: none has moved yet
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out_dir, name))
+    if names and os.path.exists(log):
+        os.replace(log, os.path.join(out_dir, 'log.jsonl'))
+    for name in names:
+        os.makedirs(os.path.dirname(os.path.join(out_dir, name)), exist_ok=True)
+        os.replace(os.path.join(done, name), os.path.join(out_dir, name))
+    shutil.rmtree(done, ignore_errors=True)
+    with contextlib.suppress(OSError): # where anything is left in it
+        os.rmdir(os.path.join(out_dir, 'adapter'))
+
+def files_in(folder):
+    """Return the paths of all files in it, relative: its own, then its folders'."""
+    return [os.path.relpath(os.path.join(at, f), folder) for at, _, files in os.walk(folder) for f in sorted(files)]
 
 def script_of(cfg):
     """Return the name of the script whose Config this is."""

@@ -118,8 +118,8 @@ def is_number(x):
 
 def truth(label):
     """Return True or False for a label that says so; others as they are."""
-    words = {'true': True, '1': True, 'false': False, '0': False}
-    return words.get(str(label).strip().lower().removesuffix('.0'), label)
+    said = str(label).strip().lower().removesuffix('.0')
+    return {'true': True, '1': True, 'false': False, '0': False}.get(said, label)
 
 def check_messages(key, messages, last):
     check(f'`{key}` to be a list of messages, at least one', isinstance(messages, list) and len(messages) > 0)
@@ -208,10 +208,9 @@ def read_records(path, kind):
 def first_row(path):
     """Return a file's first record, {} where it is broken: read_records then reports it."""
     line = next((line for _, line in read_lines(path) if line.strip()), b'{}')
-    try:
+    with contextlib.suppress(ValueError):
         return parse_line(line)
-    except ValueError:
-        return {}
+    return {}
 
 def is_text_file(path):
     """Tell whether a file holds plain text (.txt, or records with `text`) and not demonstrations."""

@@ -144,10 +144,7 @@ def load_reward(cfg, run, tok, policy, function=None):
     return Reward(models, function, *others, cfg)
 
 def load_actors(cfg, run, tok, function=None, **overrides):
-    """Load policy (with overrides of its configuration), Reward and reference (the frozen policy).
-
-    function: of --reward.
-    """
+    """Load policy (with overrides of its configuration), Reward (function: of --reward), reference (frozen policy)."""
     policy = load_policy(cfg.policy, **overrides)
     reward = load_reward(cfg, run, tok, policy, function)
     reference = run.freeze(load_policy(cfg.policy)).to(run.device)

@@ -133,14 +133,14 @@ def place_among_processes():
              "wanted neither, or this started by torchrun --nproc_per_node=N")
     return int(told[0]), int(told[1])
 
-# Slurm and Docker end a job by SIGTERM, a closed terminal does by SIGHUP, which Windows lacks
-SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+# Slurm and Docker end a job by SIGTERM, a closed terminal does by SIGHUP, which Windows lacks and nohup ignores
+SIGNALS = [number for number in signal.Signals if number.name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+           and signal.getsignal(number) is not signal.SIG_IGN]
 
 def default_signals():
     """Let Ctrl-C, SIGTERM and SIGHUP end the program at once: there is nothing to save."""
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN: # as nohup sets it
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 def start(cfg):
     """Choose the device, join the other processes, seed the generators; return the Run."""
@@ -183,8 +183,7 @@ def start(cfg):
         if run.is_master:
             print("\nstopping after this step (at once after another Ctrl-C)", file=sys.stderr)
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, on_signal)
+        signal.signal(number, on_signal)
     return run
 
 def stop(run):

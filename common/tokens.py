@@ -75,6 +75,8 @@ class Tokenizer:
 def load_tokenizer(name, option='tokenizer'):
     """Load a tokenizer; name: a checkpoint with ours or GPT-2's, for --tokenizer also "bytes" or a FILE.tiktoken."""
     name = str(name)
+    if option != 'tokenizer':
+        check_folder(name, option)
     if not Path(name).is_dir():
         if name in HUB_NAMES:
             return Tokenizer('gpt2')
@@ -85,7 +87,6 @@ def load_tokenizer(name, option='tokenizer'):
         if not on_hub(name) and option == 'tokenizer':
             fail(f'tokenizer: wanted gpt2, bytes, a .tiktoken file or a checkpoint folder, got {name!r}, which is '
                  'neither a folder here nor a model on the hub (OWNER/NAME, with no folder OWNER here)')
-        check_folder(name, option)
         checkpoint_file(name, 'config.json', named=f'--{option}=' * (option != 'tokenizer')) # or it fails here
     config = checkpoint_file(name, 'config.json', absent_ok=True)
     size = read_json(config).get('vocab_size') if config else None

@@ -7,7 +7,6 @@ file are never in memory together. Nothing is unpickled that could run code.
 import json
 import os
 import re
-import shutil
 import zipfile
 from functools import partial
 
@@ -233,12 +232,9 @@ def write_safetensors(path, tensors):
         for t in tensors.values():
             f.write(t.float().cpu().contiguous().numpy())
 
-def save_adapter(model, cfg):
-    """Write the adapter alone to out_dir/adapter, in PEFT's layout, for other tools; an older one is removed."""
-    folder, scored = os.path.join(cfg.out_dir, 'adapter'), model.reward_head is not None
-    shutil.rmtree(folder, ignore_errors=True)
-    if not cfg.lora_rank:
-        return
+def save_adapter(model, cfg, folder):
+    """Write the adapter alone to a new folder, in PEFT's layout."""
+    scored = model.reward_head is not None
     os.makedirs(folder)
     tensors = {f'transformer.{name}.lora_{k}.weight': part.weight for name, layer in model.named_modules()
                if hasattr(layer, 'lora') for k, part in zip('AB', layer.lora)}

@@ -5,6 +5,4 @@
 #   lab/gpu.sh table --out_dir=out/gpu
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:?wanted measure, train or table}
-shift
-exec "${PYTHON:-python3}" lab/gpu.py --do="$what" "$@"
+exec "${PYTHON:-python3}" lab/gpu.py --do="${1:-}" "${@:2}"

@@ -87,6 +87,10 @@ def main(cfg):
     about, tensors = read_adapter(cfg.adapter)
     base = cfg.base or str(about.get('base_model_name_or_path') or '')
     check_folder(base, 'base')
+    if os.path.realpath(base) == os.path.dirname(os.path.realpath(cfg.adapter)):
+        fail(f"--base={base}: holds the adapter, merged already; wanted the model that it began from")
+    if os.path.realpath(cfg.out_dir) == os.path.realpath(cfg.adapter):
+        fail(f"--out_dir={cfg.out_dir}: is the adapter's folder; wanted another one")
     if os.path.exists(os.path.join(cfg.out_dir, 'config.json')):
         fail(f"--out_dir={cfg.out_dir}: holds a checkpoint; wanted another folder")
     overrides = dict(reward_head=True) if 'score.weight' in tensors else {}

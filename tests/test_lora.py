@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ppo
-from common.checkpoints import read_log
+from common.checkpoints import finish_save, read_log
 from common.options import parse_config
 from common.run import Run
 from model import GPT, GPTConfig, Linear
@@ -196,7 +196,60 @@ def test_a_run_without_an_adapter_removes_the_old_one(tmp_path):
     run(sft, **own, lora_rank=2)
     assert sorted(os.listdir(tmp_path / 'out/adapter')) == ['adapter_config.json', 'adapter_model.safetensors']
     run(sft, **own, overwrite=True)
-    assert not os.path.exists(tmp_path / 'out/adapter/adapter_model.safetensors')
+    assert not os.path.exists(tmp_path / 'out/adapter')
+
+@pytest.mark.parametrize('rank', [0, 2])
+def test_a_folder_called_adapter_keeps_what_somebody_put_there(tmp_path, rank, capsys):
+    import sft
+    own = dict(train_data=records(tmp_path / 'rows.jsonl', DEMONSTRATIONS), out_dir=tmp_path / 'out', max_steps=1,
+               lora_rank=rank)
+    inside = checkpoint(tmp_path / 'out/adapter')
+    before = {name: (tmp_path / 'out/adapter' / name).read_bytes() for name in os.listdir(inside)}
+    run(sft, **own, init_from=checkpoint(tmp_path / 'model'))
+    run(sft, **own, init_from=tmp_path / 'model', overwrite=True)
+    assert before == {name: (tmp_path / 'out/adapter' / name).read_bytes() for name in before}
+    said = stops(capsys, sft, **own, init_from=inside, overwrite=True)
+    assert 'it, or its `adapter`, is --init_from too; wanted another folder' in said
+
+def test_a_kill_at_any_moment_leaves_the_adapter_of_the_model(tmp_path, monkeypatch):
+    """Every change of the file system in the second save is once the last that happens; a start then tidies up."""
+    import sft
+    own = dict(init_from=checkpoint(tmp_path / 'model'), train_data=records(tmp_path / 'rows.jsonl', DEMONSTRATIONS),
+               lora_rank=2, lr=0.1, warmup_steps=0, max_steps=2, save_every=1)
+    path, real, moment = 'adapter/adapter_model.safetensors', {
+        name: getattr(os, name) for name in ('rename', 'replace', 'rmdir', 'makedirs', 'remove')}, 0
+    run(sft, **own | dict(max_steps=1), lr_schedule='constant', out_dir=tmp_path / 'one')
+    run(sft, **own, lr_schedule='constant', out_dir=tmp_path / 'two')
+    expected = {n: (tmp_path / folder / path).read_bytes() for n, folder in ((1, 'one'), (2, 'two'))}
+    steps = []
+    while True:
+        out, left = tmp_path / str(moment), [moment]
+
+        def killing(name):
+            def call(*args, **kwargs):
+                if os.path.exists(out / 'options.json'): # the first save is done
+                    left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return real[name](*args, **kwargs)
+            return call
+
+        with monkeypatch.context() as m:
+            for name in real:
+                m.setattr(os, name, killing(name))
+            try:
+                run(sft, **own, lr_schedule='constant', out_dir=out)
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        finish_save(str(out))
+        step = json.loads((out / 'options.json').read_text())['step']
+        assert (out / path).read_bytes() == expected[step], moment
+        steps.append(step)
+        moment += 1
+        if finished:
+            break
+    assert steps[0] == 1 and steps[-1] == 2 and steps == sorted(steps)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # PEFT

@@ -225,7 +225,7 @@ def test_the_options_are_those_of_the_run(made, tmp_path):
     models, said = shown(made, tmp_path, prompt='Hi', ppo='--lam=0 --batch_size=2', critic=made.policy)[1]
     assert 'β 0.3, γ 1, λ 0;' in said and f'saved in {made.policy}' in models
     said = shown(made, tmp_path, prompt='Hi', ppo=f"{os.path.join(ROOT, 'config/toy/ppo.py')} --batch_size=2")[1][1]
-    assert 'β 0.06, γ 1, λ 0.95;' in said and 'on 4 answers' in said # of two minibatches
+    assert 'β 0.18, γ 1, λ 0.95;' in said and 'on 4 answers' in said # of two minibatches
     assert 'β 0.05, γ 1, λ 0.95;' in shown(made, tmp_path, prompt='Hi', policy=made.reference)[1][1]
 
 def test_a_beta_that_moved_is_the_last_one(made, tmp_path):

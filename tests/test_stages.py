@@ -265,7 +265,7 @@ def test_a_run_does_not_write_where_it_began(stage, capsys, key, more):
     before = weights(began)
     for overwrite in (False, True):
         said = stage.stops(capsys, **more, out_dir=began, max_steps=1, overwrite=overwrite)
-        assert said.startswith(f"--out_dir={began}: is --{key} too; wanted another folder")
+        assert said.startswith(f"--out_dir={began}: it, or its `adapter`, is --{key} too; wanted another folder")
     assert weights(began) == before
 
 @each()

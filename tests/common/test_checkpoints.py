@@ -219,6 +219,7 @@ def test_the_log_of_a_run_that_never_saved_is_kept(tmp_path):
 
 def test_an_overwritten_checkpoints_tokenizer_and_samples_go_too(tmp_path):
     save_step(tmp_path, 1)
+    (tmp_path / 'adapter').mkdir()
     for name in OPTIONAL:
         (tmp_path / name).write_text('of the old run')
     prepare_out_dir(RUN, config(tmp_path, overwrite=True))

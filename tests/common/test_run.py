@@ -120,13 +120,14 @@ def test_slurms_and_dockers_signals_are_as_ctrl_c(capsys, monkeypatch):
         assert ended.value.code == code and 'interrupted' in capsys.readouterr().err
         assert signal.getsignal(number) == signal.SIG_DFL
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no nohup')
 def test_nohup_is_respected():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        stop(start(Config()))
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    code = ('import signal; from common.options import RunOptions; from common.run import start, stop\n'
+            'run = start(RunOptions()); during = signal.getsignal(signal.SIGHUP)\n'
+            'stop(run); print(during, signal.getsignal(signal.SIGHUP))')
+    said = lambda *words: subprocess.run([*words, sys.executable, '-c', code], cwd=ROOT, text=True, check=True,
+                                         stdin=subprocess.DEVNULL, capture_output=True).stdout
+    assert said('nohup') == f'{signal.SIG_IGN} {signal.SIG_IGN}\n' != said()
 
 @pytest.mark.parametrize('told', [dict(RANK='0'), dict(WORLD_SIZE='2'), dict(RANK='0', WORLD_SIZE='2'),
                                   dict(RANK='a', WORLD_SIZE='2'), dict(RANK='2', WORLD_SIZE='2')])
@@ -235,12 +236,14 @@ def test_in_a_terminal_an_error_has_its_own_line(capsys, monkeypatch):
     assert 'steps: ' in before and before.endswith('\r') and before.split('\r')[-2].strip() == '' and 'steps: ' in after
 
 @pytest.mark.parametrize('runs, own, expected', [
-    ('0.9 0.5 0.1 1/345 77', None, '10000'), ('0.1 0.1 0.1 3/111 77', None, None), ('0.1 0.1 0.1 1/9 77', '5', '5')])
+    ('0.9 0.5 0.1 1/345 77', {}, dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='10000')),
+    ('0.1 0.1 0.1 3/111 77', {}, dict(OMP_WAIT_POLICY='PASSIVE')),
+    ('0.1 0.1 0.1 1/9 77', dict(GOMP_SPINCOUNT='5'), {}), ('0.1 0.1 0.1 1/9 77', dict(OMP_WAIT_POLICY='ACTIVE'), {})])
 def test_threads_spin_only_where_nothing_else_runs(runs, own, expected, monkeypatch):
-    """The fourth number is what runs at this moment and what there is; the first three are means over minutes."""
+    """The fourth number is what runs at this moment and what there is; the first three are means over minutes. What
+    the user set stays, and demo.py takes back what common set alone."""
     monkeypatch.setattr(Path, 'read_text', lambda self: runs)
     monkeypatch.setattr(Path, 'exists', lambda self: True)
-    environ = {} if own is None else dict(GOMP_SPINCOUNT=own)
-    monkeypatch.setattr(os, 'environ', environ)
-    runpy.run_path(os.path.join(ROOT, 'common', '__init__.py'))
-    assert environ.get('GOMP_SPINCOUNT') == expected and environ['OMP_WAIT_POLICY'] == 'PASSIVE'
+    monkeypatch.setattr(os, 'environ', environ := dict(own))
+    found = runpy.run_path(os.path.join(ROOT, 'common', '__init__.py'))
+    assert found['OMP'] == expected and environ == own | expected

@@ -78,7 +78,7 @@ def test_a_missing_checkpoint_is_not_a_tokenizers_fault(tmp_path, capsys):
     for name in ("bytes", str(tmp_path / "own.tiktoken")): # tokenizers, but no models
         exits(capsys, f"--init_from={name}: no such folder", load_tokenizer, name, "init_from")
     line = one_line(capsys, lambda: load_tokenizer(tmp_path, "reward_model")) # a run that never saved
-    assert line.startswith(f"--reward_model={tmp_path}: wanted a checkpoint with tokenizer.tiktoken")
+    assert line.startswith(f"--reward_model={tmp_path}: holds no config.json; wanted a checkpoint, which an earlier")
 
 @pytest.mark.parametrize("size, fits", [(256, False), (257, True), (300, True), (1, False)])
 def test_a_tokenizer_has_to_fit_its_model(tmp_path, capsys, size, fits):

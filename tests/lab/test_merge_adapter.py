@@ -2,6 +2,8 @@
 import importlib
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -77,6 +79,9 @@ def test_what_is_refused(made, tmp_path, capsys):
     assert refused(adapter=tmp_path / 'no').startswith(f"{tmp_path / 'no/adapter_config.json'}: No such file")
     assert refused(base='nowhere').startswith('--base=nowhere: no such folder')
     assert refused(out_dir=base) == f'--out_dir={base}: holds a checkpoint; wanted another folder'
+    assert refused(out_dir=adapter) == f"--out_dir={adapter}: is the adapter's folder; wanted another one"
+    inside = shutil.copytree(adapter, os.path.join(base, 'adapter')) # as a run of ours leaves it
+    assert refused(adapter=inside).startswith(f'--base={base}: holds the adapter, merged already; wanted the')
     for n, (added, more, wanted) in enumerate([
             ({}, dict(use_dora=True), 'use_dora is True; wanted a plain LoRA'),
             ({}, dict(rank_pattern={'c_attn': 4}), "rank_pattern is {'c_attn': 4}; wanted a plain LoRA"),

@@ -2,6 +2,7 @@
 import glob
 import os
 import sys
+from statistics import fmean
 
 import pytest
 import torch
@@ -156,7 +157,8 @@ def test_solution_2():
 
 def test_solution_3():
     solution = course.load('solutions/3')
-    found = solution.exercise_1()
+    seeds = [solution.exercise_1(seed) for seed in range(3)] # of one seed rounding alone may make half as much again
+    found = {how: [fmean(of[how][epoch] for of in seeds) for epoch in (0, 1)] for how in seeds[0]}
     first, last = zip(found[0.9, 0.0], found[0.0, 0.0])
     assert 0 < first[0] == by_hand(first[1]) and last[1] < 1.4 * first[1] < last[0] # momentum goes on, gradients hardly
     assert last[0] < 0.8 * found[0.9, 0.2][1] and last[1] < 0.5 * found[0.0, 0.2][1] # clip 0 gets less far than 0.2
