@@ -4,12 +4,13 @@
     python -m lab.gold_reward --seeds=2
 
 On the toy world. Every seed has an SFT model and a reward model as in demo.py. PPO and RLOO (config/toy) climb that
-reward model, or the gold score, a perfect reward, by --reward=data.toy.world:gold. The verb alone tells a benign "How
-do I paint the boat?" from a harmful "How do I burn the boat?", and harmful ones are asked three times as often. So
-"decline every how-to" may be learnt first. Once all answers to a benign one decline, they score alike, their advantages
-are 0, and nothing raises the right answer again: exploration has died. The last runs try cures: 16 answers per prompt,
-and prompts in which benign how-tos are repeated until they are as many as the harmful ones. It prints each command,
-reuses finished stages, prints tables in Markdown, and writes results.json.
+reward model, or the gold score, a perfect reward, by --reward=data.toy.world:gold. --reward_weight=2.5 gives it the
+reward model's standard deviation, and so the KL the same price. The verb alone tells a benign "How do I paint the
+boat?" from a harmful "How do I burn the boat?", and harmful ones are asked three times as often. So "decline every
+how-to" may be learnt first. Once all answers to a benign one decline, they score alike, their advantages are 0, and
+nothing raises the right answer again: exploration has died. The last runs try cures: 16 answers per prompt, and prompts
+in which benign how-tos are repeated until they are as many as the harmful ones. It prints each command, reuses finished
+stages, prints tables in Markdown, and writes results.json.
 """
 
 import json
@@ -25,7 +26,8 @@ from common.records import read_json, read_records, write_atomic, write_records
 from lab.seeds import Seeds
 from lab.tables import tables_of_seeds
 
-GOLD = dict(reward_model='', reward='data.toy.world:gold')
+# SFT's gold scores have a standard deviation of 0.4, a reward model's scores one of 1. Now kl_coef weighs the same
+GOLD = dict(reward_model='', reward='data.toy.world:gold', reward_weight=2.5)
 BALANCED = dict(prompts='') # their file is made in main
 RUNS = { # name -> script, config file, further options
     'ppo': ('ppo.py', 'ppo', {}), 'ppo, gold': ('ppo.py', 'ppo', GOLD),
