@@ -66,6 +66,7 @@ def check_out_dir(cfg):
             fail(f"--out_dir={cfg.out_dir}: it, or its `adapter`, is --{key} too; wanted another folder: a run needs "
                  "what it began from")
     try:
+        # finish_save below removes an empty `adapter`; a file of that name is an error now, not at the first save
         os.makedirs(os.path.join(cfg.out_dir, 'adapter' if cfg.lora_rank else ''), exist_ok=True)
         if not os.access(cfg.out_dir, os.W_OK):
             fail(f"--out_dir={cfg.out_dir}: no permission; wanted a folder that can be written to")

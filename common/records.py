@@ -118,8 +118,8 @@ def is_number(x):
 
 def truth(label):
     """Return True or False for a label that says so; others as they are."""
-    said = str(label).strip().lower().removesuffix('.0')
-    return {'true': True, '1': True, 'false': False, '0': False}.get(said, label)
+    words = {'true': True, '1': True, 'false': False, '0': False}
+    return words.get(str(label).strip().lower().removesuffix('.0'), label)
 
 def check_messages(key, messages, last):
     check(f'`{key}` to be a list of messages, at least one', isinstance(messages, list) and len(messages) > 0)

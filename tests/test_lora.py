@@ -15,7 +15,7 @@ from common.options import parse_config
 from common.run import Run
 from model import GPT, GPTConfig, Linear
 from stages import stages
-from tiny import DEMONSTRATIONS, RUN, TOK, by_hand, checkpoint, losses, records, run, stops, weights
+from tiny import DEMONSTRATIONS, RUN, TOK, by_hand, checkpoint, killed, losses, records, run, stops, weights
 
 def small(**more):
     torch.manual_seed(0)
@@ -216,38 +216,18 @@ def test_a_kill_at_any_moment_leaves_the_adapter_of_the_model(tmp_path, monkeypa
     import sft
     own = dict(init_from=checkpoint(tmp_path / 'model'), train_data=records(tmp_path / 'rows.jsonl', DEMONSTRATIONS),
                lora_rank=2, lr=0.1, warmup_steps=0, max_steps=2, save_every=1)
-    path, real, moment = 'adapter/adapter_model.safetensors', {
-        name: getattr(os, name) for name in ('rename', 'replace', 'rmdir', 'makedirs', 'remove')}, 0
+    path, steps = 'adapter/adapter_model.safetensors', []
     run(sft, **own | dict(max_steps=1), lr_schedule='constant', out_dir=tmp_path / 'one')
     run(sft, **own, lr_schedule='constant', out_dir=tmp_path / 'two')
     expected = {n: (tmp_path / folder / path).read_bytes() for n, folder in ((1, 'one'), (2, 'two'))}
-    steps = []
-    while True:
-        out, left = tmp_path / str(moment), [moment]
-
-        def killing(name):
-            def call(*args, **kwargs):
-                if os.path.exists(out / 'options.json'): # the first save is done
-                    left[0] -= 1
-                if left[0] < 0:
-                    raise KeyboardInterrupt
-                return real[name](*args, **kwargs)
-            return call
-
-        with monkeypatch.context() as m:
-            for name in real:
-                m.setattr(os, name, killing(name))
-            try:
-                run(sft, **own, lr_schedule='constant', out_dir=out)
-                finished = True
-            except KeyboardInterrupt:
-                finished = False
+    for moment in range(100):
+        out = tmp_path / str(moment)
+        done = not killed(monkeypatch, moment, lambda: run(sft, **own, lr_schedule='constant', out_dir=out),
+                          begun=lambda: os.path.exists(out / 'options.json')) # the first save is done
         finish_save(str(out))
-        step = json.loads((out / 'options.json').read_text())['step']
-        assert (out / path).read_bytes() == expected[step], moment
-        steps.append(step)
-        moment += 1
-        if finished:
+        steps.append(json.loads((out / 'options.json').read_text())['step'])
+        assert (out / path).read_bytes() == expected[steps[-1]], moment
+        if done:
             break
     assert steps[0] == 1 and steps[-1] == 2 and steps == sorted(steps)
 

@@ -48,6 +48,31 @@ def exits(capsys, message, function, *args):
     line = one_line(capsys, lambda: function(*args))
     assert message in line, line
 
+def killed(monkeypatch, moment, work, begun=lambda: True):
+    """Call work(), as if killed at the change of the file system after `moment` others; return whether it was.
+
+    begun: tells whether a change counts.
+    """
+    real, calls = {name: getattr(os, name) for name in ('rename', 'replace', 'rmdir', 'makedirs', 'remove')}, []
+
+    def killing(name):
+        def call(*args, **kwargs):
+            if begun():
+                calls.append(name)
+            if len(calls) > moment:
+                raise KeyboardInterrupt # nothing in common/ catches it: as good as a kill
+            return real[name](*args, **kwargs)
+        return call
+
+    with monkeypatch.context() as m:
+        for name in real:
+            m.setattr(os, name, killing(name))
+        try:
+            work()
+        except KeyboardInterrupt:
+            return True
+    return False
+
 def user(text):
     return {'role': 'user', 'content': text}
 

@@ -16,7 +16,7 @@ from common.run import Run, start, stop
 from common.tokens import load_tokenizer
 from common.training import make_optimizer, optimizer_step
 from model import GPT, GPTConfig
-from tiny import ROOT, RUN, TOK, Config, checkpoint, in_processes, one_line, records
+from tiny import ROOT, RUN, TOK, Config, checkpoint, in_processes, killed, one_line, records
 
 def tiny(seed=0, n_embd=8):
     torch.manual_seed(seed)
@@ -120,29 +120,12 @@ def loaded_step(folder):
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     """Every change of the file system during a save is once the last that happens."""
-    real, outcomes = {name: getattr(os, name) for name in ('rename', 'replace', 'rmdir', 'makedirs')}, []
+    outcomes = []
     for moment in range(100):
         folder = tmp_path / str(moment)
         os.makedirs(folder)
         save_step(folder, 1)
-        calls = []
-
-        def killing(name):
-            def call(*args, **kwargs):
-                calls.append(name)
-                if len(calls) > moment:
-                    raise KeyboardInterrupt # nothing in common/ catches it: as good as a kill
-                return real[name](*args, **kwargs)
-            return call
-
-        with monkeypatch.context() as m:
-            for name in real:
-                m.setattr(os, name, killing(name))
-            try:
-                save_step(folder, 2)
-                done = True
-            except KeyboardInterrupt:
-                done = False
+        done = not killed(monkeypatch, moment, lambda: save_step(folder, 2))
         step, weights = loaded_step(folder)
         assert step == weights and (folder / 'samples.jsonl').read_text() == f'{step}\n0\n'
         outcomes.append(step)

@@ -241,9 +241,17 @@ def test_in_a_terminal_an_error_has_its_own_line(capsys, monkeypatch):
     ('0.1 0.1 0.1 1/9 77', dict(GOMP_SPINCOUNT='5'), {}), ('0.1 0.1 0.1 1/9 77', dict(OMP_WAIT_POLICY='ACTIVE'), {})])
 def test_threads_spin_only_where_nothing_else_runs(runs, own, expected, monkeypatch):
     """The fourth number is what runs at this moment and what there is; the first three are means over minutes. What
-    the user set stays, and demo.py takes back what common set alone."""
+    the user set stays."""
     monkeypatch.setattr(Path, 'read_text', lambda self: runs)
     monkeypatch.setattr(Path, 'exists', lambda self: True)
     monkeypatch.setattr(os, 'environ', environ := dict(own))
     found = runpy.run_path(os.path.join(ROOT, 'common', '__init__.py'))
     assert found['OMP'] == expected and environ == own | expected
+
+def test_demo_leaves_the_choice_to_its_stages():
+    """It takes back what common/__init__.py set, and not what the user did."""
+    code = "import os, demo; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+    plain = {key: value for key, value in os.environ.items() if key not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
+    said = lambda **own: subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, check=True,
+                                        env=plain | own, capture_output=True).stdout
+    assert said() == 'None None\n' and said(GOMP_SPINCOUNT='5') == 'None 5\n'

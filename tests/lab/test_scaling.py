@@ -210,13 +210,13 @@ def test_the_minutes_end(measured, tmp_path, capsys):
 @pytest.mark.parametrize('stage', ['reward', 'ppo'])
 def test_a_point_in_a_process_of_its_own(stage):
     b = Batch(GPTConfig(64, 2000, 2, 2, 256), 2, 8, 8, 2) # some 2 million parameters
-    code = ('import json; from lab.scaling import Batch, GPTConfig, apart\n'
-            f'print(json.dumps(apart({stage!r}, {b!r}, 1, 2)))')
-    point = json.loads(subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, check=True,
+    code = ('import json, torch; from lab.scaling import Batch, GPTConfig, apart; torch.set_num_threads(1)\n'
+            f'print(json.dumps([apart({stage!r}, {b!r}, 1, 2), torch.get_num_threads()]))')
+    point, threads = json.loads(subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, check=True,
                                       capture_output=True).stdout) # a fork of this process would use memory it left
     assert len(point['seconds']) == 2 and min(point['seconds']) > 0
     assert len(point['sampling']) == (2 if stage == 'ppo' else 0)
-    assert point['best'] > 1e9 and point['copy'] > 1e8
+    assert point['best'] > 1e9 and point['copy'] > 1e8 and threads == 1
     assert point['peak_mb'] is None or point['peak_mb'] == pytest.approx(held(stage, b) / 2**20, rel=0.5)
 
 @pytest.mark.parametrize('options, line', [
