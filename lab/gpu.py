@@ -78,8 +78,8 @@ class Config(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        known = 'measure', 'train', 'table', *MEASURES
-        require(self, do=(self.do.partition(' ')[0] in known, f"words that begin with one of {', '.join(known)}"),
+        require(self, do=(is_known(self.do.split()), f"measure, train, table or the words of a measurement ({', '.join(WORDS)}, "
+                                                     "bench) in --help"),
                 preset=(self.preset in ('gpt2', 'tiny'), 'gpt2 or tiny'), minutes=(self.minutes > 0, 'above 0'))
         self.tiny, self.shape = self.preset == 'tiny', bench.PRESETS[self.preset] # n_layer, n_head, n_embd, V
 
@@ -200,7 +200,16 @@ def run_bench(cfg, run, words):
                             device=run.device, dtype=run.dtype, **few))
     return ()
 
-MEASURES = dict(chip=chip, sft=sft_step, generate=generate, ppo=ppo_iteration, bench=run_bench, tests=None)
+WORDS = dict(chip='', sft='padded lora compiled', generate='compiled graphs transformers static', ppo='compiled')
+
+def is_known(words):
+    """Tell whether the words of --do name something to do."""
+    what, more = words[0] if words else '', words[1:]
+    if what == 'bench':
+        return len(more) >= 2 and more[0] in bench.PRESETS and more[1] in WORKLOADS and {*more[2:]} <= {'compiled'}
+    return (what in WORDS and {*more} <= {*WORDS[what].split()}) or words in (['measure'], ['train'], ['table'])
+
+MEASURES = dict(chip=chip, sft=sft_step, generate=generate, ppo=ppo_iteration, bench=run_bench)
 TITLES = dict(chip='best product, bfloat16', sft='SFT', generate='sampling', ppo='PPO iteration')
 AIMS = {'sft compiled': '45 % or more', 'generate compiled': '60 % or more', 'ppo': 'below 6 s'}
 
@@ -385,7 +394,6 @@ def main(cfg):
     if what != 'table':
         if results.setdefault('made with', made_with) != made_with:
             fail(f"--out_dir={cfg.out_dir}: its results were made with {results['made with']}, wanted another folder")
-        os.makedirs(cfg.out_dir, exist_ok=True)
         save = lambda: write_atomic(path, json.dumps(results, indent=1) + '\n')
         dict(measure=measure, train=train)[what](cfg, results, save)
     print_tables(cfg, results)

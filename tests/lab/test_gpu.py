@@ -330,8 +330,8 @@ def test_the_command(tmp_path):
     assert run().stdout == 'lab/gpu.py --do=\n' # which refuses it
 
 @pytest.mark.parametrize('option, message', [
-    ('--do=sing', '--do=sing: do must be words that begin with one of measure, train, table, chip'),
-    ('--do=', '--do=: do must be words that begin with one of measure, train, table, chip'),
+    *[(f'--do={words}', f'--do={words}: do must be measure, train, table or the words of a measurement (chip, sft')
+      for words in ('sing', '', 'sft compild', 'measure twice', 'bench gpt2', 'bench gpt2 sft fast', 'tests')],
     ('--preset=gpt3', '--preset=gpt3: preset must be gpt2 or tiny'), ('--minutes=0', 'minutes must be above 0')])
 def test_wrong_options(capsys, option, message):
     assert message in one_line(capsys, lambda: parse_config(gpu.Config, ['--device=cpu', option]))
@@ -341,6 +341,8 @@ def test_what_it_refuses(capsys, cfg):
         assert '--device=auto: torch sees no CUDA device' in one_line(capsys, lambda: gpu.main(gpu.Config()))
     cfg.do = 'train'
     assert f'--shared={cfg.shared}: wanted a folder of data' in one_line(capsys, lambda: gpu.main(cfg))
+    assert not os.path.exists(cfg.out_dir)
+    os.makedirs(cfg.out_dir)
     with open(f'{cfg.out_dir}/results.json', 'w') as f:
         json.dump({'made with': dict(device='cuda')}, f)
     assert "its results were made with {'device': 'cuda'}" in one_line(capsys, lambda: gpu.main(cfg))
