@@ -78,8 +78,8 @@ class Config(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, do=(is_known(self.do.split()), f"measure, train, table or the words of a measurement ({', '.join(WORDS)}, "
-                                                     "bench) in --help"),
+        require(self, do=(is_known(self.do.split()), 'measure, train, table or the words of a measurement '
+                                                     f"({', '.join(WORDS)}, bench) in --help"),
                 preset=(self.preset in ('gpt2', 'tiny'), 'gpt2 or tiny'), minutes=(self.minutes > 0, 'above 0'))
         self.tiny, self.shape = self.preset == 'tiny', bench.PRESETS[self.preset] # n_layer, n_head, n_embd, V
 
