@@ -19,7 +19,8 @@ Gao, Schulman and Hilton 2022 (https://arxiv.org/abs/2210.10760) describe what i
 
 Both are fitted by least squares to each method with three points or more. Intervals of 95 % are of 1000 bootstraps over
 seeds and prompts, which leave the KL as measured; few seeds make them too narrow. A curve holds if its residuals are no
-larger than the spread between seeds. At equal KL the points of each seed are joined by lines, over √KL.
+larger than the spread between seeds. At equal KL the points of each seed are joined by lines, over √KL; ~ marks what
+lies below a method's smallest KL, on the line to SFT.
 
 It prints each command, reuses finished stages, prints tables in Markdown, and writes results.json and frontier.png.
 """
@@ -27,6 +28,7 @@ It prints each command, reuses finished stages, prints tables in Markdown, and w
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from itertools import cycle
@@ -46,6 +48,7 @@ from lab.sweep import needed, read_space
 from lab.tables import show, table
 
 PRICES = {'ppo.py': 'kl_coef', 'reinforce.py': 'kl_coef', 'dpo.py': 'beta', 'kto.py': 'beta'} # options for --betas
+NO_PRICE = 'simpo', 'orpo' # whose beta is no pull to a reference
 BEST = 'best_of_n'
 SCORES = ('gold', 'reward')
 FORMS = {'d (α − β d)': lambda d: d, 'd (α − β log d)': lambda d: np.log(np.maximum(d, 1e-9))} # what β multiplies
@@ -70,19 +73,18 @@ class Config(Seeds):
         known = [*self.KNOWN, BEST]
         require(self, methods=(set(names) <= {*known} and len(set(names)) == len(names),
                                f"names among {','.join(known)}, each once"),
-                betas=(all(name in self.KNOWN and self.KNOWN[name][0] in PRICES for name in priced)
-                       and all(map(is_price, sum(priced.values(), []))),
-                       'method=number,number,… of methods with a price on the KL'),
+                betas=(all(name in self.KNOWN and self.KNOWN[name][0] in PRICES and name not in NO_PRICE
+                           and all(is_price(beta, PRICES[self.KNOWN[name][0]] == 'beta') for beta in betas)
+                           for name, betas in priced.items()),
+                       'method=number,number,… of methods with a price on the KL; a beta above 0'),
                 at=(all(map(is_price, self.at.split(','))), 'KLs, separated by commas'),
-                answers=(self.answers >= 2, 'at least 2'), max_prompts=(self.max_prompts >= 0, 'at least 0'),
+                answers=(self.answers >= 4, 'at least 4'), max_prompts=(self.max_prompts >= 0, 'at least 0'),
                 axis=(self.axis in ('kl', 'sqrt'), 'kl or sqrt'))
 
-def is_price(text):
-    """Say whether a text is a number, at least 0."""
-    try:
-        return 0 <= float(text) < math.inf
-    except ValueError:
-        return False
+def is_price(text, above=False):
+    """Say whether a text is a number, at least 0, or above it."""
+    number = float(text) if re.fullmatch(r'([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?', text) else -1
+    return 0 < number < math.inf or number == 0 and not above
 
 # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ def best_of_kl(p, n):
     """
     F = np.cumsum(p)
     q = F ** n - np.concatenate([[0.0], F[:-1]]) ** n
-    return float(np.sum(q[q > 0] * np.log(q[q > 0] / p[q > 0])))
+    return max(0.0, float(np.sum(q[q > 0] * np.log(q[q > 0] / p[q > 0]))))
 
 def shares(rewards):
     """Return how often each different reward occurs, from the lowest."""
@@ -265,16 +267,21 @@ def print_points(seeds):
     return results | dict(sft=dict(sft=dict(kl=[0.0] * len(seeds)) | start))
 
 def print_fits(seeds):
-    """Fit both forms to methods of three points or more; return {method: {score: {form: fit}}}."""
+    """Fit both forms to methods of three points or more; return {method: {score: {form: fit}}}.
+
+    Best of 1 is SFT itself, where both forms are 0: it is no point of the fit.
+    """
     found, rows = {}, []
     interval = lambda fitted, key: f"{fitted[key]:.3f} ({', '.join(f'{x:.3f}' for x in fitted[key + '_interval'])})"
     for method in seeds[0][0]:
         kl, scores = arrays(seeds, method)
+        own = slice(method == BEST, None)
+        kl = kl[:, own]
         if kl.shape[1] < 3:
             continue
         found[method] = {}
         for key in SCORES:
-            gain = scores[key] - np.array([sft[key] for _, sft in seeds])[:, None] # (S, J, P)
+            gain = scores[key][:, own] - np.array([sft[key] for _, sft in seeds])[:, None] # (S, J, P)
             fits = found[method][key] = {form: fit_method(kl, gain, form, np.random.default_rng(1)) for form in FORMS}
             for form, fitted in fits.items():
                 worst = max(range(kl.shape[1]), key=lambda j: abs(fitted['residuals'][j]))
@@ -288,7 +295,10 @@ def print_fits(seeds):
     return found
 
 def print_equal_kl(seeds, at):
-    """Print gold at equal KL, and the first method's lead. Return {label: {column: [of each seed]}}."""
+    """Print gold at equal KL, and the first method's lead. Return {label: {column: [of each seed]}}.
+
+    ~ marks what lies below a method's smallest KL in some seed: there the line leads to SFT, and nothing was measured.
+    """
     by_method = {method: arrays(seeds, method) for method in seeds[0][0]}
     curves = [method for method, (kl, _) in by_method.items() if kl.shape[1] > 1]
     places = {f'{kl:g}': [kl] * len(seeds) for kl in at}
@@ -308,8 +318,14 @@ def print_equal_kl(seeds, at):
         for other in others:
             pairs = list(zip(row[first], row[other]))
             row[f'{first} − {other}'] = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-    columns = list(next(iter(found.values())))
-    table(['gold at KL', *columns], [[label, *(show(row[c], 3) for c in columns)] for label, row in found.items()])
+    least = {method: [kl[s][kl[s] > 0].min() for s in range(len(seeds))] for method, (kl, _) in by_method.items()}
+    below = lambda c, where: any(where[s] < least[m][s] for m in c.split(' − ') for s in range(len(seeds)))
+    columns, rows = list(next(iter(found.values()))), []
+    for label, row in found.items():
+        where = places[label]
+        cells = {c: show(row[c], 3) for c in columns}
+        rows.append([label, *(f'~{cell}' if cell != '–' and below(c, where) else cell for c, cell in cells.items())])
+    table(['gold at KL', *columns], rows)
     return found
 
 def draw(seeds, fits, axis, path):

@@ -55,6 +55,7 @@ def judge(tmp_path, log, options, dtype='float32', began=0):
     return said
 
 HEALTHY = dict(ppo=(rl(), PPO), rloo=(rl(), RLOO), dpo=(pairs(), DPO), reward=(pairs(), REWARD),
+               steep=(pairs(margin=lambda i: 0.8 * i), DPO | dict(beta=8.0)), # 2 nats: a margin grows with beta
                kto=(lines(kl=lambda i: 0.0, margin=lambda i: 3.0, loss=lambda i: 0.45), dict(DPO, loss=None)),
                sft=(lines(loss=lambda i: 5 - 0.2 * i, val_loss=lambda i: {1: 6.9, 20: 0.7}.get(i)), REWARD))
 
@@ -85,7 +86,8 @@ SICK = [
     ('loss 0.8, above its start', 2, pairs(loss=lambda i: 0.8), DPO),
     ('loss 1.2, above its start', 2, pairs(loss=lambda i: 1.2), DPO | dict(loss='hinge')),
     ('loss 28, above its start', 2, pairs(loss=lambda i: 28.0), DPO | dict(loss='ipo')), # 1 / (4 beta^2) = 25
-    ('margin 11', 12, pairs(margin=lambda i: 4.0 if i < 11 else 11.0), DPO),
+    ('margin 11', 12, pairs(margin=lambda i: 4.0 if i < 11 else 11.0), DPO), # beta 0.1
+    ('margin 12', 12, pairs(margin=lambda i: 4.0 if i < 11 else 12.0), DPO | dict(loss='simpo', beta=2.0)),
     ('accuracy 0.5, near', 12, pairs(accuracy=lambda i: 0.5), REWARD | dict(max_steps=24, batch_size=32)),
     ('val_accuracy 0.59, not above', 20, pairs(val_accuracy=lambda i: {0: 0.5, 20: 0.59}.get(i)), REWARD),
     ('val_loss 0.55', 20, pairs(val_loss=lambda i: {0: 0.69, 10: 0.5, 20: 0.55}.get(i)), DPO)]
