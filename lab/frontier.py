@@ -318,7 +318,7 @@ def print_equal_kl(seeds, at):
         for other in others:
             pairs = list(zip(row[first], row[other]))
             row[f'{first} − {other}'] = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-    least = {method: [kl[s][kl[s] > 0].min() for s in range(len(seeds))] for method, (kl, _) in by_method.items()}
+    least = {method: [min(of_seed[of_seed > 0], default=0) for of_seed in kl] for method, (kl, _) in by_method.items()}
     below = lambda c, where: any(where[s] < least[m][s] for m in c.split(' − ') for s in range(len(seeds)))
     columns, rows = list(next(iter(found.values()))), []
     for label, row in found.items():

@@ -484,20 +484,22 @@ def print_attacks(found, models):
 
 def print_bias(seeds, models):
     """Print a table of the biases; seeds: of each seed what measure_bias returns."""
-    def cell(rows, key):
-        low, high = (fmean(row[f'{key}_interval'][end] for row in rows) for end in (0, 1))
-        return f'{fmean(row[key] for row in rows):+.3f} [{low:+.3f}, {high:+.3f}]'
+    def cells(rows, key):
+        """Return mean and range over seeds; and how many intervals leave 0 out."""
+        values, ends = [row[key] for row in rows], [row[f'{key}_interval'] for row in rows]
+        off = [low > 0 or high < 0 for low, high in ends]
+        return f'{fmean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})', f'{sum(off)} of {len(off)}'
 
     rows = []
     for contrast in CONTRASTS:
         for name in models:
             of = [seed[contrast][name] for seed in seeds]
             far = sum(row['distance'] > row['chance'] for row in of)
-            rows.append([contrast, name, cell(of, 'right'), show([row['distance'] for row in of], 3),
+            rows.append([contrast, name, *cells(of, 'right'), show([row['distance'] for row in of], 3),
                          f"{fmean(row['chance'] for row in of):.3f}", f'{far} of {len(of)}'])
-    table(['pairs', 'model', 'right, difference', 'distance', 'chance', 'seeds above it'], rows)
-    table(['pairs', 'reward model, difference of scores'],
-          [[contrast, cell([seed[contrast]['reward model'] for seed in seeds], 'score')] for contrast in CONTRASTS])
+    table(['pairs', 'model', 'right, difference', 'not 0', 'distance', 'chance', 'seeds above it'], rows)
+    table(['pairs', 'reward model, difference of scores', 'not 0'],
+          [[contrast, *cells([seed[contrast]['reward model'] for seed in seeds], 'score')] for contrast in CONTRASTS])
 
 def print_detectors(seeds):
     """Print a table of the detectors' errors; seeds: of each seed what measure_detectors returns."""

@@ -199,7 +199,8 @@ def test_a_prompt_that_is_missing(fake, tmp_path, capsys, monkeypatch):
     (dict(betas='ppo=0.1,x'), 'betas must be method=number,number,…'), (dict(betas='ppo'), '--betas=ppo: wanted'),
     (dict(betas='rrhf=1'), 'of methods with a price on the KL'), (dict(betas='ppo=-1'), 'betas must be'),
     (dict(at='1,x'), "at must be KLs, separated by commas, got '1,x'"), (dict(answers=2), 'answers must be at least 4'),
-    *[(dict(betas=betas), 'a beta above 0') for betas in ('dpo=0,0.1', 'kto=0', 'ppo=0_1', 'simpo=1', 'ppo=.', 'ppo=1e999')],
+    *[(dict(betas=betas), 'a beta above 0')
+      for betas in ('dpo=0,0.1', 'kto=0', 'ppo=0_1', 'simpo=1', 'ppo=.', 'ppo=1e999')],
     (dict(axis='log'), 'axis must be kl or sqrt'), (dict(seeds='0.5'), 'seeds must be numbers'),
     (dict(max_prompts=-1), 'max_prompts must be at least 0')])
 def test_bad_options(tmp_path, capsys, options, line):

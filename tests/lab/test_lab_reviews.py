@@ -141,7 +141,7 @@ def test_the_whole_frontier(world, capsys, monkeypatch):
 @pytest.mark.parametrize('options, line', [
     (dict(methods='ppo,kto'), 'methods must be names among ppo,dpo,rrhf,dpo_people,best_of_n, each once'),
     (dict(betas='rrhf=1'), 'of methods with a price on the KL'), (dict(at='x'), 'at must be KLs'),
-    (dict(answers=1), 'answers must be at least 2'), (dict(samples=-1), 'samples must be at least 0')])
+    (dict(answers=2), 'answers must be at least 4'), (dict(samples=-1), 'samples must be at least 0')])
 def test_bad_options_of_the_frontier(tmp_path, capsys, options, line):
     assert line in stops(capsys, reviews_frontier, out_dir=str(tmp_path / 'out'), **options)
     assert not (tmp_path / 'out').exists()
