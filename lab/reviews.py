@@ -14,6 +14,7 @@ Fluency is the perplexity of a policy's sampled answers under a language model o
 import os
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) # as with `python lab/NAME.py`
 
@@ -33,7 +34,7 @@ METHODS = dict( # a folder each: the script, its config file, further options, a
     dpo_people=('dpo.py', 'dpo', dict(train_data='data/reviews/comparisons_train.jsonl', epochs=1), ['sft']))
 BEST = 'best_of_n' # of four answers, as evaluate.py calls it
 LARGE = ('fluency', 'length') # with one digit
-KEYS = ('gold', 'reward', 'kl', 'distinct_2', 'length') # of evaluate.py
+KEYS = ('gold', 'reward', 'kl', 'length') # of evaluate.py
 COLUMNS = dict(gold='gold', reward='reward', kl='KL', fluency='fluency', different='different', distinct_2='distinct-2',
                length='tokens')
 
@@ -97,9 +98,11 @@ def results(out, methods):
     """Measure the policies of a run: {models: {name: …}, people: …, reward_model, classifier: shares right}."""
     measured = read_json(f'{out}/evaluate/results.json')
     written = answers_of(f'{out}/evaluate')
+    varied = distinct_2(written)
     people = read_records('data/reviews/gold_test.jsonl', 'demonstrations')
     models = {name: {key: measured['models'][name][key] for key in KEYS} | dict(
-        fluency=fluency(f'{out}/fluency', written[name]), different=different(written[name]))
+        fluency=fluency(f'{out}/fluency', written[name]), different=different(written[name]),
+        distinct_2=varied[name])
         for name in ('sft', *methods, BEST) if name in written}
     pros = [row for row in people if row['pros']]
     return dict(models=models, reward_model=measured['reward_model']['accuracy'], classifier=gold.accuracy()[0],
@@ -115,6 +118,17 @@ def answers_of(folder):
 def different(samples):
     """Return the share of different answers among all; no two prompts are equal."""
     return len({sample['response'] for sample in samples}) / len(samples)
+
+def distinct_2(written):
+    """Return the share of different pairs of words, {policy: share} (Li et al. 2016, https://arxiv.org/abs/1510.03055).
+
+    written: as `answers_of` returns it. All policies are measured on their first N pairs, as many as the tersest has:
+    the share falls with their number, so that long answers would seem poorer than they are.
+    """
+    pairs = {name: [pair for sample in samples for pair in pairwise(sample['response'].split())]
+             for name, samples in written.items()}
+    n = min(map(len, pairs.values()))
+    return {name: len({*found[:n]}) / max(n, 1) for name, found in pairs.items()}
 
 def print_results(runs):
     """Print the measurements of runs as a table in Markdown. runs: the contents of results.json."""
@@ -142,7 +156,7 @@ def ending(out, methods, results, typed):
             f"{results['reward_model']:.0%} of held-out pairs in people's order. Fluency is the perplexity under a "
             f"model of other people's remarks; theirs is {results['people']['fluency']:.0f}, that of Pros "
             f"{results['people']['pros']:.0f}, and lower is more usual. Different: the share of different answers; "
-            "distinct-2: that of their pairs of words."),
+            "distinct-2: that of their pairs of words, of equally many."),
         '', *tables.align(['', *COLUMNS.values()], rows), '',
         "Sampled answers, with their gold scores:", '', *said(samples, few), '',
         *story.next_steps(out, few, typed, 'measure gold against KL', 'python', '-m', 'lab.reviews_frontier', *source)])

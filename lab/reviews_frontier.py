@@ -9,8 +9,8 @@ Rafailov et al. 2023, section 6.1; `dpo_people` from what people wrote, without 
 the comparison at equal KL are those of lab/frontier.py. Gold is a probability: no curve can pass 1.
 
 Fluency is the perplexity of the sampled answers under a language model of remarks that no policy saw. Different is the
-share of different answers among them, distinct-2 that of different pairs of words. Of best of n all of these are
-measured on the best of the first n answers.
+share of different answers among them, distinct-2 that of different pairs of words, of equally many pairs for all. Of
+best of n all of these are measured on the best of the first n answers.
 
 It prints each command, reuses finished stages, prints tables and samples in Markdown, and writes results.json,
 frontier.png and fluency.png.
@@ -29,7 +29,6 @@ import demo
 from common.options import launch, require
 from common.records import read_records, write_atomic
 from data.reviews import gold
-from evaluate import distinct
 from lab import frontier, reviews
 from lab.figures import COLOURS, panels
 from lab.frontier import BEST, settings_of
@@ -80,10 +79,11 @@ def answers_of(cfg, out):
 
 def manner(cfg, out):
     """Measure how a seed's policies write: {policy: {fluency, different, distinct_2, words}}."""
+    answers = answers_of(cfg, out)
+    varied = reviews.distinct_2(answers)
     return {name: dict(fluency=reviews.fluency(f'{out}/fluency', rows), different=reviews.different(rows),
-                       distinct_2=distinct([row['response'] for row in rows], 2),
-                       words=float(np.mean([len(row['response'].split()) for row in rows])))
-            for name, rows in answers_of(cfg, out).items()}
+                       distinct_2=varied[name], words=float(np.mean([len(row['response'].split()) for row in rows])))
+            for name, rows in answers.items()}
 
 def print_manner(found):
     """Print fluency and diversity of all policies. found: {policy: {key: [of each seed]}}."""

@@ -88,6 +88,13 @@ def test_different_by_hand():
     rows = [dict(prompt=p, response=r) for p, r in (('a', 'b'), ('a', 'b'), ('c', 'b'), ('a', 'd'))]
     assert reviews.different(rows) == 0.5 # b and d
 
+def test_distinct_2_by_hand():
+    """Three pairs of each: ab, bc and ab again are 2 of 3; what b says after its third pair does not count."""
+    rows = lambda *answers: [dict(response=answer) for answer in answers]
+    written = dict(a=rows('a b c', 'a b'), b=rows('a b c d', 'a b a b a b'), c=rows('a', 'b c d a'))
+    assert reviews.distinct_2(written) == dict(a=2 / 3, b=1.0, c=1.0)
+    assert reviews.distinct_2(dict(a=rows('a'), b=rows('a b'))) == dict(a=0.0, b=0.0)
+
 def test_the_table_of_runs(tmp_path, capsys):
     row = dict(gold=0.5, reward=0.1, kl=0.0, fluency=60.0, different=1.0, distinct_2=0.9, length=9.0)
     for name, best in (('a', 0.9), ('b', 1.0)):
