@@ -1,4 +1,4 @@
-"""The reward model was right nine times in ten. In PPO the reward falls, and the answers shrink."""
+"""The reward model was right nine times in ten. In PPO the reward stays where it was, and the answers shrink."""
 from common import rewards
 from common.rollout import in_chunks
 

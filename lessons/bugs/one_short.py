@@ -8,6 +8,7 @@ from common.rollout import Rollouts
 import torch
 
 STAGE = 'ppo'
+OPTIONS = dict(kl_coef=0.05)
 
 def pack_turns(rows, eos, asked=()):
     flags = [[int(logp is not None and i != eos) for ids, logp in row for i in ids] for row in rows] # 1 = of an answer

@@ -1,4 +1,4 @@
-"""For eight iterations all is well. Then the policy talks and talks, and a larger kl_coef makes it worse."""
+"""For four iterations all is well. Later the policy talks and talks, and a larger kl_coef makes it worse."""
 import ppo
 
 import torch

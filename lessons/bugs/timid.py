@@ -1,4 +1,4 @@
-"""The margin is soon there. Yet the rejected answers are hardly less likely than before."""
+"""The margin is there at once, and the loss swings far above where it began."""
 import dpo
 from common.rollout import beats
 from dpo import dpo_loss, hinge_loss, ipo_loss, orpo_loss, simpo_loss

@@ -282,7 +282,8 @@ def test_what_is_printed(capsys):
         score=-0.5, score_interval=[-1.0, 0.2 - r])}) for contrast in safety.CONTRASTS} for r in (0.1, 0.3)]
     safety.print_bias(seeds, ['ppo'])
     said = capsys.readouterr().out
-    assert '| owner, private | ppo | +0.200 (+0.100 to +0.300) | 0 of 2 | 0.200 (0.100–0.300) | 0.100 | 1 of 2 |' in said
+    assert ('| owner, private | ppo | +0.200 (+0.100 to +0.300) | 0 of 2 | 0.200 (0.100–0.300) | 0.100 | 1 of 2 |\n'
+            in said)
     assert '| name, benign | -0.500 (-0.500 to -0.500) | 1 of 2 |' in said
     safety.print_detectors([dict(pairs=dict(story=dict(missed=m, false_alarms=None, harmful=8 * m)))
                              for m in (0.25, 0.75)])

@@ -256,11 +256,25 @@ def test_healthy_and_sick_side_by_side(toy, capsys):
 def test_the_table_tells_what_gives_a_bug_away(toy, monkeypatch, capsys):
     monkeypatch.setattr(bugs, 'BUGS', ['four_is_not_one', 'never_zero', 'sharp'])
     bugs.main(bugs.Config(iterations=5, table=True))
-    *_, silent, number, alarm, _, count = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out.splitlines()
+    silent, number, alarm = out[2:5]
     assert silent == '| four_is_not_one | sft | – | – |'
     assert re.fullmatch(r'\| never_zero \| ppo \| – \| `kl.*` \|', number)
     assert re.fullmatch(r'\| sharp \| ppo \| `first_ratio`.* \|', alarm)
-    assert count == '2 of 3 bugs are given away'
+    assert re.fullmatch(r'2 of 3 bugs are given away, and [0-4] of 4 more healthy runs', out[6]) # two of each stage
+    said = r'healthy (ppo|sft), seed [45]: \w+(, \w+)*'
+    assert all(re.fullmatch(said, line) for line in out[7:]) and len(out[7:]) == int(out[6].split()[8])
+
+def test_a_healthy_run_that_is_judged_like_a_bug(monkeypatch, capsys):
+    """Seed 5 leaves the range of seeds 1 to 3 and raises an alarm; seed 4 does not."""
+    def run_stage(cfg, stage, seed, options, patches=(), name='healthy'):
+        x = 50.0 if seed == 5 or patches else 0.1 * seed
+        return [dict(x=x)] * 5, dict(kl='step 1: kl') if seed == 5 else {}
+    monkeypatch.setattr(bugs, 'run_stage', run_stage)
+    bugs.measure(bugs.Config(table=True), ['sharp'])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        '| sharp | ppo | – | `x` |', '', '1 of 1 bugs are given away, and 1 of 2 more healthy runs',
+        'healthy ppo, seed 5: kl, x']
 
 def test_a_run_is_that_of_its_seed_and_iterations(toy):
     cfg = bugs.Config(bug='sharp', iterations=6)
