@@ -23,7 +23,7 @@ from itertools import chain, permutations, repeat
 from common.batches import by_length, collate, encode_prompts, encode_rankings, load_training_set
 from common.checkpoints import load_policy, load_reward_model
 from common.options import RunOptions, fail, launch, require, unread
-from common.records import lock, read_preferences, read_records, write_atomic, write_records
+from common.records import files_of, lock, read_preferences, read_records, write_atomic, write_records
 from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chunks, pack, packed, sample_answers,
                             score_packed)
 from common.run import default_signals, place_among_processes, progress, start, stop
@@ -72,11 +72,12 @@ class Config(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        written = os.path.realpath(f'{self.out_dir}/safety.jsonl')
         require(self, models=(self.models != '' or self.figure_runs != '', 'name=folder,name=folder,…'),
                 prompts=(self.prompts != '' or self.models == '', 'a file of prompts'),
                 gold=(self.gold == '' or ':' in self.gold, 'MODULE:FUNCTION or empty'),
                 max_prompts=(self.max_prompts >= 0, 'at least 0'),
-                safety=(f'{self.out_dir}/safety.jsonl' not in self.safety.split(','), 'not the file that this writes'),
+                safety=(written not in map(os.path.realpath, files_of(self.safety)), 'not the file that this writes'),
                 best_of=(self.best_of == 0 or self.best_of >= 2 and self.reward_model != '',
                          '0, or at least 2 together with a reward_model'))
         unread(self, self.reward, 'reward', 'reward_weight')

@@ -150,3 +150,13 @@ def test_a_gold_score_that_does_not_know_the_prompts(tmp_path, capsys):
                  prompts=records(tmp_path / 'p.jsonl', [dict(prompt='What is 1 plus 1?')]), max_new_tokens=8,
                  safety=records(tmp_path / 'risky.jsonl', RISKY), out_dir=str(tmp_path / 'out'))
     assert 'risky.jsonl' in line and 'not a prompt of the toy world' in line and not (tmp_path / 'out').exists()
+
+@pytest.mark.parametrize('name', [
+    'out/safety.jsonl', 'out//safety.jsonl', 'link/safety.jsonl', 'a.jsonl,out/safety.jsonl'])
+def test_no_answers_over_the_prompts(tmp_path, monkeypatch, capsys, name):
+    """The file that is written is none of those read, however its path is spelt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'link').symlink_to('out')
+    line = stops(capsys, evaluate, models='sft=a', prompts='p.jsonl', safety=name, out_dir='out/')
+    assert line == f"--safety={name}: safety must be not the file that this writes, got '{name}'"
