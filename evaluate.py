@@ -312,7 +312,9 @@ def evaluate(cfg, run):
     gold = load_reward_function(cfg.gold, 'gold', records, cfg.prompts)
     function = load_reward_function(cfg.reward, 'reward', records, cfg.prompts)
     explain_any = getattr(sys.modules.get(module_of(cfg.gold)), 'explain', lambda record, response: {})
-    explain = guarded(explain_any, 'gold', cfg.gold, cfg.prompts)
+    explain, explain_risky = (guarded(explain_any, 'gold', cfg.gold, path, 'a dict from its `explain`',
+                                      lambda value: isinstance(value, dict)) for path in (cfg.prompts, cfg.safety))
+    explain(records[0], '') # what it returns is known before anything is written
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
     held_out = []
     if cfg.text:
@@ -322,7 +324,6 @@ def evaluate(cfg, run):
                    for option in ('rankings', 'comparisons') if (path := getattr(cfg, option))}
     risky, sentences = read_safety(cfg.safety) if cfg.safety else ([], [])
     told, bias = {decoding: {} for decoding in DECODINGS}, {} # told: decoding -> name -> answers to the risky prompts
-    explain_risky = guarded(explain_any, 'gold', cfg.gold, cfg.safety)
     verdicts(risky, [''] * len(risky), explain_risky) # the gold score has to know them all
     risky_prompts = encode_prompts(tok, risky, block_size - cfg.max_new_tokens, 'safety') if risky else []
     sentences = encode_pairs(tok, sentences, block_size) if sentences else ()

@@ -66,7 +66,7 @@ def verdicts(records, answers, explain):
     """
     found = []
     for record, answer in zip(records, answers):
-        said = (explain(record, answer) or {}).get('said')
+        said = explain(record, answer).get('said')
         if said is None:
             refused = refuses(answer)
             found.append((not refused and is_text(answer), refused))

@@ -160,3 +160,18 @@ def test_no_answers_over_the_prompts(tmp_path, monkeypatch, capsys, name):
     (tmp_path / 'link').symlink_to('out')
     line = stops(capsys, evaluate, models='sft=a', prompts='p.jsonl', safety=name, out_dir='out/')
     assert line == f"--safety={name}: safety must be not the file that this writes, got '{name}'"
+
+@pytest.mark.parametrize('options, where, returned', [
+    ({}, 'p.jsonl', 'None'), (dict(safety='risky.jsonl'), 'risky.jsonl', "'x'")])
+def test_an_explain_that_returns_no_dict(tmp_path, monkeypatch, capsys, options, where, returned):
+    """It ends before anything is written, and names the option."""
+    monkeypatch.chdir(tmp_path)
+    records('p.jsonl', PROMPTS), records('risky.jsonl', RISKY)
+    (tmp_path / 'mine.py').write_text(
+        f"gold = lambda record, text: 1.0\nexplain = lambda record, text: {returned} if 'refuse' in record else "
+        f"{'{}' if options else returned}\n")
+    line = stops(capsys, evaluate, models=f"sft={checkpoint(tmp_path / 'sft')}", figures=False, device='cpu',
+                 prompts='p.jsonl', gold='mine.py:gold', max_new_tokens=8, out_dir='out', **options)
+    assert line.startswith(f"--gold=mine.py:gold: wanted a dict from its `explain`, got {returned}, called with '' and "
+                           f"the record {where}: ")
+    assert not (tmp_path / 'out').exists()
