@@ -112,11 +112,9 @@ def stages(cfg):
 
     The product is the file that is there once the stage is done.
     """
-    if cfg.world == 'sums':
-        return sums.stages(cfg.out_dir, cfg.methods.split(','))
-    if cfg.world == 'reviews':
-        return reviews.stages(cfg.out_dir, cfg.methods.split(','), cfg.source)
     out, methods, policies = cfg.out_dir, cfg.methods.split(','), policies_of_rounds(cfg)
+    if cfg.world in WORLDS:
+        return WORLDS[cfg.world].stages(out, methods, cfg.source)
     todo = [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken', [])]
 
     def add(name, script, config, product, *needs, **options):

@@ -28,6 +28,7 @@ from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chu
                             score_packed)
 from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
+from feedback.annotators import check_finite
 from feedback.functions import guarded, load_reward_function, module_of
 from feedback.safety import encode_pairs, likelier, rates, read_safety, verdicts
 from feedback.scores import score_answers
@@ -181,12 +182,6 @@ def perplexity(model, batches, device):
     loss = -total / counted
     return math.exp(loss) if loss < 700 else math.inf # also of NaN
 
-def check_finite(values, model, what):
-    """End the program where numbers of a model are not finite: answers and ranks made of them would look sound."""
-    if not all(map(math.isfinite, values)):
-        print(f"\nerror: {model}: its {what} are not finite; wanted sound weights, or --dtype=float32", file=sys.stderr)
-        raise SystemExit(1)
-
 # ---- scores of held-out pairs -----------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -197,7 +192,7 @@ def score_rows(score, rows, model, what):
         values = iter(score([rows[i] for i in part]).tolist())
         for i in part:
             out[i] = rows[i], [next(values) for _ in rows[i].answers]
-    check_finite([x for _, scores in out for x in scores], model, what)
+    check_finite([x for _, scores in out for x in scores], f"{model}: its {what}")
     return out
 
 def pairs(scored):
@@ -336,7 +331,7 @@ def evaluate(cfg, run):
         r = pack(prompts, answers, [[0.0] * len(a) for a in answers], tok.eos).to(run.device)
         texts = [tok.decode(a).removeprefix(' ') for a in answers]
         rewards = frozen_rewards(reward_model, r.idx, r.lengths).tolist() if reward_model else []
-        check_finite(rewards, f"--reward_model={cfg.reward_model}", 'scores')
+        check_finite(rewards, f"--reward_model={cfg.reward_model}: its scores")
         if function: # alone, or beside the reward model
             values = [cfg.reward_weight * function(*pair) for pair in zip(records, texts)]
             rewards = [a + b for a, b in zip(rewards or repeat(0.0), values)]
@@ -349,7 +344,7 @@ def evaluate(cfg, run):
         else:
             rows = max(1, TOKENS // cfg.max_new_tokens) # answers per forward pass
             kl = 0.0 if model is reference else answer_kl(model, reference, r, rows).mean().item()
-            check_finite([kl, ppl or 0.0], f"--models: {name}", 'KL and perplexity')
+            check_finite([kl, ppl or 0.0], f"--models: {name}: its KL and perplexity")
             row[KL[decoding]] = kl
         if held_out:
             row['perplexity'] = ppl
@@ -387,7 +382,7 @@ def evaluate(cfg, run):
                 # baseline, so that the answers compared with its own are independent of them
                 torch.manual_seed(3 * cfg.seed + (name != baseline))
                 answers, logps = sample_answers(model, prompts, tok, cfg.max_new_tokens, temperature)
-                check_finite(chain.from_iterable(logps), f"--models: {name}", 'log-probabilities')
+                check_finite(chain.from_iterable(logps), f"--models: {name}: its log-probabilities")
                 study(decoding, name, answers, model, ppl)
                 torch.manual_seed(3 * cfg.seed)
                 answers, _ = sample_answers(model, risky_prompts, tok, cfg.max_new_tokens, temperature)
@@ -399,7 +394,7 @@ def evaluate(cfg, run):
             repeated = [p for p in prompts for _ in range(K)]
             answers, _ = sample_answers(models[baseline].to(run.device), repeated, tok, cfg.max_new_tokens)
             scored = score_answers(reward_model, repeated, answers, run.device) # (B K,)
-            check_finite(scored.tolist(), f"--reward_model={cfg.reward_model}", 'scores')
+            check_finite(scored.tolist(), f"--reward_model={cfg.reward_model}: its scores")
             best = scored.view(-1, K).argmax(1).tolist() # (B,)
             study('sampled', 'best_of_n', [answers[b * K + k] for b, k in enumerate(best)])
             answered['greedy']['best_of_n'] = answered['greedy'][baseline] # the best of n equal answers

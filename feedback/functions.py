@@ -112,10 +112,8 @@ def load_reward_function(name, option, records, path):
 
 def load_user(cfg):
     """Load the function that plays the user; None without one. What is no text ends the program with one line."""
-    if not cfg.user:
-        return None
     return guarded(load_function(cfg.user, 'user'), 'user', cfg.user, cfg.prompts, 'a text or None',
-                   lambda text: text is None or is_text(text))
+                   lambda text: text is None or is_text(text)) if cfg.user else None
 
 def load_functions(cfg, records):
     """Load what --reward, --gold and --user name, None where they name nothing; records: of cfg.prompts."""
