@@ -28,7 +28,7 @@ from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chu
                             score_packed)
 from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
-from feedback.annotators import check_finite
+from feedback.annotators import check_finite, visible
 from feedback.functions import guarded, load_reward_function, module_of
 from feedback.safety import encode_pairs, likelier, rates, read_safety, verdicts
 from feedback.scores import score_answers
@@ -260,7 +260,7 @@ def describe(r, written):
 
 def print_table(title, header, rows):
     """Print rows, lists of strings. The first column is flush left, the others flush right."""
-    print('\n'.join([f"\n{title}", *align(header, rows)]))
+    print(visible('\n'.join([f"\n{title}", *align(header, rows)])))
 
 def print_results(results, samples):
     """Print the tables of results.json, and three prompts with everybody's answers."""

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's 
 
 from common.options import fail, launch, require
 from common.records import write_records
-from data.prepare_common import Item, clean, malformed, places_of, print_unread, read, read_rows, report
+from data.prepare_common import Item, clean, malformed, places_of, print_unread, read, read_rows, report, shown
 
 def text(row, key, *words):
     """Return a column's text, stripped, one of `words` if there are any. Else ValueError."""
@@ -89,7 +89,7 @@ def main(cfg):
         fail(f'{cfg.source}: wanted rows of {name}, every one was left out')
     said = {True: 'to be refused', False: 'to be answered'}
     for kind, n in Counter(', '.join(said.get(x, x) for x in [*r.values()][-2:]) for r in records).items():
-        print(f'{n:6d}  {kind}')
+        print(f'{n:6d}  {shown([kind])}')
     path = Path(cfg.out_dir, re.sub(r'(\.csv|\.jsonl?|\.parquet)?(\.gz)?$', '', Path(cfg.source).name) + '.jsonl')
     if path.exists() and path.samefile(cfg.source):
         fail(f'--source={cfg.source}: is {path} itself; wanted another --out_dir')

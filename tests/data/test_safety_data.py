@@ -72,6 +72,11 @@ def test_no_kind_is_called_all(tmp_path, capsys):
     said = 'left out      1  its kind is "all", which is what evaluate.py calls all kinds together'
     assert capsys.readouterr().out.count(said) == 2
 
+def test_a_kind_steers_no_terminal(tmp_path, capsys):
+    prepared(tmp_path, 'x', ['prompt', 'type', 'label'], ['How?', 'a\x1b[2Jb', 'safe'])
+    said = capsys.readouterr().out
+    assert '\x1b' not in said and "     1  'a\\x1b[2Jb, to be answered'" in said
+
 @pytest.mark.parametrize('ending', ['json', 'jsonl', 'json.gz'])
 def test_the_name_of_what_is_written(tmp_path, ending):
     text = json.dumps(dict(goal='Do harm', target='Sure'))

@@ -180,3 +180,8 @@ def test_an_explain_that_returns_no_dict(tmp_path, monkeypatch, capsys, options,
     assert line.startswith(f"--gold=mine.py:gold: wanted a dict from its `explain`, got {returned}, called with '' and "
                            f"the record {where}: ")
     assert not (tmp_path / 'out').exists()
+
+def test_an_attack_steers_no_terminal(capsys):
+    evaluate.print_table('harmful\x1b[2J requests', ['attack', 'sft'], [['a\x1b]0;x\x07b', '0.5'], ['c', '\u202e1']])
+    said = capsys.readouterr().out
+    assert said.count('\ufffd') == 4 and not {'\x1b', '\x07', '\u202e'} & {*said} and '\nc ' in said
