@@ -29,7 +29,8 @@ ENSEMBLE = 3
 
 @dataclass
 class Config(Seeds):
-    out_dir: str = 'out/labels' # seed N in a folder N
+    """Hold the options of reward models on few labels."""
+    out_dir: str = 'out/fewer_labels' # seed N in a folder N
     budgets: str = '250,500,1000,2000' # prompts that are ranked, fewest first; each with 4 answers
     steps: int = 300 # of every reward model
 

@@ -5,8 +5,8 @@ import os
 import pytest
 
 import demo
-from common.options import parse_config
-from lab import fewer_labels
+from common.options import parse_config, print_help
+from lab import fewer_labels, ratings
 from tiny import flags, one_line, run, stops
 
 @pytest.fixture
@@ -80,3 +80,9 @@ def test_an_experiment_needs_a_folder(capsys):
     """demo.py takes a default for an empty one; seed 1 of an experiment would lie in /1."""
     line = one_line(capsys, lambda: parse_config(fewer_labels.Config, ['--out_dir=']))
     assert line == "--out_dir=: out_dir must be a folder, got ''"
+
+def test_help_of_an_experiment_on_another_one(capsys):
+    """What lab/ratings.py shares with this one has a heading; without its docstring that would be its fields."""
+    print_help(ratings.Config)
+    out = capsys.readouterr().out
+    assert '\noptions of reward models on few labels:\n' in out and 'Config(' not in out
