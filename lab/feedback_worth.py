@@ -22,7 +22,8 @@ Columns: `labels right`, the share of the labels' pairs in the order of gold; `r
 the model puts in that order; both of pairs whose gold scores are clearly apart. `gold`, the gold score of the best of 4
 SFT answers by a reward model or judge; of DPO's policy, the mean of its sampled answers.
 
-It prints each command, reuses finished stages, prints a table in Markdown, and writes PART.json and PART.png.
+It prints each command, reuses finished stages, prints a table in Markdown, and writes PART.json and PART.png. The three
+seeds take 7 minutes on two cores for rankings, 12 for raters and 7 for augment.
 """
 
 import contextlib
