@@ -71,8 +71,8 @@ POSIX = os.name == 'posix' # else Windows, where none of this was ever run
 class Config:
     world: str = 'toy' # toy, sums or reviews
     source: str = '' # in reviews: pros_cons.zip or its folder; empty = fetch it
-    out_dir: str = DEFAULT # everything that is made, but for the data; in sums out/sums, in reviews out/reviews
-    methods: str = 'ppo,dpo' # what to train from the preferences: some of the methods above, or all; in sums grpo
+    out_dir: str = '' # everything that is made, but for the data; empty = out/toy, out/sums or out/reviews
+    methods: str = '' # what to train: some of the methods above, or all; empty = ppo,dpo, in sums grpo
     rounds: int = 1 # of collecting and training; those after the first start from the round before
     rounds_of: str = 'ppo' # ppo, dpo or rrhf, one of the methods
     rounds_by: str = 'person' # who ranks after the first round: person, ai or reward_model
@@ -81,10 +81,8 @@ class Config:
 
     def __post_init__(self):
         known = WORLDS[self.world].METHODS if self.world in WORLDS else METHODS
-        if self.world in WORLDS: # its own defaults
-            self.out_dir = {DEFAULT: f'out/{self.world}'}.get(self.out_dir, self.out_dir)
-        if self.world == 'sums':
-            self.methods = {Config.methods: 'grpo'}.get(self.methods, self.methods)
+        self.out_dir = self.out_dir or f'out/{self.world}'
+        self.methods = self.methods or ('grpo' if self.world == 'sums' else 'ppo,dpo')
         if self.methods == 'all':
             self.methods = ','.join(known)
         names = self.methods.split(',')
@@ -114,11 +112,9 @@ def stages(cfg):
 
     The product is the file that is there once the stage is done.
     """
-    if cfg.world == 'sums':
-        return sums.stages(cfg.out_dir, cfg.methods.split(','))
-    if cfg.world == 'reviews':
-        return reviews.stages(cfg.out_dir, cfg.methods.split(','), cfg.source)
     out, methods, policies = cfg.out_dir, cfg.methods.split(','), policies_of_rounds(cfg)
+    if cfg.world in WORLDS:
+        return WORLDS[cfg.world].stages(out, methods, cfg.source)
     todo = [('data', 'data/toy/prepare.py', '', {}, 'data/toy/toy.tiktoken', [])]
 
     def add(name, script, config, product, *needs, **options):

@@ -23,11 +23,12 @@ from itertools import chain, permutations, repeat
 from common.batches import by_length, collate, encode_prompts, encode_rankings, load_training_set
 from common.checkpoints import load_policy, load_reward_model
 from common.options import RunOptions, fail, launch, require, unread
-from common.records import lock, read_preferences, read_records, write_atomic, write_records
+from common.records import files_of, lock, read_preferences, read_records, write_atomic, write_records
 from common.rollout import (beats, check_same_vocabulary, frozen_rewards, in_chunks, pack, packed, sample_answers,
                             score_packed)
 from common.run import default_signals, place_among_processes, progress, start, stop
 from common.tokens import load_tokenizer
+from feedback.annotators import check_finite, visible
 from feedback.functions import guarded, load_reward_function, module_of
 from feedback.safety import encode_pairs, likelier, rates, read_safety, verdicts
 from feedback.scores import score_answers
@@ -72,11 +73,12 @@ class Config(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        written = os.path.realpath(f'{self.out_dir}/safety.jsonl')
         require(self, models=(self.models != '' or self.figure_runs != '', 'name=folder,name=folder,…'),
                 prompts=(self.prompts != '' or self.models == '', 'a file of prompts'),
                 gold=(self.gold == '' or ':' in self.gold, 'MODULE:FUNCTION or empty'),
                 max_prompts=(self.max_prompts >= 0, 'at least 0'),
-                safety=(f'{self.out_dir}/safety.jsonl' not in self.safety.split(','), 'not the file that this writes'),
+                safety=(written not in map(os.path.realpath, files_of(self.safety)), 'not the file that this writes'),
                 best_of=(self.best_of == 0 or self.best_of >= 2 and self.reward_model != '',
                          '0, or at least 2 together with a reward_model'))
         unread(self, self.reward, 'reward', 'reward_weight')
@@ -180,12 +182,6 @@ def perplexity(model, batches, device):
     loss = -total / counted
     return math.exp(loss) if loss < 700 else math.inf # also of NaN
 
-def check_finite(values, model, what):
-    """End the program where numbers of a model are not finite: answers and ranks made of them would look sound."""
-    if not all(map(math.isfinite, values)):
-        print(f"\nerror: {model}: its {what} are not finite; wanted sound weights, or --dtype=float32", file=sys.stderr)
-        raise SystemExit(1)
-
 # ---- scores of held-out pairs -----------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -196,7 +192,7 @@ def score_rows(score, rows, model, what):
         values = iter(score([rows[i] for i in part]).tolist())
         for i in part:
             out[i] = rows[i], [next(values) for _ in rows[i].answers]
-    check_finite([x for _, scores in out for x in scores], model, what)
+    check_finite([x for _, scores in out for x in scores], f"{model}: its {what}")
     return out
 
 def pairs(scored):
@@ -264,7 +260,7 @@ def describe(r, written):
 
 def print_table(title, header, rows):
     """Print rows, lists of strings. The first column is flush left, the others flush right."""
-    print('\n'.join([f"\n{title}", *align(header, rows)]))
+    print(visible('\n'.join([f"\n{title}", *align(header, rows)])))
 
 def print_results(results, samples):
     """Print the tables of results.json, and three prompts with everybody's answers."""
@@ -311,7 +307,9 @@ def evaluate(cfg, run):
     gold = load_reward_function(cfg.gold, 'gold', records, cfg.prompts)
     function = load_reward_function(cfg.reward, 'reward', records, cfg.prompts)
     explain_any = getattr(sys.modules.get(module_of(cfg.gold)), 'explain', lambda record, response: {})
-    explain = guarded(explain_any, 'gold', cfg.gold, cfg.prompts)
+    explain, explain_risky = (guarded(explain_any, 'gold', cfg.gold, path, 'a dict from its `explain`',
+                                      lambda value: isinstance(value, dict)) for path in (cfg.prompts, cfg.safety))
+    explain(records[0], '') # what it returns is known before anything is written
     prompts = encode_prompts(tok, records, block_size - cfg.max_new_tokens)
     held_out = []
     if cfg.text:
@@ -321,7 +319,6 @@ def evaluate(cfg, run):
                    for option in ('rankings', 'comparisons') if (path := getattr(cfg, option))}
     risky, sentences = read_safety(cfg.safety) if cfg.safety else ([], [])
     told, bias = {decoding: {} for decoding in DECODINGS}, {} # told: decoding -> name -> answers to the risky prompts
-    explain_risky = guarded(explain_any, 'gold', cfg.gold, cfg.safety)
     verdicts(risky, [''] * len(risky), explain_risky) # the gold score has to know them all
     risky_prompts = encode_prompts(tok, risky, block_size - cfg.max_new_tokens, 'safety') if risky else []
     sentences = encode_pairs(tok, sentences, block_size) if sentences else ()
@@ -334,7 +331,7 @@ def evaluate(cfg, run):
         r = pack(prompts, answers, [[0.0] * len(a) for a in answers], tok.eos).to(run.device)
         texts = [tok.decode(a).removeprefix(' ') for a in answers]
         rewards = frozen_rewards(reward_model, r.idx, r.lengths).tolist() if reward_model else []
-        check_finite(rewards, f"--reward_model={cfg.reward_model}", 'scores')
+        check_finite(rewards, f"--reward_model={cfg.reward_model}: its scores")
         if function: # alone, or beside the reward model
             values = [cfg.reward_weight * function(*pair) for pair in zip(records, texts)]
             rewards = [a + b for a, b in zip(rewards or repeat(0.0), values)]
@@ -347,7 +344,7 @@ def evaluate(cfg, run):
         else:
             rows = max(1, TOKENS // cfg.max_new_tokens) # answers per forward pass
             kl = 0.0 if model is reference else answer_kl(model, reference, r, rows).mean().item()
-            check_finite([kl, ppl or 0.0], f"--models: {name}", 'KL and perplexity')
+            check_finite([kl, ppl or 0.0], f"--models: {name}: its KL and perplexity")
             row[KL[decoding]] = kl
         if held_out:
             row['perplexity'] = ppl
@@ -385,7 +382,7 @@ def evaluate(cfg, run):
                 # baseline, so that the answers compared with its own are independent of them
                 torch.manual_seed(3 * cfg.seed + (name != baseline))
                 answers, logps = sample_answers(model, prompts, tok, cfg.max_new_tokens, temperature)
-                check_finite(chain.from_iterable(logps), f"--models: {name}", 'log-probabilities')
+                check_finite(chain.from_iterable(logps), f"--models: {name}: its log-probabilities")
                 study(decoding, name, answers, model, ppl)
                 torch.manual_seed(3 * cfg.seed)
                 answers, _ = sample_answers(model, risky_prompts, tok, cfg.max_new_tokens, temperature)
@@ -397,7 +394,7 @@ def evaluate(cfg, run):
             repeated = [p for p in prompts for _ in range(K)]
             answers, _ = sample_answers(models[baseline].to(run.device), repeated, tok, cfg.max_new_tokens)
             scored = score_answers(reward_model, repeated, answers, run.device) # (B K,)
-            check_finite(scored.tolist(), f"--reward_model={cfg.reward_model}", 'scores')
+            check_finite(scored.tolist(), f"--reward_model={cfg.reward_model}: its scores")
             best = scored.view(-1, K).argmax(1).tolist() # (B,)
             study('sampled', 'best_of_n', [answers[b * K + k] for b, k in enumerate(best)])
             answered['greedy']['best_of_n'] = answered['greedy'][baseline] # the best of n equal answers

@@ -112,8 +112,8 @@ def with_oneself(rows):
     return f"{len(twice)} prompts ranked twice; " + report([by_text(row) for row in twice],
                                                        [by_text(row, 'again') for row in twice])
 
-def by_rater(files):
-    """Return {rater: {task: their row}}; who is not named is called by the file.
+def by_rater(files, task=key):
+    """Return {rater: {task(row): their row}}; who is not named is called by the file.
 
     A row that was merged before is one of each of its raters. What a rater said twice counts once.
     """
@@ -127,7 +127,7 @@ def by_rater(files):
                 for said in row.pop('opinions', None) or [{}]:
                     check_record(row | said, 'rankings')
                     rater = visible(str((row | said).get('rater', path)))
-                    tables.setdefault(rater, {}).setdefault(key(row), row | said)
+                    tables.setdefault(rater, {}).setdefault(task(row), row | said)
             except (TypeError, ValueError) as e:
                 fail(f"{path}: wanted `opinions` as --merge writes them: {e}")
     if not tables:

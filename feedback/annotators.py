@@ -57,7 +57,7 @@ def shown(text, ended):
 def check_finite(numbers, whose):
     """End the program, exit code 1, where a number is not finite."""
     if not all(abs(x) < 1e38 for x in numbers): # as in common.records.is_number; NaN is not
-        fail(f"{whose} are not finite: the model is broken", code=1)
+        fail(f"{whose} are not finite; wanted sound weights, or --dtype=float32", code=1)
 
 def to_ranks(values, tie=0.0):
     """Turn values (K,), larger = better, into ranks (K,), 0 = best; neighbours at most `tie` apart tie."""

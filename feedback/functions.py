@@ -66,18 +66,20 @@ def run(path):
     spec.loader.exec_module(module)
     return module
 
-def guarded(function, option, name, path):
+def guarded(function, option, name, path, wanted='', fits=lambda value: True):
     """Return function(record, …); where it raises, the program ends with one line that names the record.
 
-    The function gets copies: what it changes in them reaches nobody.
+    So it does where what it returns does not fit; wanted: what does. The function gets copies: what it changes in them
+    reaches nobody.
     """
     def call(record, *args):
+        called = f"called with {repr(args)[1:-2][-80:]} and the record {path}: {str(record)[:200]}"
         try:
-            return function(*copy.deepcopy((record, *args)))
+            value = function(*copy.deepcopy((record, *args)))
         except (Exception, SystemExit) as e: # of a program that exits nothing would be said
             last = traceback.extract_tb(e.__traceback__)[-1]
-            fail(f"--{option}={name}: {type(e).__name__}: {e} ({last.filename}:{last.lineno}), called with "
-                 f"{repr(args)[1:-2][-80:]} and the record {path}: {str(record)[:200]}")
+            fail(f"--{option}={name}: {type(e).__name__}: {e} ({last.filename}:{last.lineno}), {called}")
+        return value if fits(value) else fail(f"--{option}={name}: wanted {wanted}, got {value!r}, {called}")
     return call
 
 def load_reward_function(name, option, records, path):
@@ -110,18 +112,8 @@ def load_reward_function(name, option, records, path):
 
 def load_user(cfg):
     """Load the function that plays the user; None without one. What is no text ends the program with one line."""
-    if not cfg.user:
-        return None
-    speak = guarded(load_function(cfg.user, 'user'), 'user', cfg.user, cfg.prompts)
-
-    def user(record, messages):
-        text = speak(record, messages)
-        if text is not None and not is_text(text):
-            fail(f"--user={cfg.user}: wanted a text or None, got {text!r} with the record {cfg.prompts}: "
-                 f"{str(record)[:200]}")
-        return text
-
-    return user
+    return guarded(load_function(cfg.user, 'user'), 'user', cfg.user, cfg.prompts, 'a text or None',
+                   lambda text: text is None or is_text(text)) if cfg.user else None
 
 def load_functions(cfg, records):
     """Load what --reward, --gold and --user name, None where they name nothing; records: of cfg.prompts."""

@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from common.options import fail, joined, launch, require
 from common.records import QUALITIES, first_row, is_text, read_records, write_atomic
 from feedback.agreement import by_rater, compare, of_raters
-from feedback.annotators import visible
+from feedback.annotators import answers_of, visible
 from lab.tables import align
 from lab.wins import measure, measure_ratings, votes_of
 
@@ -45,9 +45,14 @@ def groups_of(rows, by):
         groups.setdefault(visible(f"{by}: {row.get(by, '–')}"), []).append(row)
     return groups
 
+def task(row):
+    """Return a row's prompt, its answers and who wrote which; two policies may write the same."""
+    writers = row.get('policies') if isinstance(row.get('policies'), list) else [] # votes_of refuses what is no list
+    return json.dumps([row['prompt'], sorted({*zip(answers_of(row), map(str, writers))})])
+
 def of_rankings(files, cfg):
     """Return {title: table} and remarks."""
-    raters = by_rater(files)
+    raters = by_rater(files, task)
     rows, where = [row for mine in raters.values() for row in mine.values()], ', '.join(files)
     votes = {title: votes_of(group, where) for title, group in groups_of(rows, cfg.by).items()}
     every, left_out = votes['all']

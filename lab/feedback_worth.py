@@ -22,7 +22,8 @@ Columns: `labels right`, the share of the labels' pairs in the order of gold; `r
 the model puts in that order; both of pairs whose gold scores are clearly apart. `gold`, the gold score of the best of 4
 SFT answers by a reward model or judge; of DPO's policy, the mean of its sampled answers.
 
-It prints each command, reuses finished stages, prints a table in Markdown, and writes PART.json and PART.png.
+It prints each command, reuses finished stages, prints a table in Markdown, and writes PART.json and PART.png. The three
+seeds take 7 minutes on two cores for rankings, 12 for raters and 7 for augment.
 """
 
 import contextlib
@@ -68,6 +69,7 @@ RANDOM = 0.2 # share of a lazy rater's rankings that are random
 BAD = 'noisy', 'lazy', 'first', 'longer' # each as all three raters, all but noisy as one of three
 SHARED = 20 # one prompt for so many rankings is ranked by all three raters, to find the one who disagrees
 SMOOTHING = 0.2 # of DPO
+FEWEST = 12 # rankings for raters: three merge theirs, and half of those is kept
 COPIES = 3 # phrasings that a ranking is copied to
 HEADS = dict(rankings=('judgements', 'answers a prompt'), raters=('raters', 'what is done'),
              augment=('rankings', 'who learns', 'from'))
@@ -88,7 +90,9 @@ class Config(Seeds):
         self.budgets, self.steps = self.budgets or BUDGETS[self.part], self.steps or STEPS[self.part]
         budgets = numbers(self.budgets)
         rising = [] != budgets == sorted({*budgets} - {0}) and (self.part != 'raters' or len(budgets) == 1)
-        require(self, budgets=(rising, 'rising numbers above 0, separated by commas; one for raters'),
+        few = self.part == 'raters' and numbers(self.budgets)[:1] < [FEWEST]
+        require(self, budgets=(rising, 'rising numbers above 0, separated by commas; one for raters'))
+        require(self, budgets=(not few, f'at least {FEWEST} for raters, some of whose remedies keep a sixth'),
                 prompts=(7 <= self.prompts <= 6000, 'from 7 to 6000'), steps=(self.steps >= 3, 'at least 3, or 0'))
 
 # ---- who ranks --------------------------------------------------------------------------------------------------
@@ -168,6 +172,9 @@ def rankings(budgets, pool, folder, seed):
             if len(mine) == len(rows):
                 fail(f"--budgets={budget}: ranking {K} answers to all {len(rows)} prompts takes {spent} judgements; "
                      "wanted fewer, or more --prompts")
+            if not mine:
+                fail(f"--budgets={budget}: the first ranking of {K} answers takes {comparisons(rows[0])} judgements; "
+                     "wanted at least so many")
             path = f'{folder}/ranked_{K}_{budget}.jsonl'
             write_records(path, mine)
             known = dict(judgements=spent, rankings=len(mine), answers=K * len(mine)) | describe(mine)

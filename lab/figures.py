@@ -226,15 +226,15 @@ def read_runs(folders):
                  "`reward`, as ppo.py logs them")
     return logs
 
-def over_optimisation(logs, out_dir, smooth=5):
+def over_optimisation(logs, out_dir, smooth=5, name='overoptimisation'):
     """Draw reward-model score and gold score against sqrt(KL) along PPO runs.
 
     logs: as `read_runs` returns them. As in Gao et al. 2022, https://arxiv.org/abs/2210.10760, figure 1. The line is
-    the mean of `smooth` iterations. Returns [(title, caption, SVGs)].
+    the mean of `smooth` iterations; name: of the PNG file. Returns [(title, caption, SVGs)].
     """
     svgs = []
     keys = [k for k in ('reward', 'gold') if any(k in line for log in logs.values() for line in log)]
-    with panels(os.path.join(out_dir, 'overoptimisation.png'), len(keys), 3.6, 3, svgs=svgs) as axes:
+    with panels(os.path.join(out_dir, f'{name}.png'), len(keys), 3.6, 3, svgs=svgs) as axes:
         for ax, key in zip(axes, keys):
             for (label, log), colour in zip(logs.items(), cycle(COLOURS)):
                 points = [(math.sqrt(max(0.0, line['kl'])), line[key]) for line in log if key in line]

@@ -8,7 +8,8 @@ of rank 8 with each of RATES; the learning rate with the best mean gold score on
 ranks, and of PPO's critic. Then every rank is measured on the test prompts, beside the method's own config file, which
 trains all weights.
 
-It prints each command, reuses finished stages, prints a table for each method in Markdown and writes results.json.
+It prints each command, reuses finished stages, prints a table for each method in Markdown and writes results.json. The
+three seeds take 16 minutes on two cores.
 """
 
 import json

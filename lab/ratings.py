@@ -8,7 +8,7 @@ the same simulated person says of each pair which answer is better, or gives eac
 --ask=ratings). One comparison is one judgement, and so is one number: N judgements are N pairs, or both answers to
 about N/2 prompts. Every budget N gets a reward model of each kind (config/toy/reward.py, a fixed number of steps),
 measured on the held-out rankings of four answers. It prints each command, reuses finished stages, and writes
-results.json and ratings.png.
+results.json and ratings.png. The three seeds take 10 to 20 minutes on two cores.
 """
 
 import itertools

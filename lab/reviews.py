@@ -179,7 +179,10 @@ def main(cfg):
             for folder in cfg.runs.split(',')]
     if not all('classifier' in run for run in runs):
         fail(f"--runs={cfg.runs}: wanted the results of demo.py --world=reviews")
-    print_results(runs)
+    try:
+        print_results(runs)
+    except KeyError as e:
+        fail(f"--runs={cfg.runs}: wanted the results of this version's demo.py --world=reviews; one of them lacks {e}")
 
 if __name__ == '__main__':
     launch(main, Config)

@@ -37,7 +37,7 @@ import ppo
 import reinforce
 from common.batches import Row
 from common.options import fail, launch, note, require
-from common.records import read_json, write_atomic
+from common.records import is_number, read_json, write_atomic
 from common.rewards import Reward
 from common.rollout import sample_rollouts
 from common.run import Run, keep_freed_memory
@@ -56,6 +56,7 @@ SIZES = { # parameters, embeddings too -> n_layer, n_head, n_embd, vocab_size; a
     '124M': (12, 12, 768, 50257)}
 STAGES = 'sft', 'reward', 'dpo', 'ppo', 'rloo'
 SAMPLED = 'ppo', 'rloo' # stages that sample their answers
+LEAST = 4 # points: three numbers are fitted, so fewer fit by themselves
 AXES = dict(size='parameters', T='tokens in a row, T', K='answers to a prompt, K', B='prompts in a batch, B')
 
 @dataclass
@@ -75,7 +76,8 @@ class Config:
     def __post_init__(self):
         among = lambda text, known: {*(names := text.split(','))} <= {*known} and len({*names}) == len(names)
         rising = lambda text, least: [] != (found := numbers(text)) == sorted({*found}) and found[0] >= least
-        require(self, stages=(among(self.stages, STAGES), f"some of {','.join(STAGES)}, each once"),
+        require(self, out_dir=(self.out_dir != '', 'a folder'),
+                stages=(among(self.stages, STAGES), f"some of {','.join(STAGES)}, each once"),
                 sizes=(among(self.sizes, SIZES), f"some of {','.join(SIZES)}, each once"),
                 base=(self.base in SIZES, f"one of {', '.join(SIZES)}"),
                 lengths=(rising(self.lengths, 4) and all(T % 2 == 0 and T <= 1024 for T in numbers(self.lengths)),
@@ -310,13 +312,28 @@ def points(cfg):
 def name_of(stage, size, T, K, B):
     return f'{stage} {size} T={T} K={K} B={B}'
 
+def check_points(found, path):
+    """End the program where points are not as `measure` returns them."""
+    if not isinstance(found, dict):
+        fail(f"{path}: wanted `points`, an object, got {found!r}; another --out_dir measures anew")
+    above_0 = lambda x: is_number(x) and x > 0
+    for name, p in found.items():
+        laps = dict(seconds=True, sampling=name.split(' ')[0] in SAMPLED) # whether there are any
+        good = isinstance(p, dict) and above_0(p.get('best')) and above_0(p.get('copy')) and all(
+            isinstance(p.get(key), list) and all(map(above_0, p[key])) and (p[key] or not needed)
+            for key, needed in laps.items()) and (p.get('peak_mb', '') is None or is_number(p.get('peak_mb')))
+        if not good:
+            fail(f"{path}: point {name}: wanted seconds, sampling, best and copy above 0, and peak_mb, got {p!r}; "
+                 "another --out_dir measures anew")
+
 def measure_all(cfg, path):
     """Measure what results.json lacks, as far as the minutes go; return the points {name: …} that there are."""
     how = dict(epochs=cfg.epochs, steps=cfg.steps, repeats=cfg.repeats, torch=torch.__version__)
     known = read_json(path) if os.path.exists(path) else dict(how=how, points={})
     if known.get('how') != how:
         fail(f"{path}: its points are of {known.get('how')}; wanted {how}, or another --out_dir")
-    done = known['points']
+    done = known.get('points')
+    check_points(done, path)
     wanted, left = points(cfg), []
     for name, (stage, *shape) in wanted.items():
         if name in done:
@@ -356,7 +373,9 @@ def fit(found, batches):
     if x[2] < 0: # too few points to tell
         x = np.array([*np.linalg.lstsq(X[:, :2], y, rcond=None)[0], 0.0])
     shares = [1 / each if each > 0 else 1.0 for each in x[:2].tolist()] # without ppo and rloo nothing tells share_s
-    return Rates(best, copy, *shares, float(x[2])), float(np.sqrt(np.mean((X @ x - y) ** 2)))
+    rates = Rates(best, copy, *shares, float(x[2]))
+    x = np.array([1 / rates.share, 1 / rates.share_s, rates.overhead]) # the error is of these, whatever was replaced
+    return rates, float(np.sqrt(np.mean((X @ x - y) ** 2)))
 
 def predict(stage, b, rates):
     return update_seconds(stage, b, rates) + (sampling_seconds(b, rates) if stage in SAMPLED else 0)
@@ -379,7 +398,10 @@ def lines_of(cfg, found, rates):
     return lines
 
 def print_lines(lines, rates, error):
-    """Print a table for each axis: tokens per second, seconds and MiB, measured and by the formulas."""
+    """Print a table for each axis: tokens per second, seconds and MiB, measured and by the formulas.
+
+    error: None where the points are too few to tell.
+    """
     few = lambda x: f'{x:.0f}' if x >= 100 else f'{x:.3g}'
     for axis, stages in lines.items():
         names = list(dict.fromkeys(point[1] for of_stage in stages.values() for point in of_stage))
@@ -392,9 +414,12 @@ def print_lines(lines, rates, error):
             for k, what in enumerate(('tokens/s', 's / formula', 'MiB / formula')):
                 rows.append([f'{stage}, {what}', *(cells.get(name, '–' * 3)[k] for name in names)])
         table([AXES[axis], *map(str, names)], rows)
-    print(f"\nbest product {rates.best / 1e9:.0f} GFLOP/s, copying {rates.copy / 1e9:.0f} GB/s\nfitted: share "
-          f"{rates.share:.2f}, share_s {rates.share_s:.2f}, overhead {1e3 * rates.overhead:.2f} ms\n"
-          f"root mean square of the relative errors: {error:.2f}")
+    print(f"\nbest product {rates.best / 1e9:.0f} GFLOP/s, copying {rates.copy / 1e9:.0f} GB/s")
+    if error is None:
+        print(f"too few points to fit share, share_s and overhead: wanted at least {LEAST}")
+    else:
+        print(f"fitted: share {rates.share:.2f}, share_s {rates.share_s:.2f}, overhead {1e3 * rates.overhead:.2f} ms\n"
+              f"root mean square of the relative errors: {error:.2f}")
 
 def draw(lines, path):
     """Draw points and lines: seconds above, memory below, a column for each axis."""
@@ -423,6 +448,7 @@ def main(cfg):
     wanted = {name: point for name, point in points(cfg).items() if name in found}
     rates, error = fit(found, {name: (stage, batch_of(stage, *shape, cfg.epochs))
                                for name, (stage, *shape) in wanted.items()})
+    error = error if len(found) >= LEAST else None
     write_atomic(path, json.dumps(read_json(path) | dict(fit=asdict(rates), error=error), indent=1) + '\n')
     lines = lines_of(cfg, found, rates)
     print_lines(lines, rates, error)

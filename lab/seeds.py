@@ -14,6 +14,7 @@ class Seeds:
 
     def __post_init__(self):
         seeds = numbers(self.seeds)
+        require(self, out_dir=(self.out_dir != '', 'a folder'))
         for seed in seeds:
             demo.Config(out_dir=self.out_dir, seed=seed) # checks them
         require(self, seeds=(len(set(seeds)) == len(seeds) > 0, 'numbers, each once, separated by commas'))

@@ -33,8 +33,8 @@ class Config:
     def __post_init__(self):
         require(self, runs=(all(self.runs.split(',')), 'folders of demo.py --world=sums, separated by commas'))
 
-def stages(out, methods):
-    """List the stages of a run, as demo.stages does. out: their folder."""
+def stages(out, methods, source=''):
+    """List the stages of a run, as demo.stages does. out: their folder; source: nothing, the sums are made."""
     todo = [('data', 'data/sums/prepare.py', '', {}, 'data/sums/sums.tiktoken', [])]
     for style, end in STYLES.items():
         def add(name, script, config, folder, product, *needs, **options):

@@ -260,8 +260,15 @@ def main(cfg):
         given, racing = {name_of(stage, setting): (setting, options) for setting, options in of_stage}, trials
         for at in cfg.each(methods='rejection,distill'): # which stand on others; no method runs unless it is needed
             names = [name_of(stage, trial['options']) for trial in racing]
-            todo = stages(at, stage, [given[name] for name in names])
-            failed = run(todo, at, [*names, *(f'{name} val' for name in names)])
+            todo, failed = stages(at, stage, [given[name] for name in names]), set()
+            mine = [*names, *(f'{name} val' for name in names)]
+            if cfg.score and not trials[0]['scores']: # is it there? Known before all are trained
+                first = names[:demo.AT_ONCE]
+                failed = run(needed(todo, [f'{name} val' for name in first]), at, mine)
+                for name in first:
+                    if not failed & {name, f'{name} val'}:
+                        read_score(f'{at.out_dir}/{name}/val/results.json', score)
+            failed |= run([one for one in todo if not failed & {one[0], *one[5]}], at, mine)
             for name, trial in zip(names, racing):
                 lost = failed & {name, f'{name} val'}
                 trial['scores'].append(None if lost else read_score(f'{at.out_dir}/{name}/val/results.json', score))

@@ -322,18 +322,25 @@ def test_the_world_of_sums(cfg, monkeypatch, capsys):
 
 def test_defaults_of_the_world_of_sums():
     assert vars(parse_config(demo.Config, ['--world=sums'])).items() >= dict(out_dir='out/sums', methods='grpo').items()
+    assert vars(parse_config(demo.Config, [])).items() >= dict(out_dir='out/toy', methods='ppo,dpo').items()
     assert parse_config(demo.Config, ['--world=sums', '--methods=all']).methods == 'grpo,rloo,ppo'
 
 @pytest.mark.parametrize('options, expected', [
     (['--world=moon'], "--world=moon: world must be toy, or sums or reviews with rounds=1, got 'moon'"),
     (['--world=sums', '--methods=dpo'], "--methods=dpo: methods must be all, or names among grpo,rloo,ppo, each once, "
                                         "got 'dpo'"),
+    (['--world=sums', '--methods=ppo,dpo'], "--methods=ppo,dpo: methods must be all, or names among grpo,rloo,ppo, "
+                                            "each once, got 'ppo,dpo'"), # the toy world's default, too
     (['--world=sums', '--rounds=2', '--methods=ppo'], "--world=sums: world must be toy, or sums or reviews with "
                                                       "rounds=1, got 'sums'")])
 def test_worlds_that_cannot_be(options, expected, capsys):
     assert one_line(capsys, lambda: parse_config(demo.Config, options)) == expected
 
-@pytest.mark.parametrize('methods', ['', 'ppo,a2c', 'ppo, dpo', 'ppo,ppo', 'all,ppo'])
+def test_a_folder_that_is_given_is_taken():
+    """Also where it is another world's default."""
+    assert parse_config(demo.Config, ['--world=reviews', '--out_dir=out/toy']).out_dir == 'out/toy'
+
+@pytest.mark.parametrize('methods', ['ppo,a2c', 'ppo, dpo', 'ppo,ppo', 'all,ppo'])
 def test_methods_that_are_not_there(methods, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_config(demo.Config, [f'--methods={methods}'])
@@ -420,7 +427,7 @@ def test_runs_in_the_repository_alone(tmp_path, monkeypatch, capsys):
     line = one_line(capsys, lambda: demo.main(demo.Config()))
     assert line.endswith(f'wanted: cd {Path(demo.__file__).resolve().parent}') and os.listdir(tmp_path) == []
 
-@pytest.mark.parametrize('folder', ['', 'out/a,b', 'out/a=b'])
+@pytest.mark.parametrize('folder', ['out/a,b', 'out/a=b'])
 def test_folders_that_no_list_can_hold(folder, capsys):
     line = one_line(capsys, lambda: parse_config(demo.Config, [f'--out_dir={folder}']))
     assert line.endswith(f'a folder with no comma and no = in its name, got {folder!r}')

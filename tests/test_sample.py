@@ -235,7 +235,8 @@ def test_a_broken_model_says_nothing(folder, tmp_path, capsys, temperature, whic
                                   | {which: str(tmp_path)}))
     what = 'probabilities' if which == 'policy' else 'scores'
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == f'error: --{which}={tmp_path}: its {what} are not finite: the model is broken\n'
+    assert capsys.readouterr().err == (
+        f'error: --{which}={tmp_path}: its {what} are not finite; wanted sound weights, or --dtype=float32\n')
 
 @pytest.fixture(scope='module')
 def others(folder, tmp_path_factory):

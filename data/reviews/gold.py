@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from functools import cache
 
+from common.options import fail
 from common.records import read_records
 
 FOLDER = 'data/reviews'
@@ -21,6 +22,13 @@ def features(text):
     words = ['<', *re.findall(r"[\w'-]+|[^\w\s]", text.lower()), '>']
     return words[1:-1] + list(zip(words, words[1:]))
 
+def read(path):
+    """Read remarks with their labels, `pros`."""
+    rows = read_records(path, 'demonstrations')
+    if (found := {repr(row.get('pros')) for row in rows}) != {'True', 'False'}:
+        fail(f"{path}: wanted `pros` in each row, true in some and false in others; got {', '.join(sorted(found))}")
+    return rows
+
 @cache
 def log_odds(path):
     """Return {feature: log P(feature | Pros) - log P(feature | Cons)}, and the log odds of Pros.
@@ -28,7 +36,7 @@ def log_odds(path):
     Multinomial naive Bayes with add-one smoothing: P(feature | label) = (its count + 1) / (all counts + features).
     """
     counts, labels = {True: Counter(), False: Counter()}, Counter()
-    for row in read_records(path, 'demonstrations'):
+    for row in read(path):
         labels[row['pros']] += 1
         counts[row['pros']].update(features(f"{row['prompt']} {row['response']}"))
     both = counts[True] | counts[False]
@@ -45,7 +53,7 @@ def gold(record, response, folder=FOLDER):
 
 def accuracy(folder=FOLDER):
     """Return the share of held-out labels it gets right, and their number."""
-    rows = read_records(f'{folder}/gold_test.jsonl', 'demonstrations')
+    rows = read(f'{folder}/gold_test.jsonl')
     return sum((gold(row, row['response'], folder) > 0.5) == row['pros'] for row in rows) / len(rows), len(rows)
 
 if __name__ == '__main__':

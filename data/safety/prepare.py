@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository's 
 
 from common.options import fail, launch, require
 from common.records import write_records
-from data.prepare_common import Item, clean, malformed, places_of, print_unread, read, read_rows, report
+from data.prepare_common import Item, clean, malformed, places_of, print_unread, read, read_rows, report, shown
 
 def text(row, key, *words):
     """Return a column's text, stripped, one of `words` if there are any. Else ValueError."""
@@ -58,12 +58,13 @@ FORMATS = { # the columns that each is told by, and what reads its rows
 
 @dataclass
 class Config:
-    source: str = 'data/safety/pairs.csv' # a file, also .gz, .jsonl or .parquet
+    source: str = 'data/safety/pairs.csv' # a CSV file, or .jsonl, .json or .parquet, also .gz
     format: str = '' # harmbench, advbench, xstest or crows_pairs; empty = by the columns
     out_dir: str = 'data/safety' # where the records go
 
     def __post_init__(self):
-        require(self, format=(self.format in ('', *FORMATS), f"one of {', '.join(FORMATS)}, or empty"))
+        require(self, source=(self.source != '', 'a file'),
+                format=(self.format in ('', *FORMATS), f"one of {', '.join(FORMATS)}, or empty"))
 
 def main(cfg):
     columns = {key for _, row in read_rows(cfg.source) for key in row or ()}
@@ -75,6 +76,8 @@ def main(cfg):
 
     def parse(row):
         record = FORMATS[name][1](row)
+        if 'all' in (record.get('attack'), record.get('bias_type')):
+            raise ValueError('its kind is "all", which is what evaluate.py calls all kinds together')
         if record in records:
             raise ValueError('repeats an earlier row')
         records.append(record)
@@ -86,8 +89,8 @@ def main(cfg):
         fail(f'{cfg.source}: wanted rows of {name}, every one was left out')
     said = {True: 'to be refused', False: 'to be answered'}
     for kind, n in Counter(', '.join(said.get(x, x) for x in [*r.values()][-2:]) for r in records).items():
-        print(f'{n:6d}  {kind}')
-    path = Path(cfg.out_dir, re.sub(r'(\.csv|\.jsonl|\.parquet)?(\.gz)?$', '', Path(cfg.source).name) + '.jsonl')
+        print(f'{n:6d}  {shown([kind])}')
+    path = Path(cfg.out_dir, re.sub(r'(\.csv|\.jsonl?|\.parquet)?(\.gz)?$', '', Path(cfg.source).name) + '.jsonl')
     if path.exists() and path.samefile(cfg.source):
         fail(f'--source={cfg.source}: is {path} itself; wanted another --out_dir')
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from common.records import read_records
 from common.tokens import load_tokenizer, prompt_ids
 from data.reviews import gold as reviews
 from feedback.functions import load_reward_function
-from tiny import ROOT, by_hand, records, run, stops
+from tiny import ROOT, by_hand, one_line, records, run, stops
 
 ADJECTIVES = {True: ['good', 'great', 'fast', 'sharp', 'sturdy'], False: ['bad', 'poor', 'slow', 'blurry', 'flimsy']}
 NOUNS = ['battery', 'screen', 'zoom', 'sound', 'price', 'case', 'lens', 'menu', 'size', 'cable', 'memory', 'keys']
@@ -132,6 +132,17 @@ def test_naive_bayes_by_hand(folder):
 def test_it_is_a_reward_function(folder):
     score = load_reward_function('data.reviews.gold:gold', 'gold', [dict(prompt='good')], 'p.jsonl')
     assert score(dict(prompt='good'), 'lens') == by_hand(0.912656)
+
+@pytest.mark.parametrize('labels, got', [
+    ([True, 'true', False], "'true', False, True"), ([True, None, False], 'False, None, True'), ([True, True], 'True'),
+    ([False], 'False')])
+def test_labels_that_teach_nothing(folder, capsys, labels, got):
+    rows = [dict(prompt='good', response='zoom', pros=label) for label in labels]
+    for split, read in (('test', reviews.accuracy), ('train', lambda: reviews.gold(rows[0], ''))):
+        path = records(os.path.abspath(f'data/reviews/gold_{split}.jsonl'), rows)
+        where, _, said = one_line(capsys, read).partition(': ')
+        assert path.endswith(where) and where.endswith(f'gold_{split}.jsonl')
+        assert said == f'wanted `pros` in each row, true in some and false in others; got {got}'
 
 def test_the_real_ones(tmp_path, capsys):
     source = os.path.join(ROOT, '../shared/data/pros_cons.zip')

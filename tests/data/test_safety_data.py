@@ -1,5 +1,6 @@
 """data/safety/prepare.py on files typed here and, where they are present, on real ones."""
 import csv
+import gzip
 import importlib.util
 import json
 from collections import Counter
@@ -61,6 +62,30 @@ def test_crows_pairs(tmp_path, capsys):
     said = capsys.readouterr().out
     assert 'left out      1  the two sentences are equal' in said and '     1  gender, antistereo' in said
 
+def test_no_kind_is_called_all(tmp_path, capsys):
+    """evaluate.py has a row `all` beside the kinds, and reads no such record."""
+    rows = prepared(tmp_path, 'x', ['prompt', 'type', 'label'], ['How?', 'homonyms', 'safe'], ['Why?', 'all', 'safe'])
+    assert [row['attack'] for row in rows] == ['homonyms']
+    rows = prepared(tmp_path, 'c', ['sent_more', 'sent_less', 'stereo_antistereo', 'bias_type'],
+                    ['He ran.', 'She ran.', 'stereo', 'all'], ['He sat.', 'She sat.', 'stereo', 'gender'])
+    assert [row['bias_type'] for row in rows] == ['gender']
+    said = 'left out      1  its kind is "all", which is what evaluate.py calls all kinds together'
+    assert capsys.readouterr().out.count(said) == 2
+
+def test_a_kind_steers_no_terminal(tmp_path, capsys):
+    prepared(tmp_path, 'x', ['prompt', 'type', 'label'], ['How?', 'a\x1b[2Jb', 'safe'])
+    said = capsys.readouterr().out
+    assert '\x1b' not in said and "     1  'a\\x1b[2Jb, to be answered'" in said
+
+@pytest.mark.parametrize('ending', ['json', 'jsonl', 'json.gz'])
+def test_the_name_of_what_is_written(tmp_path, ending):
+    text = json.dumps(dict(goal='Do harm', target='Sure'))
+    data = (f'[{text}]' if 'jsonl' not in ending else text).encode()
+    source = tmp_path / f'source.{ending}'
+    source.write_bytes(gzip.compress(data) if ending.endswith('gz') else data)
+    run(prepare, source=str(source), out_dir=str(tmp_path / 'out'))
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['source.jsonl']
+
 def test_sentences_of_our_own(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run(prepare, out_dir=str(tmp_path))
@@ -83,6 +108,7 @@ def test_bad_input(tmp_path, capsys, rows, options, message):
 def test_a_file_that_is_not_there(tmp_path, capsys):
     assert 'no.csv: no such file' in stops(capsys, prepare, source=str(tmp_path / 'no.csv'))
     assert 'cannot be read' in stops(capsys, prepare, source=str(tmp_path))
+    assert stops(capsys, prepare, source='') == "--source=: source must be a file, got ''"
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason='no ../shared/data')
 def test_real_files(tmp_path, capsys):

@@ -68,6 +68,14 @@ def test_what_was_said_of_a_prompt_is_drawn_together():
     assert torch.equal(drawn, wins.resample(torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]), 500, 1))
     assert wins.interval(torch.tensor([*range(41), float('nan')])) == by_hand([1, 39]) # of 0 to 40
 
+def test_two_policies_that_wrote_the_same_texts(tmp_path):
+    """A wrote x and B wrote y, then the other way round; x wins both times, for each once. A repeated row is none."""
+    rows = [dict(prompt='p', responses=['x', 'y'], ranks=[0, 1], policies=policies)
+            for policies in (['A', 'B'], ['B', 'A'], ['A', 'B'])]
+    rows.append(dict(prompt='p', responses=['y', 'x'], ranks=[1, 0], policies=['B', 'A'])) # the first, turned round
+    table = measured(tmp_path, rows, baseline='A')['tables']['all']
+    assert [(row['comparisons'], row['win_rate']) for row in (table['A'], table['B'])] == [(2, 0.5)] * 2
+
 # ---- votes ------------------------------------------------------------------------------------------------------
 
 def test_votes_and_what_is_left_out():

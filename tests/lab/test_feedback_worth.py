@@ -292,7 +292,9 @@ def test_augment(ran, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('options, line', [
     (dict(part='noise'), "part must be one of rankings, raters, augment, got 'noise'"),
     (dict(budgets='30,10'), "budgets must be rising numbers above 0, separated by commas; one for raters, got '30,10'"),
-    (dict(part='raters', budgets='10,20'), 'one for raters'), (dict(budgets='0'), 'rising numbers'),
+    (dict(part='raters', budgets='10,20'), 'one for raters'),
+    (dict(part='raters', budgets='11'), "--budgets=11: budgets must be at least 12 for raters, some of whose remedies "
+                                        "keep a sixth, got '11'"), (dict(budgets='0'), 'rising numbers'),
     (dict(prompts=6001), 'prompts must be from 7 to 6000, got 6001'), (dict(steps=2), 'steps must be at least 3'),
     (dict(seeds='1,1'), 'each once')])
 def test_bad_options(tmp_path, capsys, options, line):
@@ -301,7 +303,8 @@ def test_bad_options(tmp_path, capsys, options, line):
 
 @pytest.mark.parametrize('part, budgets, line', [
     ('rankings', '1000', '--budgets=1000: ranking 2 answers to all 21 prompts takes 21 judgements; wanted fewer'),
-    ('raters', '8', '--budgets=8: only 7 prompts have 4 answers of which two differ; wanted at most so many'),
+    ('raters', '12', '--budgets=12: only 7 prompts have 4 answers of which two differ; wanted at most so many'),
+    ('rankings', '1', '--budgets=1: the first ranking of 4 answers takes '), # there may be ties
     ('augment', '2,8', '--budgets=8: only 7 prompts')])
 def test_too_few_prompts(ran, tmp_path, capsys, part, budgets, line):
     options = dict(part=part, budgets=budgets, out_dir=str(tmp_path), seeds='1', prompts=21, steps=9)

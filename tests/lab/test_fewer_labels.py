@@ -5,8 +5,9 @@ import os
 import pytest
 
 import demo
-from lab import fewer_labels
-from tiny import flags, run, stops
+from common.options import parse_config, print_help
+from lab import fewer_labels, ratings
+from tiny import flags, one_line, run, stops
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
@@ -74,3 +75,14 @@ def test_results_and_figure(ran, tmp_path, capsys):
 ])
 def test_bad_options(capsys, options, line):
     assert line in stops(capsys, fewer_labels, **options)
+
+def test_an_experiment_needs_a_folder(capsys):
+    """demo.py takes a default for an empty one; seed 1 of an experiment would lie in /1."""
+    line = one_line(capsys, lambda: parse_config(fewer_labels.Config, ['--out_dir=']))
+    assert line == "--out_dir=: out_dir must be a folder, got ''"
+
+def test_help_of_an_experiment_on_another_one(capsys):
+    """What lab/ratings.py shares with this one has a heading; without its docstring that would be its fields."""
+    print_help(ratings.Config)
+    out = capsys.readouterr().out
+    assert '\noptions of reward models on few labels:\n' in out and 'Config(' not in out

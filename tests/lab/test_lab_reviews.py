@@ -110,6 +110,15 @@ def test_the_table_of_runs(tmp_path, capsys):
     (tmp_path / 'a/results.json').write_text('{"models": {}}')
     assert stops(capsys, reviews, runs=f'{tmp_path}/a').endswith('wanted the results of demo.py --world=reviews')
 
+@pytest.mark.parametrize('lost', ['models', 'seconds', 'people', 'gold'])
+def test_results_of_another_version(tmp_path, capsys, lost):
+    row = dict(gold=0.5, reward=0.1, kl=0.0, fluency=60.0, different=1.0, distinct_2=0.9, length=9.0)
+    found = dict(models=dict(sft=row), people=dict(fluency=70.0, pros=50.0), reward_model=1, classifier=1, seconds=1)
+    del (row if lost == 'gold' else found)[lost]
+    (tmp_path / 'results.json').write_text(json.dumps(found))
+    assert stops(capsys, reviews, runs=str(tmp_path)) == (
+        f"--runs={tmp_path}: wanted the results of this version's demo.py --world=reviews; one of them lacks '{lost}'")
+
 def test_the_whole_world(world, capsys):
     cfg = demo.Config(world='reviews', source=world, methods='ppo,dpo,rrhf,dpo_people')
     os.makedirs(cfg.out_dir)

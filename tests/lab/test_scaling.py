@@ -138,6 +138,17 @@ def test_a_fit_finds_what_was_put_in():
     found, error = fit(points, batches)
     assert found.overhead == 0 and 0.6 < found.share < 1 and error > 0.01
 
+def test_the_error_is_that_of_the_rates_returned():
+    """Large models as fast as small ones: 1 / share comes out below 0, and 1 stands in for it."""
+    points, batches = made_up(Rates(1e11, 2e10, 0.6, 0.25, 3e-4), ['sft'])
+    for name, (stage, b) in batches.items():
+        adam = optimizer_bytes(stage, b) / 2e10
+        points[name]['seconds'] = [adam + 2.0 * scaling.layer_passes(stage, b) - 1e-12 * flop(stage, b)]
+    rates, error = fit(points, batches)
+    assert rates.share == 1.0
+    errors = [predict(*batches[name], rates) / p['seconds'][0] - 1 for name, p in points.items()]
+    assert error == by_hand((sum(x * x for x in errors) / len(errors)) ** 0.5)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # running
 
@@ -207,6 +218,28 @@ def test_the_minutes_end(measured, tmp_path, capsys):
     run(scaling, out_dir=str(tmp_path / 'out'), **SMALL | dict(stages='sft', sizes='0.6M', minutes=1e-6))
     assert len(measured) == 1 and 'points are not measured: sft 3M' in capsys.readouterr().out
 
+def test_too_few_points_tell_nothing(measured, tmp_path, capsys):
+    run(scaling, out_dir=str(tmp_path), stages='sft', sizes='3M', lengths='64,128', answers='2', batches='2,8')
+    said = capsys.readouterr().out
+    assert len(measured) == 3 and 'too few points to fit share, share_s and overhead: wanted at least 4\n' in said
+    assert 'fitted' not in said and json.loads((tmp_path / 'results.json').read_text())['error'] is None
+
+@pytest.mark.parametrize('change', [
+    lambda points: None, lambda points: [],
+    *(lambda points, bad=bad: points | {'rloo 3M T=64 K=2 B=2': bad} for bad in (
+        {}, 1, dict(seconds=[1.0], sampling=[], best=1e11, copy=2e10, peak_mb=1))),
+    *(lambda points, new=new: {name: p | new for name, p in points.items()} for new in (
+        dict(best=None), dict(copy=0), dict(seconds=[]), dict(seconds=[None]), dict(seconds=[0.0]), dict(seconds=1.0),
+        dict(sampling=None), dict(peak_mb='1')))])
+def test_damaged_points(measured, tmp_path, capsys, change):
+    run(scaling, out_dir=str(tmp_path), **SMALL)
+    path = tmp_path / 'results.json'
+    results = json.loads(path.read_text())
+    path.write_text(text := json.dumps(results | dict(points=change(results['points']))))
+    line = stops(capsys, scaling, out_dir=str(tmp_path), **SMALL)
+    assert line.startswith(f'{path}: ') and 'wanted' in line and line.endswith('; another --out_dir measures anew')
+    assert path.read_text() == text
+
 @pytest.mark.parametrize('stage', ['reward', 'ppo'])
 def test_a_point_in_a_process_of_its_own(stage):
     b = Batch(GPTConfig(64, 2000, 2, 2, 256), 2, 8, 8, 2) # some 2 million parameters
@@ -220,6 +253,7 @@ def test_a_point_in_a_process_of_its_own(stage):
     assert point['peak_mb'] is None or point['peak_mb'] == pytest.approx(held(stage, b) / 2**20, rel=0.5)
 
 @pytest.mark.parametrize('options, line', [
+    (dict(out_dir=''), "--out_dir=: out_dir must be a folder, got ''"),
     (dict(stages='sft,kto'), "stages must be some of sft,reward,dpo,ppo,rloo, each once, got 'sft,kto'"),
     (dict(stages='sft,sft'), 'each once'), (dict(sizes='7B'), 'sizes must be some of 0.6M,3M'),
     (dict(base='7B'), 'base must be one of'), (dict(lengths='64,65'), 'rising even numbers from 4 to 1024'),

@@ -221,3 +221,13 @@ def test_bad_options(tmp_path, capsys, options, line):
 def test_a_score_that_is_not_there(fake, tmp_path, capsys, score):
     line = one_line(capsys, lambda: run(sweep, grid='lr=1', seeds='1', out_dir=str(tmp_path), score=score))
     assert f'--score={score}: {tmp_path}/1/dpo_lr1/val/results.json has no such number' in line
+
+def test_a_score_that_is_not_there_is_found_early(fake, tmp_path, capsys):
+    """After the first two evaluations, which run side by side. What diverged says nothing, and is not tried again."""
+    options = dict(grid='lr=9,1,2,3', out_dir=str(tmp_path), score='models.silver')
+    one_line(capsys, lambda: run(sweep, seeds='2', **options))
+    assert [name for _, names in RAN[-1:] for name in names if name.endswith(' val')] == ['dpo_lr1 val']
+    RAN.clear()
+    run(sweep, seeds='2,3', **options | dict(score='models.gold'))
+    assert results(tmp_path)['dpo']['trials'][-1] == dict(options=dict(lr='9'), scores=[None, 12.0])
+    assert [trial['scores'] for trial in results(tmp_path)['dpo']['trials'][:-1]] == [[5, 6], [4, 5], [3, 4]]
