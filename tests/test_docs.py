@@ -19,7 +19,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FRONT = ['README.md', 'README.zh.md']
-PAGES = FRONT + ['CONTRIBUTING.md', 'CHANGELOG.md', *(f'{folder}/README.md' for folder in ('tests', 'lessons')),
+PAGES = FRONT + ['CONTRIBUTING.md', 'CHANGELOG.md', *(f'{folder}/README.md' for folder in ('tests', 'lessons', 'lab')),
                  'lessons/README.zh.md'] + sorted(
     os.path.relpath(path, ROOT).replace(os.sep, '/') for path in glob.glob(os.path.join(ROOT, 'docs', '*.md')))
 PAGES = [page for page in PAGES if os.path.exists(os.path.join(ROOT, page))]
