@@ -136,7 +136,10 @@ def main(cfg):
     runs = [read_json(f'{folder}/results.json', 'the results of demo.py --world=sums') for folder in folders]
     if not all('by_digits' in run for run in runs):
         fail(f"--runs={cfg.runs}: wanted the results of demo.py --world=sums")
-    print_results(runs)
+    try:
+        print_results(runs)
+    except KeyError as e:
+        fail(f"--runs={cfg.runs}: wanted the results of this version's demo.py --world=sums; one of them lacks {e}")
     draw(folders, runs, cfg.out or f'{folders[0]}/sums.png')
 
 if __name__ == '__main__':

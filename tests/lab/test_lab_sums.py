@@ -104,3 +104,11 @@ def test_a_run_that_has_solved_its_problems_is_not_sick(tmp_path):
 def test_results_of_another_world(tmp_path, capsys):
     (tmp_path / 'results.json').write_text('{"models": {}}')
     assert stops(capsys, sums, runs=str(tmp_path)) == f"--runs={tmp_path}: wanted the results of demo.py --world=sums"
+
+@pytest.mark.parametrize('lost', ['accuracy', 'sampled', 'seconds'])
+def test_results_of_another_version(tmp_path, capsys, lost):
+    found = dict(accuracy=dict(sft=0.5), sampled=dict(sft=0.5), by_digits=dict(sft={'3 digits': 0.5}), seconds=1)
+    del found[lost]
+    (tmp_path / 'results.json').write_text(json.dumps(found))
+    assert stops(capsys, sums, runs=str(tmp_path)) == (
+        f"--runs={tmp_path}: wanted the results of this version's demo.py --world=sums; one of them lacks '{lost}'")
