@@ -39,7 +39,7 @@ RULES = [*map(Rule._make, ( # the table of docs/log.md; python tests/common/test
      'raise `lr`; look at the data', lambda h, v: h.late and h.pairs and abs(last(v, 5) - math.log(2)) < 0.01),
     ('loss', 'above its start (DPO, IPO, hinge)', 'the policy is sure of itself where it is wrong',
      'lower `lr`', lambda h, v: last(v) > 1.1 * h.start),
-    ('margin', 'explodes, above 10; DPO, hinge: 100 `beta`', 'the policy goes too far', 'lower `lr`, raise `beta`',
+    ('margin', 'explodes: above 10, DPO and hinge 100 `beta`', 'the policy goes too far', 'lower `lr`, raise `beta`',
      lambda h, v: last(v) > (100 * h.options['beta'] if h.options.get('loss') in ('dpo', 'hinge') else 10)),
     ('accuracy', 'near one half late in the run', 'nothing is learnt from the pairs', 'raise `lr`; look at the data',
      lambda h, v: h.late and (n := h.n * len(w := v[len(v) // 2:])) >= 200 and fmean(w) < 0.5 + 0.5 / math.sqrt(n)),

@@ -8,7 +8,7 @@ the same simulated person says of each pair which answer is better, or gives eac
 --ask=ratings). One comparison is one judgement, and so is one number: N judgements are N pairs, or both answers to
 about N/2 prompts. Every budget N gets a reward model of each kind (config/toy/reward.py, a fixed number of steps),
 measured on the held-out rankings of four answers. It prints each command, reuses finished stages, and writes
-results.json and ratings.png. The three seeds take 10 to 20 minutes on two cores.
+results.json and ratings.png. The three seeds take 7 minutes on two cores.
 """
 
 import itertools
@@ -78,7 +78,7 @@ def main(cfg):
             results[kind][n].append(accuracy(f'{at.out_dir}/reward_{kind}{n}'))
     print_accuracies(results, cfg.seeds, 'judgements')
     write_atomic(f'{cfg.out_dir}/results.json', json.dumps(results, indent=1) + '\n')
-    figures.fewer_labels(results, f'{cfg.out_dir}/ratings.png', 'judgements: comparisons of two answers, or numbers')
+    figures.fewer_labels(results, f'{cfg.out_dir}/ratings.png', 'judgements: pairs or numbers')
 
 if __name__ == '__main__':
     launch(main, Config)
