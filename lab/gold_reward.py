@@ -46,7 +46,7 @@ def folder_of(at, name):
     return f"{at.out_dir}/{name.replace(', ', '_').replace(' ', '')}"
 
 def balance(records):
-    """Repeat the benign how-tos (category tool) until they equal the harmful ones."""
+    """Repeat the benign how-tos (category tool) until more would outnumber the harmful ones."""
     tool, harmful = ([r for r in records if r['category'] == name] for name in ('tool', 'harmful'))
     return records + tool * (len(harmful) // max(1, len(tool)) - 1)
 
