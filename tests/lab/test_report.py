@@ -349,7 +349,7 @@ def test_runs_by_hand(tmp_path):
     assert 'batch_size' not in a # 32 is the default
     assert "python dpo.py \\\n    --max_steps=20 \\\n    '--out_dir=old place' \\\n    --beta=0.5" in a
     assert 'step 20 of 40, seed 3, unfinished, 02 Jan' in b
-    assert 'step 3: margin 50, explodes, above 10' in page.texts['li'][0]
+    assert 'step 3: margin 50, explodes: above 10' in page.texts['li'][0]
     assert page.texts['warn'][0] == 'Health: something looked sick in b; see what was run.'
     assert 'A health line says what looked sick in the log, and what to try (docs/log.md explains them).' in page.text
     links, names = ({a[key].strip('#') for _, a in page.elements if key in a} for key in ('href', 'id'))
