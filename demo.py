@@ -324,7 +324,8 @@ def run_stages(todo, cfg):
                 say('\n'.join([story.after(stage, cfg.world, record[name][2] - record[name][1]), *sick]))
                 continue
             failed = process.returncode if process.returncode > 0 else 128 - process.returncode # or a signal ended it
-            print(f"{name} ended with exit code {failed}; the same command continues from here", file=sys.stderr)
+            then = "mend what is wrong, then the" if failed == 2 else "the"
+            print(f"{name} ended with exit code {failed}; {then} same command continues from here", file=sys.stderr)
             if failed < 128: # else a signal ended it
                 say('\n'.join([*sick, f"what {name} printed: {printed[name]}"]))
             if not code:

@@ -5,4 +5,5 @@
 #   lab/gpu.sh table --out_dir=out/gpu
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" lab/gpu.py --do="${1:-}" "${@:2}"
+[[ "${1:-}" == -* ]] || set -- --do="${1:-}" "${@:2}" # options alone, as --help, go through
+exec "${PYTHON:-python3}" lab/gpu.py "$@"

@@ -547,7 +547,9 @@ def test_errors_are_seen_in_full_and_the_rest_is_kept(cfg, tmp_path):
                           env=os.environ | dict(PYTHONPATH=str(Path(demo.__file__).parent), OMP_NUM_THREADS='1'))
     kept = 'out/one/printed/one_by_one.txt'
     assert done.returncode == 2 and (tmp_path / kept).read_text() == '1 rows\n'
-    assert done.stderr == 'error: too few\none by one ended with exit code 2; the same command continues from here\n'
+    assert done.stderr == ('error: too few\n'
+                           'one by one ended with exit code 2; mend what is wrong, '
+                           'then the same command continues from here\n')
     assert done.stdout == ('\n$ OMP_NUM_THREADS=1 python stage.py --seed=1 --overwrite=True\n'
                            f'what one by one printed: {kept}\n')
 

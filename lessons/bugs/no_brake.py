@@ -1,4 +1,4 @@
-"""With four epochs over each batch the KL shoots up, and the reward falls before it rises."""
+"""With four epochs over each batch the KL shoots up, and the gold score falls before it rises."""
 import ppo
 from common.rollout import masked_mean
 

@@ -1,4 +1,4 @@
-"""The reward rises quickly, then no more, and the answers get longer instead of shorter."""
+"""The reward levels off lower than it should. The answers get shorter at first, and then longer again."""
 import itertools
 
 from common import rollout

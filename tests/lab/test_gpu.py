@@ -328,6 +328,7 @@ def test_the_command(tmp_path):
                                        capture_output=True, env=os.environ | dict(PYTHON='echo'))
     assert run('train', '--minutes=3').stdout == 'lab/gpu.py --do=train --minutes=3\n'
     assert run().stdout == 'lab/gpu.py --do=\n' # which refuses it
+    assert run('--help').stdout == 'lab/gpu.py --help\n'
 
 @pytest.mark.parametrize('option, message', [
     *[(f'--do={words}', f'--do={words}: do must be measure, train, table or the words of a measurement (chip, sft')
