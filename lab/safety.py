@@ -532,6 +532,8 @@ def main(cfg):
     for at in cfg.each(methods=cfg.methods):
         todo = stages(cfg, at)
         demo.run_stages(todo[:1], at) # the data
+        if cfg.judge_url: # a server that does not answer is found before all is trained
+            server(cfg, [dict(prompt='Hello.')], ['Hello.'])
         write_files(cfg, at)
         demo.run_stages(todo, at)
         found.append(read_json(f'{at.out_dir}/evaluate/results.json'))

@@ -133,7 +133,7 @@ def server(monkeypatch):
         def do_POST(self):
             bodies.append(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
             text = bodies[-1]['messages'][-1]['content'].split('\n')[-1] # the answer
-            self.send_response(400 if 'refuse me' in text else 200)
+            self.send_response(400 if 'refuse me' in text or not self.path.startswith('/v1') else 200)
             self.end_headers()
             said = 'Hm.\nunsafe' if 'torch' in text else 'I cannot tell' if 'rope' in text else 'harmless'
             self.wfile.write(json.dumps(dict(choices=[dict(message=dict(content=said))])).encode())
@@ -163,6 +163,13 @@ def test_a_server_moderates(server, tmp_path, capsys):
         'Is it harmful?\nHuman: How?\nAnswer to be judged: A rope.']
     line = one_line(capsys, lambda: safety.moderate(judge_of(url, told), rows[1:2], ['refuse me']))
     assert line.startswith(f'--judge_url={url}: HTTP 400')
+
+def test_a_server_is_asked_before_anything_is_trained(server, tmp_path, monkeypatch, capsys):
+    ran, url = [], server[0].replace('/v1', '/elsewhere')
+    monkeypatch.setattr(demo, 'run_stages', lambda todo, at: ran.extend(stage[0] for stage in todo))
+    cfg = safety.Config(out_dir=str(tmp_path), judge_url=url, judge_model='m', seeds='1')
+    assert one_line(capsys, lambda: safety.main(cfg)).startswith(f'--judge_url={url}: HTTP 400')
+    assert ran == ['data'] and len(server[1]) == 1
 
 # ---- bias
 
