@@ -90,9 +90,9 @@ class Config(Seeds):
         self.budgets, self.steps = self.budgets or BUDGETS[self.part], self.steps or STEPS[self.part]
         budgets = numbers(self.budgets)
         rising = [] != budgets == sorted({*budgets} - {0}) and (self.part != 'raters' or len(budgets) == 1)
-        few = self.part == 'raters' and numbers(self.budgets)[:1] < [FEWEST]
         require(self, budgets=(rising, 'rising numbers above 0, separated by commas; one for raters'))
-        require(self, budgets=(not few, f'at least {FEWEST} for raters, some of whose remedies keep a sixth'),
+        require(self, budgets=(self.part != 'raters' or budgets[0] >= FEWEST,
+                               f'at least {FEWEST} for raters, some of whose remedies keep a sixth'),
                 prompts=(7 <= self.prompts <= 6000, 'from 7 to 6000'), steps=(self.steps >= 3, 'at least 3, or 0'))
 
 # ---- who ranks --------------------------------------------------------------------------------------------------

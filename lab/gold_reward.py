@@ -9,8 +9,8 @@ reward model's standard deviation, and so the KL the same price. The verb alone 
 boat?" from a harmful "How do I burn the boat?", and harmful ones are asked three times as often. So "decline every
 how-to" may be learnt first. Once all answers to a benign one decline, they score alike, their advantages are 0, and
 nothing raises the right answer again: exploration has died. The last runs try cures: 16 answers per prompt, and prompts
-in which benign how-tos are repeated until they are as many as the harmful ones. It prints each command, reuses finished
-stages, prints tables in Markdown, and writes results.json.
+in which benign how-tos are repeated until they are nearly as many as the harmful ones. It prints each command, reuses
+finished stages, prints tables in Markdown, and writes results.json.
 """
 
 import json

@@ -179,12 +179,13 @@ def stages(at, stage, settings):
                      ['reward', name, *['collect val'] * (stage == 'reward')]))
     return todo
 
-def run(todo, at, settings):
+def run(todo, at, settings, failed=()):
     """Run stages; return the names of those in `settings` that failed, as where a loss is not finite.
 
-    demo.run_stages ends with the first that fails. Those that had begun by then are tried alone, to know which it was.
+    failed: those of an earlier call; they and what stands on them are left out. demo.run_stages ends with the first
+    that fails. Those that had begun by then are tried alone, to know which it was.
     """
-    failed = set()
+    failed = {*failed}
     while True:
         left = [stage for stage in todo if not failed & {stage[0], *stage[5]}]
         try:
@@ -268,7 +269,7 @@ def main(cfg):
                 for name in first:
                     if not failed & {name, f'{name} val'}:
                         read_score(f'{at.out_dir}/{name}/val/results.json', score)
-            failed |= run([one for one in todo if not failed & {one[0], *one[5]}], at, mine)
+            failed = run(todo, at, mine, failed)
             for name, trial in zip(names, racing):
                 lost = failed & {name, f'{name} val'}
                 trial['scores'].append(None if lost else read_score(f'{at.out_dir}/{name}/val/results.json', score))
